@@ -1,0 +1,570 @@
+"""The whole conversation on one page: every message, who says it to whom, and in which order.
+
+    peer (worker or client)                      dispatcher
+    ───────────────────────                      ──────────
+    WorkerHello | ClientHello   ── control ──▶             versions are compared here and only here
+                                ◀── control ── Welcome     names session and term (in the envelope), or
+                                ◀── control ── Refused     the reason; the peer gives up
+    Attach                      ──── bulk ───▶             ties the second connection to the session
+    (its unacknowledged answers, or its open requests, again)
+
+    Every later message carries session and term in its envelope. A message of a foreign session or an older term
+    changes nothing and is answered with `SayHello`. libzmq reconnects silently: a peer says hello again after each
+    reconnection, after `SayHello`, and never otherwise.
+
+    client                                       dispatcher                                     worker
+    InferRequest ────────────────────────────▶
+                 ◀──────────────────── Accepted
+                                                 RunStage ─────────────────────────────────────▶
+                                                          ◀──────────────────────── Begun
+                                                          ◀──────────────────────── StageDone | StageFailed | StageCancelled
+                                                 StageAck ─────────────────────────────────────▶   (it keeps the answer until then)
+                 ◀──────────── Reply | RequestFailed
+    ReplyAck ────────────────────────────────▶   (it keeps the result until then)
+    CancelRequest ───────────────────────────▶   CancelStage ──────────────────────────────────▶
+
+    Artifacts are pulled, two pieces in flight: whoever lacks a file says `Fetch`, whoever has it answers `ArtifactPiece`
+    (worker from dispatcher: stages; dispatcher from client: programs).
+
+Messages whose frames exceed `CONTROL_BYTES` travel on bulk, cut into `Piece`s; see pieces.py. Times are budgets in
+seconds, never moments: the clocks of two devices do not agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, TypeAlias
+
+import msgspec
+
+from adapt.errors import Plain
+from adapt.protocol.codecs import TensorHeader
+from adapt.protocol.ids import AttemptId, Digest, Natural, RequestId, WorkerId
+
+PROTOCOL_VERSION = 1
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+Address = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Attempts = Annotated[list[AttemptId], msgspec.Meta(max_length=4096)]
+
+# One leaf of a model's or stage's inputs or outputs: a tensor (its bytes are the next payload frame) or a plain number.
+Leaf: TypeAlias = TensorHeader | int | float | bool | None
+Leaves = Annotated[list[Leaf], msgspec.Meta(max_length=256)]
+
+
+# ── sessions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceFacts:
+    """What a worker runs on. `numeric_class` names all that the bits of a result depend on besides the model."""
+
+    device: Text  # "cpu", "cuda:0"
+    device_name: Text
+    threads: Count
+    numeric_class: Text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerHello:
+    """Worker -> dispatcher, first on control: who I am and what I hold. Ends any earlier session of this name."""
+
+    KIND: ClassVar[bytes] = b"WH"
+    protocol_version: Natural
+    worker_id: Name
+    incarnation: Natural
+    highest_term: Natural  # the highest term this process has met; the dispatcher's must be higher or the same reign
+    software: Text
+    device: DeviceFacts
+    stage_budget_bytes: Natural  # memory for stages, above the floor of the runtime
+    credit: Count  # tasks it accepts at a time: running and waiting
+    resident: Annotated[list[Sha256], msgspec.Meta(max_length=4096)]  # stages that are loaded
+    held: Attempts  # accepted and not finished
+    finished: Attempts  # finished, answer not acknowledged yet; the answers follow on their own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientHello:
+    """Client -> dispatcher, first on control. Its open requests follow on their own."""
+
+    KIND: ClassVar[bytes] = b"CH"
+    protocol_version: Natural
+    client_id: Address
+    incarnation: Natural
+    highest_term: Natural
+    software: Text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """Dispatcher -> peer: you are known under the session and term of this envelope."""
+
+    KIND: ClassVar[bytes] = b"WE"
+    software: Text
+    heartbeat_s: Seconds  # how often a worker says `Heartbeat`
+    piece_bytes: Count  # size of the pieces in which big messages travel
+    max_message_bytes: Natural
+    max_budget_s: Seconds  # longest deadline that a request may have
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """Dispatcher -> peer: no session; the error says why. Trying again as it is would not help."""
+
+    KIND: ClassVar[bytes] = b"RF"
+    code: Text
+    message: Text
+    fields: dict[str, Plain]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SayHello:
+    """Dispatcher -> peer: what you sent belongs to no session of this reign; say hello again."""
+
+    KIND: ClassVar[bytes] = b"SH"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attach:
+    """Peer -> dispatcher, first on bulk: this connection belongs to the session of the envelope."""
+
+    KIND: ClassVar[bytes] = b"AT"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goodbye:
+    """Either way, on control: this session ends by intent; nothing more will come."""
+
+    KIND: ClassVar[bytes] = b"GB"
+    reason: Text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Either way, on bulk: one piece of a message too big for control; see pieces.py."""
+
+    KIND: ClassVar[bytes] = b"PI"
+    transfer: Natural  # grows with every transfer of a connection
+    index: Natural
+    count: Natural
+    piece_bytes: Annotated[int, msgspec.Meta(ge=4096, le=1 << 24)]
+
+
+# ── requests: client and dispatcher ──────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferRequest:
+    """Client -> dispatcher: run a deployed model on the leaves whose tensors follow. Sent again on every new session."""
+
+    KIND: ClassVar[bytes] = b"IR"
+    request_id: RequestId
+    deployment: Name
+    version: Natural  # 0 until `Accepted` has named it
+    program: Sha256 | None  # None until `Accepted` has named it; another program never answers
+    budget_s: Seconds  # time left
+    numerics: Text  # "exact" (one numeric class for the whole request) or "close"
+    leaves: Leaves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """Dispatcher -> client: the request is let in and pinned to this version."""
+
+    KIND: ClassVar[bytes] = b"AC"
+    request_id: RequestId
+    deployment: Name
+    version: Natural
+    program: Sha256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """Dispatcher -> client: the result; its tensors follow. Kept until `ReplyAck`."""
+
+    KIND: ClassVar[bytes] = b"RP"
+    request_id: RequestId
+    leaves: Leaves
+    attempts: Count  # tries that all stages took together
+    numeric_classes: Annotated[list[Text], msgspec.Meta(max_length=256)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestFailed:
+    """Dispatcher -> client: the request ended in this error. Kept until `ReplyAck`."""
+
+    KIND: ClassVar[bytes] = b"RE"
+    request_id: RequestId
+    code: Text
+    message: Text
+    fields: dict[str, Plain]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplyAck:
+    """Client -> dispatcher: these outcomes have arrived; forget what you keep of them."""
+
+    KIND: ClassVar[bytes] = b"RA"
+    request_ids: Annotated[list[RequestId], msgspec.Meta(max_length=4096)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelRequest:
+    """Client -> dispatcher: nobody waits for this any more. May overtake the request it cancels."""
+
+    KIND: ClassVar[bytes] = b"CR"
+    request_id: RequestId
+
+
+# ── deployments and questions: client and dispatcher; `call` pairs question and answer ───────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedSource:
+    """A model that the dispatcher's side can build by itself."""
+
+    model: Text  # "torchvision/resnet50"
+    weights: Text | None = None  # None: random; "DEFAULT" or an enum's name; a file under the dispatcher's --models-dir
+    seed: int | None = None
+    model_args: dict[str, Plain] = field(default_factory=dict)
+    input_shape: list[Natural] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramSource:
+    """A program that the client has exported, and offers for `Fetch`."""
+
+    program: Sha256
+    file_bytes: Natural
+    operator_costs_s: Annotated[list[Seconds], msgspec.Meta(max_length=1 << 20)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deploy:
+    """Client -> dispatcher: make a model available. Exactly one of `named` and `uploaded` is given."""
+
+    KIND: ClassVar[bytes] = b"DP"
+    call: Natural
+    name: Name
+    stages: Count  # 0: one per worker
+    codec: Text
+    tolerance: float | None
+    numerics: Text
+    named: NamedSource | None = None
+    uploaded: ProgramSource | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlace:
+    """One stage of a plan: which file, how big, on which workers."""
+
+    artifact: Sha256
+    file_bytes: Natural
+    cost_s: Seconds  # predicted seconds for one item, by the quick profile
+    workers: list[Name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentRecord:
+    """A deployment as users see it. `interface` is the program's inputs and outputs as JSON (see models/program.py)."""
+
+    name: Name
+    version: Natural
+    program: Sha256
+    epoch: Natural
+    codec: Text
+    tolerance: float | None
+    numerics: Text
+    stages: list[StagePlace]
+    interface: Annotated[str, msgspec.Meta(max_length=1 << 20)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployed:
+    """Dispatcher -> client: the deployment is ready: every stage is resident."""
+
+    KIND: ClassVar[bytes] = b"DD"
+    call: Natural
+    deployment: DeploymentRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undeploy:
+    """Client -> dispatcher: take no new requests for this deployment; unload it when its last request has ended."""
+
+    KIND: ClassVar[bytes] = b"UD"
+    call: Natural
+    name: Name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Dispatcher -> client: how far a long call has come, in words."""
+
+    KIND: ClassVar[bytes] = b"PG"
+    call: Natural
+    step: Text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallDone:
+    """Dispatcher -> client: done, with nothing to tell."""
+
+    KIND: ClassVar[bytes] = b"CD"
+    call: Natural
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallFailed:
+    """Dispatcher -> client: the call ended in this error and changed nothing."""
+
+    KIND: ClassVar[bytes] = b"CF"
+    call: Natural
+    code: Text
+    message: Text
+    fields: dict[str, Plain]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusQuery:
+    """Client -> dispatcher: how are things?"""
+
+    KIND: ClassVar[bytes] = b"SQ"
+    call: Natural
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRecord:
+    """A worker as users see it."""
+
+    worker_id: Name
+    state: Text  # "ready", "suspect", "lost", "draining"; lost workers are remembered for a while
+    device: DeviceFacts
+    memory_percent: float
+    stage_budget_bytes: Natural
+    resident: list[Sha256]
+    credit: Count
+    running: Count
+    tasks_done: Natural
+    tasks_failed: Natural
+    compute_s: Seconds  # summed over all tasks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusReport:
+    """Dispatcher -> client: workers, deployments and counters. Counter names carry units."""
+
+    KIND: ClassVar[bytes] = b"ST"
+    call: Natural
+    term: Natural
+    uptime_s: Seconds
+    workers: list[WorkerRecord]
+    deployments: list[DeploymentRecord]
+    counters: dict[str, float]
+
+
+# ── tasks: dispatcher and worker ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStage:
+    """Dispatcher -> worker: run one stage on the activation in the frames that follow."""
+
+    KIND: ClassVar[bytes] = b"RS"
+    attempt: AttemptId
+    artifact: Sha256  # which stage; refused only if not resident
+    budget_s: Seconds
+    codec: Text  # for the output
+    tolerance: float | None
+    leaves: Leaves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelStage:
+    """Dispatcher -> worker: nobody waits for this attempt. May overtake the `RunStage` it cancels."""
+
+    KIND: ClassVar[bytes] = b"CS"
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """Worker -> dispatcher: this attempt has begun to compute."""
+
+    KIND: ClassVar[bytes] = b"BG"
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTimes:
+    """Where one task's time went on the worker, in seconds."""
+
+    wait_s: Seconds
+    decode_s: Seconds
+    compute_s: Seconds
+    encode_s: Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageDone:
+    """Worker -> dispatcher: the output; its tensors follow. Kept by the worker until `StageAck`.
+
+    Digests are xxh3-128 over the raw (decoded) tensors: two attempts of one numeric class and one input must agree."""
+
+    KIND: ClassVar[bytes] = b"SD"
+    attempt: AttemptId
+    leaves: Leaves
+    times: StageTimes
+    input_digest: Annotated[bytes, msgspec.Meta(max_length=16)]
+    output_digest: Annotated[bytes, msgspec.Meta(max_length=16)]
+    begun: AttemptId | None = None  # the attempt that the worker has begun next: saves a `Begun`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageFailed:
+    """Worker -> dispatcher: this attempt ended in an error. Kept by the worker until `StageAck`."""
+
+    KIND: ClassVar[bytes] = b"SF"
+    attempt: AttemptId
+    code: Text
+    message: Text
+    fields: dict[str, Plain]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCancelled:
+    """Worker -> dispatcher: a cancelled attempt has left its slot. Kept by the worker until `StageAck`."""
+
+    KIND: ClassVar[bytes] = b"SC"
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageAck:
+    """Dispatcher -> worker: these answers have arrived; forget them."""
+
+    KIND: ClassVar[bytes] = b"SA"
+    attempts: Attempts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """Worker -> dispatcher: I live, and so far my executor has come (`progress` grows with every step it takes)."""
+
+    KIND: ClassVar[bytes] = b"HB"
+    progress: Natural
+    memory_percent: float  # of the host
+    resident_bytes: Natural  # of stages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draining:
+    """Worker -> dispatcher: I take nothing new; of what I held I give back what I have not begun."""
+
+    KIND: ClassVar[bytes] = b"DR"
+    handed_back: Attempts
+
+
+# ── artifacts ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadStage:
+    """Dispatcher -> worker: make this stage resident; fetch it unless it is in your cache."""
+
+    KIND: ClassVar[bytes] = b"LS"
+    artifact: Sha256
+    file_bytes: Natural
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageLoaded:
+    """Worker -> dispatcher: this stage is resident."""
+
+    KIND: ClassVar[bytes] = b"SL"
+    artifact: Sha256
+    resident_bytes: Natural
+    load_s: Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadFailed:
+    """Worker -> dispatcher: this stage cannot be made resident here."""
+
+    KIND: ClassVar[bytes] = b"LF"
+    artifact: Sha256
+    code: Text
+    message: Text
+    fields: dict[str, Plain]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnloadStage:
+    """Dispatcher -> worker: this stage is needed no more; its file may stay in the cache."""
+
+    KIND: ClassVar[bytes] = b"US"
+    artifact: Sha256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch:
+    """Worker -> dispatcher, or dispatcher -> client: send me this part of a file. At most two unanswered per file."""
+
+    KIND: ClassVar[bytes] = b"FE"
+    artifact: Sha256
+    offset: Natural
+    length: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactPiece:
+    """The answer to `Fetch`, always on bulk: the bytes are the one payload frame, shorter than asked only at the end."""
+
+    KIND: ClassVar[bytes] = b"AP"
+    artifact: Sha256
+    offset: Natural
+    file_bytes: Natural
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactMissing:
+    """The answer to `Fetch` of a file that is not there (any more)."""
+
+    KIND: ClassVar[bytes] = b"AM"
+    artifact: Sha256
+
+
+ToDispatcher: TypeAlias = (
+    WorkerHello | ClientHello | Attach | Goodbye
+    | InferRequest | ReplyAck | CancelRequest | Deploy | Undeploy | StatusQuery
+    | Begun | StageDone | StageFailed | StageCancelled | Heartbeat | Draining
+    | StageLoaded | LoadFailed | Fetch | ArtifactPiece | ArtifactMissing
+)  # fmt: skip
+ToWorker: TypeAlias = (
+    Welcome | Refused | SayHello | Goodbye
+    | RunStage | CancelStage | StageAck | LoadStage | UnloadStage | ArtifactPiece | ArtifactMissing
+)  # fmt: skip
+ToClient: TypeAlias = (
+    Welcome | Refused | SayHello | Goodbye
+    | Accepted | Reply | RequestFailed | Deployed | Progress | CallDone | CallFailed | StatusReport | Fetch
+)  # fmt: skip
+Message: TypeAlias = ToDispatcher | ToWorker | ToClient | Piece
+
+HELLOS = (WorkerHello, ClientHello)
+
+
+def _kinds() -> Iterator[tuple[bytes, type]]:
+    for kind in Message.__args__:
+        yield kind.KIND, kind
+
+
+BY_KIND: dict[bytes, type] = dict(_kinds())
+assert len(BY_KIND) == len(set(Message.__args__)), "two messages share a kind"
+
+# Re-exported for readers of this page.
+__all__ = ["AttemptId", "Digest", "RequestId", "WorkerId", *(kind.__name__ for kind in BY_KIND.values())]

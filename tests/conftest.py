@@ -1,0 +1,47 @@
+"""What holds for every test: no module of tests leaves a process or a thread behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from hypothesis import settings
+
+# Deadlines of single examples say more about the machine than about the code. A failure prints how to replay it.
+settings.register_profile("adapt", deadline=None, print_blob=True)
+settings.load_profile("adapt")
+
+LEAVE_WITHIN_S = 5.0
+# Python's own, started on first use and kept to the end
+KEPT_BY_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+
+def _children() -> dict[int, str]:
+    found = {}
+    for child in psutil.Process().children(recursive=True):
+        try:
+            command = " ".join(child.cmdline())
+        except psutil.Error:
+            continue
+        if child.is_running() and not any(name in command for name in KEPT_BY_PYTHON):
+            found[child.pid] = command or f"defunct {child.pid}"
+    return found
+
+
+def _threads() -> dict[int | None, str]:
+    return {thread.ident: thread.name for thread in threading.enumerate() if not thread.daemon}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    """Processes and threads that a module of tests has started are gone soon after it ends."""
+    before = _children().keys() | _threads().keys()
+    yield
+    limit = time.monotonic() + LEAVE_WITHIN_S
+    while left := {key: name for key, name in (_children() | _threads()).items() if key not in before}:
+        if time.monotonic() > limit:
+            pytest.fail(f"left behind: {left}", pytrace=False)
+        time.sleep(0.05)
