@@ -1,0 +1,120 @@
+"""Which worker runs which stage. Pure: needs and offers in, a plan out.
+
+This is the simple placement of the foundation: one worker per stage, the costliest stages to the least loaded workers that have the
+memory; a stage whose workers are gone goes to the worker that has most room in its time; a newcomer relieves the busiest worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from adapt.errors import PlanError
+from adapt.protocol.ids import Digest, Epoch, WorkerId
+
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageNeed:
+    """What one stage asks of a worker."""
+
+    artifact: Digest
+    memory_bytes: int  # weights and the activations of one item
+    cost_s: float  # seconds for one item, by the quick profile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOffer:
+    """What one worker has to give."""
+
+    worker_id: WorkerId
+    free_bytes: int  # of its stage budget
+    load_s: float = 0.0  # seconds for one item of everything it runs already
+    slowness: float = 1.0  # measured seconds per predicted second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The stages of a program and the workers of each. Immutable: a change is a new plan under the next epoch."""
+
+    program: Digest
+    epoch: Epoch
+    stages: tuple[StageNeed, ...]
+    places: tuple[tuple[WorkerId, ...], ...]  # for each stage, the workers it may run on
+
+    def added(self, stage: int, worker_id: WorkerId) -> Plan:
+        """The plan in which `worker_id` runs `stage` too."""
+        return self._with(stage, (*self.places[stage], worker_id))
+
+    def removed(self, worker_id: WorkerId) -> Plan:
+        """The plan without `worker_id`."""
+        places = tuple(tuple(other for other in workers if other != worker_id) for workers in self.places)
+        return self if places == self.places else replace(self, epoch=Epoch(self.epoch + 1), places=places)
+
+    def dropped(self, stage: int, worker_id: WorkerId) -> Plan:
+        """The plan in which `worker_id` does not run `stage`."""
+        return self._with(stage, tuple(other for other in self.places[stage] if other != worker_id))
+
+    def _with(self, stage: int, workers: tuple[WorkerId, ...]) -> Plan:
+        places = (*self.places[:stage], workers, *self.places[stage + 1 :])
+        return replace(self, epoch=Epoch(self.epoch + 1), places=places)
+
+
+def place(needs: Sequence[StageNeed], offers: Sequence[WorkerOffer]) -> tuple[tuple[WorkerId, ...], ...]:
+    """One worker for each stage.
+
+    The stage that needs most memory chooses first, so that a tight fit is not spoilt by a loose one; it takes the worker that would
+    finish one item of all it runs soonest.
+
+    Raises:
+        PlanError: there is no worker, or none with memory for a stage; names stage, need and the largest offer.
+    """
+    if not offers:
+        raise PlanError("no worker is connected; start one with: adapt-worker --dispatcher ADDRESS")
+    room = {offer.worker_id: offer.free_bytes for offer in offers}
+    load_s = {offer.worker_id: offer.load_s for offer in offers}
+    slowness = {offer.worker_id: offer.slowness for offer in offers}
+    chosen: dict[int, WorkerId] = {}
+    for index in sorted(range(len(needs)), key=lambda i: (-needs[i].memory_bytes, -needs[i].cost_s, i)):
+        need = needs[index]
+        fitting = [worker for worker, free in room.items() if free >= need.memory_bytes]
+        if not fitting:
+            raise PlanError(_no_room(index, len(needs), need, room))
+        worker = min(fitting, key=lambda w: (load_s[w] + need.cost_s * slowness[w], -room[w], w))
+        chosen[index] = worker
+        room[worker] -= need.memory_bytes
+        load_s[worker] += need.cost_s * slowness[worker]
+    return tuple((chosen[index],) for index in range(len(needs)))
+
+
+def substitute(need: StageNeed, offers: Sequence[WorkerOffer]) -> WorkerId | None:
+    """The worker that should run a stage whose own workers are gone: the one that finishes an item soonest, or None without room."""
+    fitting = [offer for offer in offers if offer.free_bytes >= need.memory_bytes]
+    if not fitting:
+        return None
+    return min(fitting, key=lambda offer: (offer.load_s + need.cost_s * offer.slowness, offer.worker_id)).worker_id
+
+
+def relief(plan: Plan, newcomer: WorkerOffer) -> int | None:
+    """The stage that a newcomer should run too: the costliest of the busiest worker; None if it has room for none of them."""
+    load_s: dict[WorkerId, float] = {}
+    for need, workers in zip(plan.stages, plan.places, strict=True):
+        for worker in workers:
+            load_s[worker] = load_s.get(worker, 0.0) + need.cost_s / len(workers)
+    if newcomer.worker_id in load_s:
+        return None
+    for worker in sorted(load_s, key=lambda w: (-load_s[w], w)):
+        theirs = [i for i, workers in enumerate(plan.places) if worker in workers]
+        for index in sorted(theirs, key=lambda i: (-plan.stages[i].cost_s / len(plan.places[i]), i)):
+            if plan.stages[index].memory_bytes <= newcomer.free_bytes:
+                return index
+    return None
+
+
+def _no_room(index: int, stages: int, need: StageNeed, room: dict[WorkerId, int]) -> str:
+    best = max(room, key=lambda worker: (room[worker], worker))
+    return (
+        f"no worker has memory for stage {index} of {stages}: it needs {need.memory_bytes / MEBIBYTE:.1f} MiB, and the most that is free "
+        f"of a stage budget is {room[best] / MEBIBYTE:.1f} MiB ({best}); raise --memory-limit, add workers, or ask for more stages"
+    )

@@ -1,0 +1,137 @@
+"""The requests as the scheduler knows them: those that live, and those whose end must be remembered for a while."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from adapt.errors import Plain
+from adapt.protocol.ids import AttemptId, RequestId, TaskId, WorkerId
+from adapt.scheduling.events import Activation, Answer, Fail, Version
+
+HISTORY_LIMIT = 32  # attempts of one request whose story is kept for its error
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try that may still bring an answer."""
+
+    worker_id: WorkerId
+    timeout_s: float
+    is_expired: bool = False  # its wait has ended; its slot has not, and its answer still counts
+
+
+@dataclass(slots=True)
+class Request:
+    """A request that lives. Invariant: it is queued, or an attempt is in flight for its current stage."""
+
+    request_id: RequestId
+    version: Version
+    fingerprint: int
+    exact: bool
+    deadline: float
+    budget_s: float
+    arrival: int  # order among all requests
+    activation: Activation  # input of the current stage
+    generation: int = 1
+    stage: int = 0
+    ticket: int = 0  # of its valid place in a queue; 0: not queued
+    attempts: dict[int, Attempt] = field(default_factory=dict)  # of the current stage, by number
+    issued: dict[int, WorkerId] = field(default_factory=dict)  # every number given for the current stage, and to whom
+    failed_on: set[WorkerId] = field(default_factory=set)  # for the current stage
+    failures: int = 0  # of the current stage, losses included
+    model_error: str = ""  # kind of the last error that the model raised in the current stage
+    attempts_made: int = 0  # over all stages
+    numeric_class: str = ""  # pinned by the first dispatch of an exact request
+    numeric_classes: set[str] = field(default_factory=set)
+    history: list[Plain] = field(default_factory=list)
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether an attempt is in flight whose wait has not ended."""
+        return any(not attempt.is_expired for attempt in self.attempts.values())
+
+    @property
+    def is_choosy(self) -> bool:
+        """Whether it may refuse a worker that the next request in its queue would take."""
+        return bool(self.attempts or self.exact)
+
+    @property
+    def task(self) -> TaskId:
+        return TaskId(self.request_id, self.generation, self.stage)
+
+    def attempt_id(self, number: int) -> AttemptId:
+        return AttemptId(self.request_id, self.generation, self.stage, number)
+
+    def is_current(self, attempt: AttemptId) -> bool:
+        """Whether an answer to `attempt` can still advance this request."""
+        return attempt.task == self.task and attempt.attempt in self.issued
+
+    def note(self, worker_id: WorkerId, number: int, outcome: str) -> None:
+        """Add a line to the story that an error will tell."""
+        if len(self.history) < HISTORY_LIMIT:
+            self.history.append({"stage": self.stage, "attempt": number, "worker": worker_id, "outcome": outcome})
+
+    def advance(self, activation: Activation) -> None:
+        """Go on to the next stage with its input."""
+        self.activation = activation
+        self.stage += 1
+        self.failures = 0
+        self.model_error = ""
+        self.ticket = 0
+        self.attempts.clear()
+        self.issued.clear()
+        self.failed_on.clear()
+
+
+@dataclass(slots=True)
+class Ended:
+    """How a request ended, kept until its deadline and a little longer, so that a late duplicate is known as one."""
+
+    fingerprint: int
+    outcome: Answer | Fail | None  # None: acknowledged, cancelled, or dropped for its size
+    is_final: bool  # the client has decided: it was acknowledged or cancelled
+
+
+class EndedRequests:
+    """The ends, with a limit on the bytes of kept results: the oldest results go first, the ids stay."""
+
+    def __init__(self, *, max_kept_bytes: int) -> None:
+        self._max_kept_bytes = max_kept_bytes
+        self._ended: dict[RequestId, Ended] = {}
+        self._kept: OrderedDict[RequestId, int] = OrderedDict()
+        self.kept_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._ended)
+
+    @property
+    def kept(self) -> int:
+        """How many outcomes may still be asked for again."""
+        return len(self._kept)
+
+    def get(self, request_id: RequestId) -> Ended | None:
+        return self._ended.get(request_id)
+
+    def keep(self, request_id: RequestId, fingerprint: int, outcome: Answer | Fail) -> None:
+        self._ended[request_id] = Ended(fingerprint, outcome, is_final=False)
+        size = outcome.output.size_bytes if isinstance(outcome, Answer) else 0
+        self._kept[request_id] = size
+        self.kept_bytes += size
+        while self.kept_bytes > self._max_kept_bytes:
+            oldest = next(iter(self._kept))
+            self._ended[oldest].outcome = None
+            self._drop(oldest)
+
+    def bury(self, request_id: RequestId) -> None:
+        """The client has decided: keep the id, drop the result. An id that was never seen gets its tombstone in advance."""
+        fingerprint = self._ended[request_id].fingerprint if request_id in self._ended else 0
+        self._ended[request_id] = Ended(fingerprint, None, is_final=True)
+        self._drop(request_id)
+
+    def forget(self, request_id: RequestId) -> None:
+        self._drop(request_id)
+        self._ended.pop(request_id, None)
+
+    def _drop(self, request_id: RequestId) -> None:
+        self.kept_bytes -= self._kept.pop(request_id, 0)

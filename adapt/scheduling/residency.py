@@ -1,0 +1,262 @@
+"""Which stage is where: versions, their plans, and what is loaded on which worker because of them.
+
+A stage's places are the workers that the plan names for it; it is *resident* on those that have loaded it. A version becomes ready
+when each of its stages is resident somewhere; a retired version is released when its last request has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from adapt.errors import AdaptError, UnknownModelError
+from adapt.planning.placement import Plan, StageNeed, WorkerOffer, relief, substitute
+from adapt.protocol.ids import Digest, WorkerId
+from adapt.scheduling import events as ev
+from adapt.scheduling.deadlines import Deadlines
+from adapt.scheduling.liveness import Verdict
+from adapt.scheduling.roster import Member, Roster
+
+
+@dataclass(slots=True)
+class LiveVersion:
+    """A version and what the scheduler keeps with it."""
+
+    version: ev.Version
+    is_ready: bool = False
+    is_retired: bool = False
+    requests: int = 0  # that live and are pinned to it
+
+    @property
+    def plan(self) -> Plan:
+        return self.version.plan
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return (self.version.deployment, self.version.number)
+
+
+class Residency:
+    """The part of the scheduler that keeps stages where the plans want them.
+
+    It appends to `actions` and calls `woken` whenever a task that had no worker may have one now.
+    """
+
+    def __init__(self, roster: Roster, actions: list[ev.Action], *, woken: Callable[[], None], load_timeout_s: float) -> None:
+        self._roster, self._actions, self._woken, self._load_timeout_s = roster, actions, woken, load_timeout_s
+        self._versions: dict[tuple[str, int], LiveVersion] = {}
+        self._current: dict[str, int] = {}  # deployment -> the version that takes new requests
+        self._due: Deadlines[tuple[WorkerId, Digest]] = Deadlines()  # loads that must show progress
+        self.loads_failed = 0
+        self.stages_moved = 0
+
+    # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def find(self, deployment: str, number: int, program: Digest | None) -> LiveVersion:
+        """The version a request asks for; number 0 means the one that takes new requests.
+
+        Raises:
+            UnknownModelError: there is none, or it has another program than the request was pinned to.
+        """
+        live = self._versions.get((deployment, number or self._current.get(deployment, 0)))
+        if live is None:
+            raise UnknownModelError(deployment, suggestions=sorted(self._current)[:5])
+        if program is not None and program != live.version.program:
+            raise UnknownModelError(f"{deployment} version {number} with program {program[:12]}")
+        return live
+
+    def live(self, version: ev.Version) -> LiveVersion:
+        return self._versions[version.deployment, version.number]
+
+    def current(self) -> Iterator[LiveVersion]:
+        """The versions that take new requests."""
+        for deployment, number in self._current.items():
+            yield self._versions[deployment, number]
+
+    def offer(self, member: Member) -> WorkerOffer:
+        """What the worker has to give beyond what the plans in force take."""
+        taken: dict[Digest, StageNeed] = {}
+        load_s = 0.0
+        for live in self._versions.values():
+            for need, workers in zip(live.plan.stages, live.plan.places, strict=True):
+                if member.worker_id in workers:
+                    taken[need.artifact] = need
+                    load_s += need.cost_s * member.slowness / len(workers)
+        free_bytes = member.stage_budget_bytes - sum(need.memory_bytes for need in taken.values())
+        return WorkerOffer(worker_id=member.worker_id, free_bytes=free_bytes, load_s=load_s, slowness=member.slowness)
+
+    def next_wakeup(self) -> float | None:
+        return self._due.next_wakeup()
+
+    def tick(self, now: float) -> list[tuple[WorkerId, Digest]]:
+        """The loads that have shown no progress for too long."""
+        return self._due.take_due(now)
+
+    # ── versions come and go ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def deploy(self, version: ev.Version, now: float) -> None:
+        live = LiveVersion(version)
+        self._versions[live.key] = live
+        self._current.setdefault(version.deployment, version.number)
+        for need, workers in zip(version.plan.stages, version.plan.places, strict=True):
+            for worker_id in workers:
+                member = self._roster.member(worker_id)
+                if member.verdict is Verdict.READY:
+                    self._load(member, need.artifact, now)
+        self._check_ready(live)
+
+    def undeploy(self, deployment: str) -> None:
+        number = self._current.pop(deployment, None)
+        if number is not None:
+            self._retire(self._versions[deployment, number])
+
+    def request_began(self, live: LiveVersion) -> None:
+        live.requests += 1
+
+    def request_ended(self, version: ev.Version) -> None:
+        live = self.live(version)
+        live.requests -= 1
+        self._release_if_done(live)
+
+    def _check_ready(self, live: LiveVersion) -> None:
+        """When every stage is resident somewhere, the version takes over its deployment."""
+        if live.is_ready or not all(self._is_resident(live, stage) for stage in range(len(live.plan.stages))):
+            return
+        live.is_ready = True
+        self._actions.append(ev.VersionReady(version=live.version))
+        deployment, number = live.key
+        before = self._current.get(deployment, number)
+        if before < number:
+            self._current[deployment] = number
+            self._retire(self._versions[deployment, before])
+
+    def _is_resident(self, live: LiveVersion, stage: int) -> bool:
+        artifact = live.plan.stages[stage].artifact
+        members = (self._roster.get(worker_id) for worker_id in live.plan.places[stage])
+        return any(member is not None and member.is_ready and artifact in member.resident for member in members)
+
+    def _retire(self, live: LiveVersion) -> None:
+        live.is_retired = True
+        self._release_if_done(live)
+
+    def _release_if_done(self, live: LiveVersion) -> None:
+        if not live.is_retired or live.requests or self._versions.pop(live.key, None) is None:
+            return
+        needed = {need.artifact for other in self._versions.values() for need in other.plan.stages}
+        for artifact in sorted({need.artifact for need in live.plan.stages} - needed):
+            for member in self._roster:
+                if artifact in member.resident or artifact in member.loading:
+                    self._forget(member, artifact)
+                    self._actions.append(ev.Unload(worker_id=member.worker_id, artifact=artifact))
+        self._actions.append(ev.VersionReleased(version=live.version))
+
+    # ── workers come and go ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def joined(self, member: Member, now: float) -> None:
+        """Give a worker that has come (back) its part: what it holds, what it had, or what relieves the busiest."""
+        for live in list(self._versions.values()):
+            for stage, need in enumerate(live.plan.stages):
+                if member.worker_id in live.plan.places[stage]:
+                    self._load(member, need.artifact, now)
+                elif need.artifact in member.resident:
+                    self._replan(live, live.plan.added(stage, member.worker_id))
+            if live.is_ready and not live.is_retired and (stage_to_take := relief(live.plan, self.offer(member))) is not None:
+                self._replan(live, live.plan.added(stage_to_take, member.worker_id))
+                self._load(member, live.plan.stages[stage_to_take].artifact, now)
+            self._check_ready(live)
+        self._woken()
+
+    def session_ended(self, member: Member) -> None:
+        """Whatever it was loading, it does so for nobody now."""
+        for artifact in list(member.loading):
+            member.loading.discard(artifact)
+            self._due.clear((member.worker_id, artifact))
+
+    def left(self, member: Member) -> None:
+        """The worker is out of every plan."""
+        member.resident.clear()
+        for live in self._versions.values():
+            self._replan(live, live.plan.removed(member.worker_id))
+        self._woken()
+
+    # ── stages come and go ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def is_coming(self, live: LiveVersion, stage: int, suits: Callable[[Member], bool], now: float) -> bool:
+        """Whether a suitable worker is loading the stage; asks one that has memory for it if none is."""
+        need = live.plan.stages[stage]
+        places = live.plan.places[stage]
+        for worker_id in places:
+            member = self._roster.get(worker_id)
+            if member is not None and member.is_ready and need.artifact in member.loading and suits(member):
+                return True
+        spare = [m for m in self._roster if m.is_ready and m.worker_id not in places and need.artifact not in m.refused and suits(m)]
+        if not self._substitute(live, stage, spare, now):
+            return False
+        self.stages_moved += 1
+        return True
+
+    def resident(self, member: Member, artifact: Digest) -> None:
+        self._due.clear((member.worker_id, artifact))
+        member.loading.discard(artifact)
+        member.resident.add(artifact)
+        for live in list(self._versions.values()):
+            self._check_ready(live)
+        self._woken()
+
+    def progressed(self, member: Member, artifact: Digest, now: float) -> None:
+        if artifact in member.loading:
+            self._due.set((member.worker_id, artifact), now + self._load_timeout_s)
+
+    def absent(self, member: Member, artifact: Digest, now: float) -> None:
+        """The worker does not have a stage that we thought it had."""
+        member.resident.discard(artifact)
+        if any(artifact == need.artifact for live in self._versions.values() for need in live.plan.stages):
+            self._load(member, artifact, now)
+
+    def refused(self, member: Member, artifact: Digest, error: AdaptError, now: float) -> None:
+        """The worker cannot have this stage. A version that never was ready fails if nobody can; requests of others wait."""
+        self._forget(member, artifact)
+        member.refused[artifact] = error
+        self.loads_failed += 1
+        for live in list(self._versions.values()):
+            for stage, need in enumerate(live.plan.stages):
+                if need.artifact == artifact and member.worker_id in live.plan.places[stage]:
+                    self._replan(live, live.plan.dropped(stage, member.worker_id))
+                    if not live.is_ready:
+                        self._replace_or_fail(live, stage, error, now)
+        self._woken()
+
+    def _replace_or_fail(self, live: LiveVersion, stage: int, error: AdaptError, now: float) -> None:
+        spare = [m for m in self._roster if m.is_ready and live.plan.stages[stage].artifact not in m.refused]
+        if self._substitute(live, stage, spare, now) or live.plan.places[stage]:
+            return
+        self._actions.append(ev.VersionFailed(version=live.version, error=error))
+        if self._current.get(live.version.deployment) == live.version.number:
+            del self._current[live.version.deployment]
+        self._retire(live)
+
+    def _substitute(self, live: LiveVersion, stage: int, spare: list[Member], now: float) -> bool:
+        need = live.plan.stages[stage]
+        chosen = substitute(need, [self.offer(member) for member in spare])
+        if chosen is None:
+            return False
+        self._replan(live, live.plan.added(stage, chosen))
+        self._load(self._roster.member(chosen), need.artifact, now)
+        return True
+
+    def _load(self, member: Member, artifact: Digest, now: float) -> None:
+        if artifact in member.resident or artifact in member.loading:
+            return
+        member.loading.add(artifact)
+        self._due.set((member.worker_id, artifact), now + self._load_timeout_s)
+        self._actions.append(ev.Load(worker_id=member.worker_id, artifact=artifact))
+
+    def _forget(self, member: Member, artifact: Digest) -> None:
+        member.resident.discard(artifact)
+        member.loading.discard(artifact)
+        self._due.clear((member.worker_id, artifact))
+
+    def _replan(self, live: LiveVersion, plan: Plan) -> None:
+        if plan is not live.plan:
+            live.version = replace(live.version, plan=plan)
+            self._actions.append(ev.PlanChanged(version=live.version))

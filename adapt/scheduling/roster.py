@@ -1,0 +1,139 @@
+"""The workers as the scheduler knows them: slots, what is resident, how fast each has proved to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from adapt.errors import AdaptError
+from adapt.protocol.ids import AttemptId, Digest, WorkerId
+from adapt.protocol.messages import StageTimes
+from adapt.scheduling.liveness import Verdict
+
+LEARNING_RATE = 0.25  # weight of the newest sample in every moving average
+
+
+@dataclass(slots=True)
+class Service:
+    """How long one stage takes on one worker; moving averages, in seconds."""
+
+    busy_s: float  # decode, compute, encode
+    transfer_s: float = 0.0  # input there, output back, and everything else between dispatch and answer that is not waiting
+
+    def learn(self, busy_s: float, transfer_s: float) -> None:
+        self.busy_s += LEARNING_RATE * (busy_s - self.busy_s)
+        self.transfer_s += LEARNING_RATE * (transfer_s - self.transfer_s)
+
+
+@dataclass(slots=True)
+class Slot:
+    """One task of the credit in use: from its dispatch until the worker says that it is done, failed or cancelled."""
+
+    artifact: Digest
+    since: float
+    busy_s: float  # expected
+    predicted_s: float  # by the quick profile
+    begun: bool = False
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a worker has done in all its sessions."""
+
+    tasks_done: int = 0
+    tasks_failed: int = 0
+    compute_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Member:
+    """One worker. Invariant: `len(slots) <= credit`, except for what it listed in its hello beyond its own offer."""
+
+    worker_id: WorkerId
+    numeric_class: str = ""
+    stage_budget_bytes: int = 0
+    credit: int = 0
+    verdict: Verdict = Verdict.SUSPECT
+    is_draining: bool = False
+    slots: dict[AttemptId, Slot] = field(default_factory=dict)
+    resident: set[Digest] = field(default_factory=set)
+    loading: set[Digest] = field(default_factory=set)
+    refused: dict[Digest, AdaptError] = field(default_factory=dict)  # until it joins again
+    services: dict[Digest, Service] = field(default_factory=dict)
+    slowness: float = 1.0  # measured seconds per predicted second, over all stages
+    busy_until: float = 0.0  # moment at which it should have finished all it holds
+    last_used: float = 0.0
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it may get something new."""
+        return self.verdict is Verdict.READY and not self.is_draining
+
+    @property
+    def has_credit(self) -> bool:
+        return len(self.slots) < self.credit
+
+    def join(self, *, numeric_class: str, stage_budget_bytes: int, credit: int, resident: frozenset[Digest]) -> None:
+        """Begin a session. What was learnt of it stays."""
+        self.numeric_class, self.stage_budget_bytes, self.credit = numeric_class, stage_budget_bytes, credit
+        self.resident = set(resident)
+        self.is_draining = False
+        self.loading.clear()
+        self.refused.clear()
+
+    def expect(self, artifact: Digest, predicted_s: float) -> tuple[float, float]:
+        """Seconds that the stage should keep it busy, and seconds on the way; `predicted_s` comes from the quick profile."""
+        service = self.services.get(artifact)
+        return (predicted_s * self.slowness, 0.0) if service is None else (service.busy_s, service.transfer_s)
+
+    def take(self, attempt: AttemptId, artifact: Digest, predicted_s: float, now: float) -> None:
+        """Occupy a slot."""
+        busy_s, _ = self.expect(artifact, predicted_s)
+        self.slots[attempt] = Slot(artifact, now, busy_s, predicted_s)
+        self.busy_until = max(self.busy_until, now) + busy_s
+        self.last_used = now
+
+    def free(self, attempt: AttemptId, now: float) -> Slot | None:
+        """Vacate the slot, if the attempt had one."""
+        slot = self.slots.pop(attempt, None)
+        if slot is not None:
+            self.busy_until = now + sum(other.busy_s for other in self.slots.values())
+        return slot
+
+    def learn(self, slot: Slot, times: StageTimes, now: float) -> None:
+        """Take the measured times of a finished task into account, also of one whose answer came too late to be used."""
+        busy_s = times.decode_s + times.compute_s + times.encode_s
+        transfer_s = max(now - slot.since - times.wait_s - busy_s, 0.0)
+        service = self.services.get(slot.artifact)
+        if service is None:
+            self.services[slot.artifact] = Service(busy_s, transfer_s)
+        else:
+            service.learn(busy_s, transfer_s)
+        if slot.predicted_s > 0.0:
+            self.slowness += LEARNING_RATE * (busy_s / slot.predicted_s - self.slowness)
+        self.tally.tasks_done += 1
+        self.tally.compute_s += times.compute_s
+
+
+class Roster:
+    """All workers that are or may come back, by id."""
+
+    def __init__(self) -> None:
+        self._members: dict[WorkerId, Member] = {}
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members.values())
+
+    def __contains__(self, worker_id: WorkerId) -> bool:
+        return worker_id in self._members
+
+    def get(self, worker_id: WorkerId) -> Member | None:
+        return self._members.get(worker_id)
+
+    def member(self, worker_id: WorkerId) -> Member:
+        """The worker of this id, made if it is new."""
+        return self._members.setdefault(worker_id, Member(worker_id))
+
+    def forget(self, worker_id: WorkerId) -> None:
+        self._members.pop(worker_id, None)

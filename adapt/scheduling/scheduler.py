@@ -1,0 +1,763 @@
+"""The one state machine of the dispatcher: events and `now` in, actions out. It knows no socket, no clock, no torch.
+
+The life of a request:
+
+    arrived ──admitted──▶ queued ──dispatched──▶ in flight ──answered──▶ queued for the next stage ... ──last stage──▶ ended
+       │                    ▲                        │
+       └─refused            └── lost, failed, timed out while another worker can run it
+
+Rules that the rest follows from:
+
+* A timeout ends the waiting, not the slot. A slot is free when the worker says so, or when its session ends.
+* The first valid answer of any attempt of the current stage wins; every later one is counted and dropped.
+* A loss (session ended, attempt not listed in the hello) costs the request nothing and is dispatched again at once.
+* A failure is tried elsewhere; on the same worker only if no other can run the stage and the earlier attempt has ended.
+* Later stages first, then the earlier deadline, then the earlier arrival.
+* The plan's own workers run a stage; if none of them can, any worker with memory for it, after loading.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+from adapt.errors import (
+    AdaptError,
+    AttemptTimeoutError,
+    DeadlineExceededError,
+    ModelError,
+    OverloadedError,
+    PlanError,
+    StageNotResidentError,
+    WireError,
+    WorkerLostError,
+)
+from adapt.planning.placement import StageNeed, WorkerOffer
+from adapt.protocol.ids import AttemptId, ClientId, Digest, RequestId, WorkerId
+from adapt.scheduling import events as ev
+from adapt.scheduling.admission import Admission, AdmissionLimits
+from adapt.scheduling.deadlines import Deadlines
+from adapt.scheduling.liveness import Liveness, Verdict
+from adapt.scheduling.policies import POLICIES, Candidate
+from adapt.scheduling.requests import Attempt, Ended, EndedRequests, Request
+from adapt.scheduling.residency import LiveVersion, Residency
+from adapt.scheduling.roster import Member, Roster, Slot
+
+STORY_LENGTH = 200
+REMEMBER_S = 5.0  # how long beyond its deadline a request's id is remembered
+EARLY_CANCEL_S = 120.0  # how long a cancel that has overtaken its request is remembered
+MEMBER_MEMORY_S = 600.0  # how long a lost worker is shown
+
+StageKey = tuple[str, int, int]  # deployment, number, stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSettings:
+    """All durations in seconds."""
+
+    policy: str = "earliest-finish"
+    silence_s: float = 2.0  # without a heartbeat for so long, a worker is suspect
+    grace_s: float = 2.0  # without a connection for so long, a worker is lost
+    attempt_timeout_s: float = 20.0
+    load_timeout_s: float = 60.0  # without progress
+    client_grace_s: float = 10.0  # without a connection for so long, a client's requests are cancelled
+    max_failures: int = 8  # of one stage of one request, losses included
+    max_budget_s: float = 3600.0
+    max_requests: int = 4096
+    max_retained_bytes: int = 2 << 30
+    max_kept_bytes: int = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """What can fall due, as a key of the deadline heap."""
+
+    kind: str  # "deadline", "attempt", "forget", "client", "member"
+    subject: RequestId | AttemptId | ClientId | WorkerId
+
+
+class Scheduler:
+    """See the head of this file. `now`: seconds, monotonic, never going back."""
+
+    def __init__(self, settings: SchedulerSettings | None = None, *, random: Random | None = None) -> None:
+        self.settings = settings or SchedulerSettings()
+        self.counters: Counter[str] = Counter()
+        self.story: deque[tuple[float, str, object]] = deque(maxlen=STORY_LENGTH)
+        self.roster = Roster()
+        self._policy = POLICIES[self.settings.policy]
+        self._liveness = Liveness(silence_s=self.settings.silence_s, grace_s=self.settings.grace_s)
+        limits = AdmissionLimits(max_requests=self.settings.max_requests, max_retained_bytes=self.settings.max_retained_bytes)
+        self._admission = Admission(limits, random=random or Random(0))
+        self._requests: dict[RequestId, Request] = {}
+        self._ended = EndedRequests(max_kept_bytes=self.settings.max_kept_bytes)
+        self._queues: dict[StageKey, list[tuple[float, int, int, RequestId]]] = {}  # heaps of deadline, arrival, ticket, request
+        self._dirty: set[StageKey] = set()  # stages for which something may be dispatched now
+        self._due: Deadlines[_Due] = Deadlines()
+        self._arrivals = 0
+        self._tickets = 0
+        self._is_draining = False
+        self._actions: list[ev.Action] = []
+        self._residency = Residency(self.roster, self._actions, woken=self._wake_all, load_timeout_s=self.settings.load_timeout_s)
+
+    # ── the doors ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def handle(self, event: ev.Event, now: float) -> list[ev.Action]:
+        """Take note of one fact."""
+        self.story.append((now, type(event).__name__, _subject(event)))
+        self._note(event, now)
+        return self._finish(now)
+
+    def tick(self, now: float) -> list[ev.Action]:
+        """Do what has fallen due."""
+        for worker_id in self._liveness.tick(now):
+            self._verdict_changed(self.roster.member(worker_id), now)
+        for worker_id, artifact in self._residency.tick(now):
+            error = AttemptTimeoutError(worker_id, timeout_s=self.settings.load_timeout_s)
+            self._residency.refused(self.roster.member(worker_id), artifact, error, now)
+        for due in self._due.take_due(now):
+            self._fell_due(due, now)
+        return self._finish(now)
+
+    def _fell_due(self, due: _Due, now: float) -> None:
+        match due.kind, due.subject:
+            case "deadline", RequestId() as request_id:
+                self._deadline_passed(request_id, now)
+            case "attempt", AttemptId() as attempt:
+                self._attempt_timed_out(attempt, now)
+            case "forget", RequestId() as request_id:
+                self._ended.forget(request_id)
+            case "client", bytes() as client_id:
+                self._client_gone(ClientId(client_id), now)
+            case "member", str() as worker_id:
+                self._liveness.forget(WorkerId(worker_id))
+                self.roster.forget(WorkerId(worker_id))
+
+    def next_wakeup(self) -> float | None:
+        """The moment of the next `tick`; after `tick(now)` it is later than `now`."""
+        sources = (self._liveness.next_wakeup(), self._residency.next_wakeup(), self._due.next_wakeup())
+        return min((moment for moment in sources if moment is not None), default=None)
+
+    def offers(self) -> list[WorkerOffer]:
+        """What the workers that are ready have to give."""
+        return [self._residency.offer(member) for member in self.roster if member.is_ready]
+
+    @property
+    def live_requests(self) -> int:
+        return len(self._requests)
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self._admission.reserved_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        return self._ended.kept_bytes
+
+    @property
+    def unacknowledged(self) -> int:
+        """Outcomes that their clients have not acknowledged yet."""
+        return self._ended.kept
+
+    def versions(self) -> Iterator[tuple[ev.Version, bool]]:
+        """Every version that takes requests, and whether all its stages are resident somewhere."""
+        for live in self._residency.current():
+            yield live.version, live.is_ready
+
+    # ── events ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _note(self, event: ev.Event, now: float) -> None:
+        match event:
+            case ev.WorkerHeard():
+                self._heard(event.worker_id, now)
+            case ev.StageFinished():
+                self._stage_finished(event, now)
+            case ev.StageBegun():
+                self._stage_begun(event)
+            case ev.RequestArrived():
+                self._request_arrived(event, now)
+            case ev.OutcomeAcknowledged():
+                if self._ended.get(event.request_id) is not None:
+                    self._ended.bury(event.request_id)
+            case ev.RequestCancelled():
+                self._request_cancelled(event.request_id, now)
+            case ev.AttemptFailed():
+                self._attempt_failed(event, now)
+            case ev.AttemptCancelled():
+                self._attempt_cancelled(event, now)
+            case ev.DispatchRefused():
+                self._dispatch_refused(event, now)
+            case ev.StageResident():
+                self._residency.resident(self.roster.member(event.worker_id), event.artifact)
+            case ev.LoadProgressed():
+                self._residency.progressed(self.roster.member(event.worker_id), event.artifact, now)
+            case ev.StageRefused():
+                self._residency.refused(self.roster.member(event.worker_id), event.artifact, event.error, now)
+            case _:
+                self._note_membership(event, now)
+
+    def _note_membership(self, event: ev.Event, now: float) -> None:
+        match event:
+            case ev.WorkerExpected():
+                self.roster.member(event.worker_id)
+                self._liveness.expected(event.worker_id, now)
+            case ev.WorkerJoined():
+                self._worker_joined(event, now)
+            case ev.WorkerDisconnected():
+                self._liveness.disconnected(event.worker_id, now)
+                self._session_ended(event.worker_id, event.reason, now)
+            case ev.LeaseEnded():
+                self._liveness.lease_ended(event.worker_id)
+                self._verdict_changed(self.roster.member(event.worker_id), now)
+            case ev.WorkerDraining():
+                self._worker_draining(event, now)
+            case ev.WorkerLeft():
+                self._worker_left(event.worker_id, now)
+            case ev.ClientArrived():
+                self._due.clear(_Due("client", event.client_id))
+            case ev.ClientDisconnected():
+                self._due.set(_Due("client", event.client_id), now + self.settings.client_grace_s)
+            case ev.ClientLeft():
+                self._due.clear(_Due("client", event.client_id))
+                self._client_gone(event.client_id, now)
+            case ev.VersionDeployed():
+                self._residency.deploy(event.version, now)
+            case ev.Undeployed():
+                self._residency.undeploy(event.deployment)
+            case ev.DrainBegun():
+                self._is_draining = True
+            case _:
+                raise AssertionError(f"unknown event {event!r}")
+
+    def _finish(self, now: float) -> list[ev.Action]:
+        self._pump(now)
+        actions = self._actions.copy()
+        self._actions.clear()
+        return actions
+
+    # ── requests arrive and end ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _request_arrived(self, event: ev.RequestArrived, now: float) -> None:
+        if (ended := self._ended.get(event.request_id)) is not None and not self._must_run_again(ended, event):
+            return
+        if (live := self._requests.get(event.request_id)) is not None:
+            if live.fingerprint == event.fingerprint:
+                self._accept(live)
+            else:
+                self._actions.append(ev.Fail(request_id=event.request_id, error=_id_used_twice(event.request_id)))
+            return
+        try:
+            self._admit(event, now)
+        except AdaptError as error:
+            self.counters["requests_refused"] += 1
+            self._actions.append(ev.Fail(request_id=event.request_id, error=error))
+
+    def _must_run_again(self, ended: Ended, event: ev.RequestArrived) -> bool:
+        """Answer a request that has ended already from what is kept; True if nothing is kept that its client still wants."""
+        self.counters["duplicate_requests"] += 1
+        if ended.is_final:
+            return False
+        if ended.fingerprint != event.fingerprint:
+            self._actions.append(ev.Fail(request_id=event.request_id, error=_id_used_twice(event.request_id)))
+            return False
+        if ended.outcome is None:
+            return True
+        self._actions.append(ended.outcome)
+        return False
+
+    def _admit(self, event: ev.RequestArrived, now: float) -> None:
+        live = self._residency.find(event.deployment, event.version, event.program)
+        if self._is_draining:
+            raise OverloadedError("the dispatcher is draining", retry_after_s=1.0)
+        if event.budget_s <= 0.0:
+            raise DeadlineExceededError(event.budget_s)
+        version = live.version
+        peak_bytes = int(event.input.size_bytes * max(version.peak_ratio, 1.0))
+        self._admission.admit(event.request_id, peak_bytes, predicted_wait_s=self._predicted_wait_s(live))
+        budget_s = min(event.budget_s, self.settings.max_budget_s)
+        self._arrivals += 1
+        request = Request(
+            request_id=event.request_id,
+            version=version,
+            fingerprint=event.fingerprint,
+            exact=event.exact or version.exact,
+            deadline=now + budget_s,
+            budget_s=budget_s,
+            arrival=self._arrivals,
+            activation=event.input,
+        )
+        self._ended.forget(event.request_id)
+        self._due.clear(_Due("forget", event.request_id))
+        self._requests[event.request_id] = request
+        self._due.set(_Due("deadline", event.request_id), request.deadline)
+        self._residency.request_began(live)
+        self.counters["requests_accepted"] += 1
+        self._accept(request)
+        self._enqueue(request)
+
+    def _predicted_wait_s(self, live: LiveVersion) -> float:
+        return live.requests * max(need.cost_s / max(len(at), 1) for need, at in zip(live.plan.stages, live.plan.places, strict=True))
+
+    def _accept(self, request: Request) -> None:
+        version = request.version
+        accept = ev.Accept(
+            request_id=request.request_id, deployment=version.deployment, version=version.number, program=version.program
+        )
+        self._actions.append(accept)
+
+    def _end(self, request: Request, outcome: ev.Answer | ev.Fail, now: float) -> None:
+        """The request's one outcome."""
+        self._release(request, now)
+        self._ended.keep(request.request_id, request.fingerprint, outcome)
+        self._actions.append(outcome)
+        self.counters["requests_ok" if isinstance(outcome, ev.Answer) else "requests_failed"] += 1
+
+    def _fail(self, request: Request, error: AdaptError, now: float) -> None:
+        self._end(request, ev.Fail(request_id=request.request_id, error=error), now)
+
+    def _release(self, request: Request, now: float) -> None:
+        """Stop all work for a request and remember its id for a while."""
+        del self._requests[request.request_id]
+        self._due.clear(_Due("deadline", request.request_id))
+        self._due.set(_Due("forget", request.request_id), request.deadline + REMEMBER_S)
+        self._admission.release(request.request_id)
+        self._call_off(request)
+        self._residency.request_ended(request.version)
+
+    def _call_off(self, request: Request) -> None:
+        """Cancel every attempt of the current stage that still holds a slot."""
+        for number, attempt in request.attempts.items():
+            attempt_id = request.attempt_id(number)
+            self._due.clear(_Due("attempt", attempt_id))
+            member = self.roster.get(attempt.worker_id)
+            if member is not None and attempt_id in member.slots:
+                self._actions.append(ev.Cancel(worker_id=attempt.worker_id, attempt=attempt_id))
+
+    def _deadline_passed(self, request_id: RequestId, now: float) -> None:
+        request = self._requests.get(request_id)
+        if request is None:  # it ended at this very moment
+            return
+        self.counters["deadlines_exceeded"] += 1
+        self._fail(request, DeadlineExceededError(request.budget_s, attempts=request.history), now)
+
+    def _request_cancelled(self, request_id: RequestId, now: float) -> None:
+        request = self._requests.get(request_id)
+        if request is not None:
+            self.counters["requests_cancelled"] += 1
+            self._release(request, now)
+        elif self._ended.get(request_id) is None:  # the cancel has overtaken its request
+            self._due.set(_Due("forget", request_id), now + EARLY_CANCEL_S)
+        self._ended.bury(request_id)
+
+    def _client_gone(self, client_id: ClientId, now: float) -> None:
+        for request_id in [rid for rid in self._requests if rid.client == client_id]:
+            self._request_cancelled(request_id, now)
+
+    # ── attempts ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _stage_begun(self, event: ev.StageBegun) -> None:
+        slot = self.roster.member(event.worker_id).slots.get(event.attempt)
+        if slot is not None:
+            slot.begun = True
+
+    def _stage_finished(self, event: ev.StageFinished, now: float) -> None:
+        member = self.roster.member(event.worker_id)
+        slot = self._free(member, event.attempt, now)
+        if slot is not None:  # an answer that comes too late is learned from too
+            member.learn(slot, event.times, now)
+        self._actions.append(ev.Acknowledge(worker_id=event.worker_id, attempt=event.attempt))
+        request = self._wanted(event.attempt, event.worker_id)
+        if request is None:
+            self.counters["late_answers"] += 1
+            return
+        request.numeric_classes.add(member.numeric_class)
+        self._call_off(request)
+        self.counters["tasks_done"] += 1
+        if request.stage + 1 == len(request.version.plan.stages):
+            answer = ev.Answer(
+                request_id=request.request_id,
+                output=event.output,
+                attempts=request.attempts_made,
+                numeric_classes=tuple(sorted(request.numeric_classes)),
+            )
+            self._end(request, answer, now)
+        else:
+            request.advance(event.output)
+            self._admission.grow(request.request_id, event.output.size_bytes)
+            self._enqueue(request)
+
+    def _wanted(self, attempt: AttemptId, worker_id: WorkerId) -> Request | None:
+        """The request that an answer to `attempt` by this worker can still advance."""
+        request = self._requests.get(attempt.request)
+        is_wanted = request is not None and request.is_current(attempt) and request.issued[attempt.attempt] == worker_id
+        return request if is_wanted else None
+
+    def _free(self, member: Member, attempt: AttemptId, now: float) -> Slot | None:
+        """Free the attempt's slot; what waits for this worker may go now."""
+        self._due.clear(_Due("attempt", attempt))
+        self._wake(member)
+        return member.free(attempt, now)
+
+    def _attempt_failed(self, event: ev.AttemptFailed, now: float) -> None:
+        member = self.roster.member(event.worker_id)
+        self._free(member, event.attempt, now)
+        self._actions.append(ev.Acknowledge(worker_id=event.worker_id, attempt=event.attempt))
+        request = self._wanted(event.attempt, event.worker_id)
+        if request is None or request.attempts.pop(event.attempt.attempt, None) is None:
+            return
+        request.note(event.worker_id, event.attempt.attempt, f"{event.error.code}: {event.error}")
+        match event.error:
+            case StageNotResidentError() | OverloadedError():  # neutral: our picture of the worker was wrong
+                self.counters["neutral_answers"] += 1
+                if isinstance(event.error, StageNotResidentError):
+                    self._residency.absent(member, self._need(request).artifact, now)
+                self._again(request, event.error, now)
+            case ModelError():  # perhaps this worker was short of memory; the same kind of error twice is the model's own
+                kind = str(event.error).partition(":")[0]
+                is_final, request.model_error = kind == request.model_error, kind
+                self._failed(request, member, event.error, now, is_final=is_final)
+            case _:
+                self._failed(request, member, event.error, now, is_final=not event.error.retryable)
+
+    def _failed(self, request: Request, member: Member, error: AdaptError, now: float, *, is_final: bool) -> None:
+        """An attempt failed by itself: try elsewhere, or give the error to the client."""
+        self.counters["attempts_failed"] += 1
+        member.tally.tasks_failed += 1
+        request.failed_on.add(member.worker_id)
+        if is_final:
+            self._fail(request, error, now)
+        else:
+            self.counters["retries"] += 1
+            self._again(request, error, now)
+
+    def _again(self, request: Request, error: AdaptError, now: float, *, is_free: bool = False) -> None:
+        """Queue the current stage once more, unless it has failed too often or another attempt is still waited for."""
+        request.failures += not is_free
+        if request.failures >= self.settings.max_failures:
+            self._fail(request, error, now)
+        elif not request.is_waited_for and request.ticket == 0:
+            self._enqueue(request)
+
+    def _attempt_cancelled(self, event: ev.AttemptCancelled, now: float) -> None:
+        self._free(self.roster.member(event.worker_id), event.attempt, now)
+        self._actions.append(ev.Acknowledge(worker_id=event.worker_id, attempt=event.attempt))
+        request = self._wanted(event.attempt, event.worker_id)
+        if request is None or request.attempts.pop(event.attempt.attempt, None) is None:
+            return
+        if not request.is_waited_for and request.ticket == 0:
+            self._enqueue(request)
+
+    def _attempt_timed_out(self, attempt: AttemptId, now: float) -> None:
+        request = self._requests.get(attempt.request)
+        if request is None or not request.is_current(attempt) or attempt.attempt not in request.attempts:
+            return
+        self.counters["attempt_timeouts"] += 1
+        worker_id, timeout_s = request.attempts[attempt.attempt].worker_id, request.attempts[attempt.attempt].timeout_s
+        request.note(worker_id, attempt.attempt, str(AttemptTimeoutError(worker_id, timeout_s=timeout_s)))
+        self._stop_waiting(request, attempt, now)
+
+    def _stop_waiting(self, request: Request, attempt_id: AttemptId, now: float) -> None:
+        """Look for another worker; the attempt keeps its slot, and its answer still counts. Without another, wait on."""
+        attempt = request.attempts[attempt_id.attempt]
+        if attempt.is_expired or request.ticket != 0:
+            return
+        attempt.is_expired = True
+        if request.is_waited_for:
+            return
+        if self._has_alternative(request, now):
+            self.counters["retries"] += 1
+            self._actions.append(ev.Cancel(worker_id=attempt.worker_id, attempt=attempt_id))
+            self._enqueue(request)
+        else:
+            attempt.is_expired = False
+            self._due.set(_Due("attempt", attempt_id), now + attempt.timeout_s)
+
+    def _has_alternative(self, request: Request, now: float) -> bool:
+        """Whether another worker can run the request's stage now, or will be able to after loading it."""
+        return bool(self._eligible(request)) or self._is_coming(request, now)
+
+    def _dispatch_refused(self, event: ev.DispatchRefused, now: float) -> None:
+        """The attempt never started; the worker's connection is doubtful and gets no more until it says hello."""
+        self._free(self.roster.member(event.worker_id), event.attempt, now)
+        request = self._wanted(event.attempt, event.worker_id)
+        if request is not None and request.attempts.pop(event.attempt.attempt, None) is not None:
+            request.attempts_made -= 1
+        self._liveness.disconnected(event.worker_id, now)
+        self._session_ended(event.worker_id, "the socket refused a message", now)
+        if request is not None and request.request_id in self._requests and not request.is_waited_for and request.ticket == 0:
+            self._enqueue(request)
+
+    # ── the queue ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _enqueue(self, request: Request) -> None:
+        self._tickets += 1
+        request.ticket = self._tickets
+        key = self._stage_key(request)
+        entry = (request.deadline, request.arrival, request.ticket, request.request_id)
+        heapq.heappush(self._queues.setdefault(key, []), entry)
+        self._dirty.add(key)
+
+    def _stage_key(self, request: Request) -> StageKey:
+        return (request.version.deployment, request.version.number, request.stage)
+
+    def _wake(self, member: Member) -> None:
+        """The worker may have credit again: look at every queue of a stage that it can run."""
+        self._dirty.update(key for key, queue in self._queues.items() if queue and member.worker_id in self._places(key))
+
+    def _places(self, key: StageKey) -> tuple[WorkerId, ...]:
+        try:
+            return self._residency.find(key[0], key[1], None).plan.places[key[2]]
+        except AdaptError:  # its version has been released; the queue holds nothing valid
+            return ()
+
+    def _wake_all(self) -> None:
+        self._dirty.update(self._queues)
+
+    def _pump(self, now: float) -> None:
+        """Dispatch what can be dispatched, later stages first."""
+        while self._dirty:
+            key = max(self._dirty, key=lambda k: (k[2], k))
+            self._dirty.discard(key)
+            self._pump_stage(key, now)
+
+    def _pump_stage(self, key: StageKey, now: float) -> None:
+        queue = self._queues.get(key, [])
+        put_back = []
+        waiting_s: dict[WorkerId, float] = {}  # backlog of those in this queue that rather wait for a better worker
+        while queue:
+            entry = heapq.heappop(queue)
+            request = self._requests.get(entry[3])
+            if request is None or request.ticket != entry[2]:
+                continue
+            eligible = self._eligible(request)
+            if not eligible:
+                if self._wait_for_worker(request, now):
+                    put_back.append(entry)
+                if request.is_choosy:
+                    continue  # the next one may go all the same
+                break
+            if not any(member.has_credit for member in eligible):
+                put_back.append(entry)
+                break
+            chosen = self._choose(request, eligible, waiting_s, now)
+            if chosen.has_credit:
+                self._dispatch(request, chosen, now)
+            else:
+                put_back.append(entry)
+                waiting_s[chosen.worker_id] = waiting_s.get(chosen.worker_id, 0.0) + self._expect(request, chosen)[0]
+        for entry in put_back:
+            if (request := self._requests.get(entry[3])) is not None and request.ticket == entry[2]:
+                heapq.heappush(queue, entry)
+        if not queue:
+            self._queues.pop(key, None)
+
+    def _wait_for_worker(self, request: Request, now: float) -> bool:
+        """Nobody can run the request now: whether it stays in the queue. Asks a worker to load the stage if that would help."""
+        if self._is_coming(request, now):
+            return True
+        if request.attempts:  # nobody else will: wait on for the attempts there are
+            request.ticket = 0
+            for number, attempt in request.attempts.items():
+                attempt.is_expired = False
+                self._due.set(_Due("attempt", request.attempt_id(number)), now + attempt.timeout_s)
+            return False
+        if request.exact and not any(member.verdict is not Verdict.LOST and self._suits(request, member) for member in self.roster):
+            self._fail(request, PlanError(f"no worker of numeric class {request.numeric_class!r} is left"), now)
+            return False
+        return True
+
+    def _eligible(self, request: Request) -> list[Member]:
+        """The workers that may run the request's current stage now, whether or not they have credit."""
+        artifact = self._need(request).artifact
+        busy_with_it = {attempt.worker_id for attempt in request.attempts.values()}
+        able = []
+        for worker_id in self._residency.live(request.version).plan.places[request.stage]:
+            member = self.roster.get(worker_id)
+            if member is None or not member.is_ready or artifact not in member.resident or worker_id in busy_with_it:
+                continue
+            if self._suits(request, member):
+                able.append(member)
+        return [member for member in able if member.worker_id not in request.failed_on] or able
+
+    def _choose(self, request: Request, eligible: list[Member], waiting_s: dict[WorkerId, float], now: float) -> Member:
+        def candidate(member: Member) -> Candidate:
+            service_s, transfer_s = self._expect(request, member)
+            return Candidate(
+                worker_id=member.worker_id,
+                backlog_s=max(member.busy_until - now, 0.0) + waiting_s.get(member.worker_id, 0.0),
+                service_s=service_s,
+                transfer_s=transfer_s,
+                last_used=member.last_used,
+            )
+
+        return min(eligible, key=lambda member: self._policy(candidate(member)))
+
+    def _expect(self, request: Request, member: Member) -> tuple[float, float]:
+        need = self._need(request)
+        return member.expect(need.artifact, need.cost_s)
+
+    def _need(self, request: Request) -> StageNeed:
+        """The stages of a version never change; only their places do."""
+        return request.version.plan.stages[request.stage]
+
+    def _dispatch(self, request: Request, member: Member, now: float) -> None:
+        need = self._need(request)
+        number = len(request.issued) + 1
+        attempt_id = request.attempt_id(number)
+        request.ticket = 0
+        request.issued[number] = member.worker_id
+        request.attempts[number] = Attempt(member.worker_id, self.settings.attempt_timeout_s)
+        request.attempts_made += 1
+        if request.exact and not request.numeric_class:
+            request.numeric_class = member.numeric_class
+        member.take(attempt_id, need.artifact, need.cost_s, now)
+        self._due.set(_Due("attempt", attempt_id), now + self.settings.attempt_timeout_s)
+        self.counters["tasks_dispatched"] += 1
+        dispatch = ev.Dispatch(
+            worker_id=member.worker_id,
+            attempt=attempt_id,
+            artifact=need.artifact,
+            budget_s=max(request.deadline - now, 0.0),
+            codec=request.version.codec,
+            tolerance=request.version.tolerance,
+            input=request.activation,
+        )
+        self._actions.append(dispatch)
+
+    def _is_coming(self, request: Request, now: float) -> bool:
+        """Whether another worker is loading the request's stage; asks one to if that would help."""
+        taken = {attempt.worker_id for attempt in request.attempts.values()}
+        live = self._residency.live(request.version)
+        return self._residency.is_coming(
+            live, request.stage, lambda member: member.worker_id not in taken and self._suits(request, member), now
+        )
+
+    def _suits(self, request: Request, member: Member) -> bool:
+        """Whether the worker's numeric class is the one that the request is pinned to, if it is pinned."""
+        return not request.exact or request.numeric_class in ("", member.numeric_class)
+
+    # ── workers come and go ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _worker_joined(self, event: ev.WorkerJoined, now: float) -> None:
+        member = self.roster.member(event.worker_id)
+        lost = set(member.slots) - event.held - event.finished
+        member.join(
+            numeric_class=event.numeric_class,
+            stage_budget_bytes=event.stage_budget_bytes,
+            credit=event.credit,
+            resident=event.resident,
+        )
+        self._liveness.connected(event.worker_id, now)
+        for attempt in sorted(lost):
+            self._loss(member, attempt, "it was not listed in the worker's hello", now)
+        for attempt in sorted(event.held | event.finished):
+            self._reconcile(member, attempt, now, is_held=attempt in event.held)
+        self._due.clear(_Due("member", event.worker_id))
+        self._verdict_changed(member, now)
+        self._residency.joined(member, now)
+
+    def _reconcile(self, member: Member, attempt: AttemptId, now: float, *, is_held: bool) -> None:
+        """The worker says that it has this attempt. Keep it if its answer can still be used, else call it off."""
+        request = self._wanted(attempt, member.worker_id)
+        if request is None:
+            if is_held:
+                if attempt not in member.slots:
+                    member.take(attempt, Digest(""), 0.0, now)
+                self._actions.append(ev.Cancel(worker_id=member.worker_id, attempt=attempt))
+            else:
+                member.free(attempt, now)
+            return
+        need = self._need(request)
+        if attempt not in member.slots:
+            member.take(attempt, need.artifact, need.cost_s, now)
+        request.attempts.setdefault(attempt.attempt, Attempt(member.worker_id, self.settings.attempt_timeout_s)).is_expired = False
+        request.ticket = 0  # no second attempt while this one is there
+        self._due.set(_Due("attempt", attempt), now + self.settings.attempt_timeout_s)
+
+    def _heard(self, worker_id: WorkerId, now: float) -> None:
+        self._liveness.heard(worker_id, now)
+        member = self.roster.get(worker_id)
+        if member is not None and member.verdict is not Verdict.READY:
+            self._verdict_changed(member, now)
+
+    def _verdict_changed(self, member: Member, now: float) -> None:
+        """Act on a new verdict about the worker, if it is new."""
+        before, member.verdict = member.verdict, self._liveness.verdict(member.worker_id)
+        if before is member.verdict:
+            return
+        match member.verdict:
+            case Verdict.READY:
+                self._wake_all()
+            case Verdict.SUSPECT:
+                self.counters["workers_suspected"] += 1
+                self._doubt(member, now)
+            case Verdict.LOST:
+                self.counters["evictions"] += 1
+                reason = f"no sign of life for {self.settings.grace_s:g} s"
+                self._session_ended(member.worker_id, reason, now)
+                self._lost(member, now)
+                self._actions.append(ev.Evict(worker_id=member.worker_id, reason=reason))
+
+    def _doubt(self, member: Member, now: float) -> None:
+        """A suspect's tasks get another attempt, and its stages other workers if somebody waits for them."""
+        for attempt in list(member.slots):
+            request = self._requests.get(attempt.request)
+            if request is not None and request.is_current(attempt) and attempt.attempt in request.attempts:
+                self._stop_waiting(request, attempt, now)
+        self._wake_all()
+
+    def _session_ended(self, worker_id: WorkerId, reason: str, now: float) -> None:
+        """What the worker held is nowhere now: dispatch it again at once, at nobody's cost."""
+        member = self.roster.get(worker_id)
+        if member is None:
+            return
+        for attempt in list(member.slots):
+            self._loss(member, attempt, reason, now, is_free=not member.slots[attempt].begun)
+        self._residency.session_ended(member)
+        self._verdict_changed(member, now)
+
+    def _loss(self, member: Member, attempt: AttemptId, reason: str, now: float, *, is_free: bool = True) -> None:
+        """The attempt is gone with its worker. Only if it had begun can it have been the cause, and only then does it count."""
+        self._free(member, attempt, now)
+        request = self._wanted(attempt, member.worker_id)
+        if request is None or request.attempts.pop(attempt.attempt, None) is None:
+            return
+        self.counters["tasks_lost"] += 1
+        error = WorkerLostError(member.worker_id, reason)
+        request.note(member.worker_id, attempt.attempt, str(error))
+        self._again(request, error, now, is_free=is_free)
+
+    def _worker_draining(self, event: ev.WorkerDraining, now: float) -> None:
+        member = self.roster.member(event.worker_id)
+        member.is_draining = True
+        for attempt in sorted(event.handed_back):
+            self._loss(member, attempt, "it is draining and has handed the task back", now)
+        self._wake_all()
+
+    def _worker_left(self, worker_id: WorkerId, now: float) -> None:
+        """Ended by intent: out of the plan at once, and not counted as an eviction."""
+        member = self.roster.member(worker_id)
+        self._liveness.forget(worker_id)
+        member.verdict = Verdict.LOST
+        self._session_ended(worker_id, "it has left", now)
+        self._lost(member, now)
+
+    def _lost(self, member: Member, now: float) -> None:
+        """Out of every plan, and forgotten after a while."""
+        self._residency.left(member)
+        self._due.set(_Due("member", member.worker_id), now + MEMBER_MEMORY_S)
+
+
+def _subject(event: ev.Event) -> object:
+    """What the story says of an event: an id, never a tensor."""
+    for name in ("attempt", "request_id", "worker_id", "client_id", "deployment"):
+        if (subject := getattr(event, name, None)) is not None:
+            return subject
+    return None
+
+
+def _id_used_twice(request_id: RequestId) -> AdaptError:
+    return WireError(f"request id {request_id} was used before for another input")
+

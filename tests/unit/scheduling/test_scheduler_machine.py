@@ -1,0 +1,468 @@
+"""The scheduler against a model of the cluster: any order of events, and the invariants of the design after each.
+
+Workers and the network are modelled as they really behave: a worker answers only what it was sent, keeps its answers until they are
+acknowledged, lists in its hello what it holds; messages to a worker without a session are lost. Time moves in whole seconds, so that
+ties happen. The number that an activation carries tells which stage made it of which request: a mix-up is seen at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from adapt.errors import AdaptError, ModelError, OverloadedError, StageNotResidentError, WireError
+from adapt.planning.placement import Plan, StageNeed, place
+from adapt.protocol.ids import AttemptId, ClientId, Digest, Epoch, RequestId, WorkerId
+from adapt.protocol.messages import StageTimes
+from adapt.scheduling import events as ev
+from adapt.scheduling.liveness import Verdict
+from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
+
+WORKERS = [WorkerId(name) for name in ("w1", "w2", "w3", "w4")]
+CLIENTS = [ClientId(bytes([n]) * 16) for n in (1, 2)]
+STAGES = 3
+SETTINGS = SchedulerSettings(
+    silence_s=3, grace_s=2, attempt_timeout_s=5, load_timeout_s=10, client_grace_s=6, max_requests=6, max_retained_bytes=1000, max_kept_bytes=50
+)
+TIMES = StageTimes(wait_s=0.0, decode_s=0.0, compute_s=1.0, encode_s=0.0)
+
+
+def artifact(deployment: str, number: int, stage: int) -> Digest:
+    return Digest(f"{deployment}.{number}.{stage}")
+
+
+@dataclass
+class ModelWorker:
+    """A worker as the scheduler's messages find it."""
+
+    worker_id: WorkerId
+    incarnation: int = 0
+    is_up: bool = False  # the process lives
+    is_connected: bool = False
+    resident: set[Digest] = field(default_factory=set)
+    asked: set[Digest] = field(default_factory=set)  # to load
+    held: dict[AttemptId, ev.Dispatch] = field(default_factory=dict)
+    cancelled: set[AttemptId] = field(default_factory=set)
+    finished: dict[AttemptId, ev.Event] = field(default_factory=dict)  # kept until acknowledged
+    is_draining: bool = False
+
+
+class Cluster(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.scheduler = Scheduler(SETTINGS)
+        self.workers = {worker_id: ModelWorker(worker_id) for worker_id in WORKERS}
+        self.sequence = 0
+        self.submitted: dict[RequestId, ev.RequestArrived] = {}
+        self.admitted: set[RequestId] = set()
+        self.outcomes: dict[RequestId, object] = {}
+        self.decided: set[RequestId] = set()  # cancelled or acknowledged by the client
+        self.numbers = {"a": 0, "b": 0}
+
+    # ── delivering actions ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def tell(self, event: ev.Event) -> None:
+        self.perform(self.scheduler.handle(event, self.now))
+
+    def perform(self, actions: list[ev.Action]) -> None:
+        for action in actions:
+            match action:
+                case ev.Dispatch():
+                    self.deliver(action)
+                case ev.Cancel():
+                    worker = self.workers[action.worker_id]
+                    if worker.is_connected and action.attempt in worker.held:
+                        worker.cancelled.add(action.attempt)
+                case ev.Acknowledge():
+                    worker = self.workers[action.worker_id]
+                    if worker.is_connected:
+                        worker.finished.pop(action.attempt, None)
+                case ev.Load():
+                    worker = self.workers[action.worker_id]
+                    if worker.is_connected:
+                        worker.asked.add(action.artifact)
+                case ev.Unload():
+                    self.workers[action.worker_id].asked.discard(action.artifact)
+                    if self.workers[action.worker_id].is_connected:
+                        self.workers[action.worker_id].resident.discard(action.artifact)
+                case ev.Evict():
+                    self.workers[action.worker_id].is_connected = False
+                case ev.Accept():
+                    assert action.request_id in self.submitted
+                    self.admitted.add(action.request_id)
+                case ev.Answer() | ev.Fail():
+                    self.check_outcome(action)
+
+    def deliver(self, action: ev.Dispatch) -> None:
+        member = self.scheduler.roster.get(action.worker_id)
+        worker = self.workers[action.worker_id]
+        assert member is not None and member.is_ready, "only a ready worker gets something new"
+        assert len(member.slots) <= max(member.credit, 1), "credit"
+        assert action.artifact in member.resident
+        assert action.attempt.request not in self.outcomes, "nothing is dispatched for a request that has ended"
+        assert action.attempt.request not in self.decided
+        deployment = action.artifact.split(".")[0]
+        assert deployment == self.submitted[action.attempt.request].deployment
+        assert action.input.leaves == [self.mark(action.attempt.request, action.attempt.stage)], "the input is this stage's"
+        if worker.is_connected:
+            assert action.attempt not in worker.held, "no attempt is sent twice"
+            worker.held[action.attempt] = action
+
+    def check_outcome(self, action: ev.Answer | ev.Fail) -> None:
+        request_id = action.request_id
+        if request_id not in self.admitted:
+            assert isinstance(action, ev.Fail), "refused at the door"
+            return
+        if request_id in self.outcomes:
+            assert action is self.outcomes[request_id], "one outcome, said again"
+            return
+        assert request_id not in self.decided, "nobody waits for it"
+        self.outcomes[request_id] = action
+        if isinstance(action, ev.Answer):
+            assert action.output.leaves == [self.mark(request_id, STAGES)]
+
+    @staticmethod
+    def mark(request_id: RequestId, stage: int) -> int:
+        """What an activation before `stage` carries."""
+        return request_id.sequence * 100 + request_id.client[0] * 10 + stage
+
+    # ── deployments ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @initialize()
+    def two_workers_and_a_model(self) -> None:
+        for worker_id in WORKERS[:3]:
+            self.start(worker_id)
+        self.deploy("a")
+        for worker_id in WORKERS[:3]:
+            while self.workers[worker_id].asked:
+                self.load(worker_id)
+
+    @rule(deployment=st.sampled_from(["a", "b"]))
+    def deploy(self, deployment: str) -> None:
+        offers = self.scheduler.offers()
+        if not offers:
+            return
+        self.numbers[deployment] += 1
+        number = self.numbers[deployment]
+        needs = tuple(StageNeed(artifact=artifact(deployment, number, s), memory_bytes=10, cost_s=1.0) for s in range(STAGES))
+        try:
+            places = place(needs, offers)
+        except AdaptError:
+            return
+        plan = Plan(program=Digest(f"{deployment}.{number}"), epoch=Epoch(1), stages=needs, places=places)
+        version = ev.Version(
+            deployment=deployment, number=number, program=plan.program, codec="raw", tolerance=None, exact=False, peak_ratio=2.0, plan=plan
+        )
+        self.tell(ev.VersionDeployed(version=version))
+
+    @rule(deployment=st.sampled_from(["b"]))
+    def undeploy(self, deployment: str) -> None:
+        self.tell(ev.Undeployed(deployment=deployment))
+
+    # ── workers ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @rule(worker_id=st.sampled_from(WORKERS))
+    def start(self, worker_id: WorkerId) -> None:
+        """A new life: it holds nothing."""
+        worker = self.workers[worker_id]
+        if worker.is_up:
+            return
+        self.workers[worker_id] = worker = ModelWorker(worker_id, worker.incarnation + 1, is_up=True)
+        self.hello(worker)
+
+    @rule(worker_id=st.sampled_from(WORKERS))
+    def reconnect(self, worker_id: WorkerId) -> None:
+        """It says hello again, whether or not its loss was noticed."""
+        worker = self.workers[worker_id]
+        if worker.is_up and not worker.is_draining:
+            self.hello(worker)
+
+    def hello(self, worker: ModelWorker) -> None:
+        worker.is_connected = True
+        worker.asked.clear()
+        worker.cancelled.clear()
+        joined = ev.WorkerJoined(
+            worker_id=worker.worker_id,
+            numeric_class="x",
+            stage_budget_bytes=100,
+            credit=2,
+            resident=frozenset(worker.resident),
+            held=frozenset(worker.held),
+            finished=frozenset(worker.finished),
+        )
+        self.tell(joined)
+        for answer in list(worker.finished.values()):
+            self.tell(answer)
+
+    @rule(worker_id=st.sampled_from(WORKERS))
+    def kill(self, worker_id: WorkerId) -> None:
+        worker = self.workers[worker_id]
+        if worker.is_up:
+            worker.is_up = False
+            self.disconnect(worker_id)
+            worker.held.clear()
+            worker.finished.clear()
+            worker.resident.clear()
+
+    @rule(worker_id=st.sampled_from(WORKERS))
+    def disconnect(self, worker_id: WorkerId) -> None:
+        """The connection goes; the process goes on."""
+        worker = self.workers[worker_id]
+        if worker.is_connected:
+            worker.is_connected = False
+            worker.asked.clear()
+            self.tell(ev.WorkerDisconnected(worker_id=worker_id, reason="test"))
+
+    @rule()
+    def heartbeats(self) -> None:
+        for worker in self.workers.values():
+            if worker.is_connected:
+                self.tell(ev.WorkerHeard(worker_id=worker.worker_id))
+
+    @rule(worker_id=st.sampled_from(WORKERS))
+    def lease_ends(self, worker_id: WorkerId) -> None:
+        if worker_id in self.scheduler.roster:
+            self.tell(ev.LeaseEnded(worker_id=worker_id))
+
+    @rule(worker_id=st.sampled_from(WORKERS))
+    def load(self, worker_id: WorkerId) -> None:
+        worker = self.workers[worker_id]
+        if worker.is_connected and worker.asked:
+            loaded = worker.asked.pop()
+            worker.resident.add(loaded)
+            self.tell(ev.StageResident(worker_id=worker_id, artifact=loaded))
+
+    @rule(worker_id=st.sampled_from(WORKERS))
+    def refuse_load(self, worker_id: WorkerId) -> None:
+        worker = self.workers[worker_id]
+        if worker.is_connected and worker.asked:
+            self.tell(ev.StageRefused(worker_id=worker_id, artifact=worker.asked.pop(), error=AdaptError("disk full")))
+
+    @rule(worker_id=st.sampled_from(WORKERS))
+    def drain(self, worker_id: WorkerId) -> None:
+        worker = self.workers[worker_id]
+        if worker.is_connected and not worker.is_draining:
+            worker.is_draining = True
+            back = frozenset(list(worker.held)[1:])
+            for attempt in back:
+                del worker.held[attempt]
+            self.tell(ev.WorkerDraining(worker_id=worker_id, handed_back=back))
+
+    @rule(worker_id=st.sampled_from(WORKERS))
+    def leave(self, worker_id: WorkerId) -> None:
+        worker = self.workers[worker_id]
+        if worker.is_connected and worker.is_draining and not worker.held:
+            worker.is_connected = worker.is_up = False
+            self.tell(ev.WorkerDisconnected(worker_id=worker_id, reason="goodbye"))
+            self.tell(ev.WorkerLeft(worker_id=worker_id))
+
+    # ── attempts ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @rule(worker_id=st.sampled_from(WORKERS), how=st.sampled_from(["done", "done", "done", "model", "wire", "absent", "full"]))
+    def work(self, worker_id: WorkerId, how: str) -> None:
+        """A worker ends what it has held longest. Without a connection the answer is kept for the next hello."""
+        worker = self.workers[worker_id]
+        if not worker.held:
+            return
+        attempt = next(iter(worker.held))
+        run = worker.held.pop(attempt)
+        answer = self.answer(worker, attempt, run, how)
+        worker.finished[attempt] = answer
+        if worker.is_connected:
+            self.tell(answer)
+
+    def answer(self, worker: ModelWorker, attempt: AttemptId, run: ev.Dispatch, how: str) -> ev.Event:
+        if attempt in worker.cancelled:
+            return ev.AttemptCancelled(worker_id=worker.worker_id, attempt=attempt)
+        if how == "done":
+            output = ev.Activation([self.mark(attempt.request, attempt.stage + 1)], ())
+            return ev.StageFinished(worker_id=worker.worker_id, attempt=attempt, output=output, times=TIMES)
+        error: AdaptError
+        match how:
+            case "model":
+                error = ModelError("RuntimeError: no")
+            case "wire":
+                error = WireError("flipped")
+            case "absent":
+                error = StageNotResidentError("gone")
+                worker.resident.discard(run.artifact)
+            case _:
+                error = OverloadedError("full", retry_after_s=0.1)
+        return ev.AttemptFailed(worker_id=worker.worker_id, attempt=attempt, error=error)
+
+    @rule(hows=st.lists(st.sampled_from(["done", "done", "model", "wire", "absent", "full"]), min_size=4, max_size=12))
+    def bustle(self, hows: list[str]) -> None:
+        """Every worker works, in turn: without this, random events seldom let a request get far."""
+        for turn, how in enumerate(hows):
+            self.work(WORKERS[turn % len(WORKERS)], how)
+            self.load(WORKERS[turn % len(WORKERS)])
+
+    @rule(worker_id=st.sampled_from(WORKERS))
+    def begin(self, worker_id: WorkerId) -> None:
+        worker = self.workers[worker_id]
+        if worker.is_connected and worker.held:
+            self.tell(ev.StageBegun(worker_id=worker_id, attempt=next(iter(worker.held))))
+
+    @rule(worker_id=st.sampled_from(WORKERS))
+    def refuse_dispatch(self, worker_id: WorkerId) -> None:
+        """The socket did not take the last message: the worker never got it."""
+        worker = self.workers[worker_id]
+        if worker.is_connected and worker.held:
+            attempt = list(worker.held)[-1]
+            del worker.held[attempt]
+            worker.is_connected = False
+            self.tell(ev.DispatchRefused(worker_id=worker_id, attempt=attempt))
+
+    # ── clients ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @rule(client=st.sampled_from(CLIENTS), deployment=st.sampled_from(["a", "a", "b"]), budget_s=st.integers(0, 40), size=st.integers(0, 3))
+    def submit(self, client: ClientId, deployment: str, budget_s: int, size: int) -> None:
+        self.sequence += 1
+        request_id = RequestId(client, self.sequence)
+        arrived = ev.RequestArrived(
+            request_id=request_id,
+            deployment=deployment,
+            version=0,
+            program=None,
+            budget_s=float(budget_s),
+            exact=False,
+            fingerprint=self.sequence,
+            input=ev.Activation([self.mark(request_id, 0)], ()),
+        )
+        self.submitted[request_id] = arrived
+        self.tell(arrived)
+
+    @rule(client=st.sampled_from(CLIENTS), count=st.integers(2, 6))
+    def submit_many(self, client: ClientId, count: int) -> None:
+        for _ in range(count):
+            self.submit(client, "a", 40, 0)
+
+    @precondition(lambda self: self.submitted)
+    @rule(data=st.data())
+    def submit_again(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.submitted)))
+        if request_id not in self.decided and self.outcomes.get(request_id) is None and request_id in self.scheduler._requests:
+            self.tell(self.submitted[request_id])
+
+    @precondition(lambda self: self.outcomes)
+    @rule(data=st.data())
+    def ask_again(self, data: st.DataObject) -> None:
+        """The reply was lost with its session: within the memory of the dispatcher, the same outcome comes again."""
+        request_id = data.draw(st.sampled_from(sorted(self.outcomes)))
+        if request_id not in self.decided and self.scheduler._ended.get(request_id) is not None:
+            self.tell(self.submitted[request_id])
+
+    @precondition(lambda self: self.submitted)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.submitted)))
+        if request_id in self.admitted:
+            self.decided.add(request_id)
+            self.tell(ev.RequestCancelled(request_id=request_id))
+
+    @rule(client=st.sampled_from(CLIENTS))
+    def cancel_before_it_comes(self, client: ClientId) -> None:
+        self.sequence += 1
+        request_id = RequestId(client, self.sequence)
+        self.tell(ev.RequestCancelled(request_id=request_id))
+        arrived = ev.RequestArrived(
+            request_id=request_id, deployment="a", version=0, program=None, budget_s=9.0, exact=False, fingerprint=1, input=ev.Activation([0], ())
+        )
+        assert self.scheduler.handle(arrived, self.now) == []
+
+    @precondition(lambda self: self.outcomes)
+    @rule(data=st.data())
+    def acknowledge(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.outcomes)))
+        self.decided.add(request_id)
+        self.tell(ev.OutcomeAcknowledged(request_id=request_id))
+
+    @rule(client=st.sampled_from(CLIENTS), how=st.sampled_from(["away", "back", "left"]))
+    def client_moves(self, client: ClientId, how: str) -> None:
+        match how:
+            case "away":
+                self.tell(ev.ClientDisconnected(client_id=client))
+            case "back":
+                self.tell(ev.ClientArrived(client_id=client))
+            case _:
+                self.decided |= {rid for rid in self.submitted if rid.client == client}
+                self.tell(ev.ClientLeft(client_id=client))
+
+    # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @rule(seconds=st.integers(1, 4))
+    def wait(self, seconds: int) -> None:
+        """Time passes; whatever falls due is done at its moment. A client that is away too long has its requests cancelled."""
+        end = self.now + seconds
+        while (due := self.scheduler.next_wakeup()) is not None and due <= end:
+            self.now = max(due, self.now)
+            before = set(self.scheduler._requests)
+            self.perform(self.scheduler.tick(self.now))
+            self.decided |= before - set(self.scheduler._requests) - set(self.outcomes)
+            again = self.scheduler.next_wakeup()
+            assert again is None or again > self.now, "the loop would spin"
+        self.now = end
+
+    # ── invariants ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @invariant()
+    def nobody_is_in_limbo(self) -> None:
+        for request in self.scheduler._requests.values():
+            assert request.ticket or request.is_waited_for, f"{request} waits for nothing"
+            assert not (request.ticket and request.is_waited_for), "it is queued while an attempt is waited for"
+            assert request.deadline >= self.now
+            for number in request.attempts:
+                attempt = request.attempts[number]
+                member = self.scheduler.roster.get(attempt.worker_id)
+                assert member is not None and request.attempt_id(number) in member.slots, "an attempt in flight has its slot"
+
+    @invariant()
+    def live_and_ended_are_apart(self) -> None:
+        live = set(self.scheduler._requests)
+        assert live <= self.admitted
+        assert not live & set(self.outcomes) - {r for r in live if self.scheduler._ended.get(r) is None}
+        assert not live & self.decided
+        assert self.admitted == live | {r for r in self.admitted if r in self.outcomes or r in self.decided}
+
+    @invariant()
+    def credit_is_kept(self) -> None:
+        for member in self.scheduler.roster:
+            worker = self.workers[member.worker_id]
+            if member.verdict is Verdict.LOST:
+                assert not member.slots, "a lost worker holds nothing"
+            if worker.is_connected:
+                assert set(worker.held) <= set(member.slots), "what the worker holds, the scheduler knows"
+                assert set(member.slots) <= set(worker.held) | set(worker.finished), "what the scheduler counts, the worker has"
+
+    @invariant()
+    def bytes_are_reserved(self) -> None:
+        if not self.scheduler._requests:
+            assert self.scheduler.reserved_bytes == 0
+        assert self.scheduler.kept_bytes <= SETTINGS.max_kept_bytes
+
+    def teardown(self) -> None:
+        """With healthy workers and time, everything ends, and nothing stays behind."""
+        for worker_id in WORKERS:
+            if self.workers[worker_id].is_draining:
+                self.kill(worker_id)
+            self.start(worker_id)
+        for _ in range(30):
+            for worker_id in WORKERS:
+                self.reconnect(worker_id) if not self.workers[worker_id].is_connected else None
+                while self.workers[worker_id].asked:
+                    self.load(worker_id)
+                while self.workers[worker_id].held:
+                    self.work(worker_id, "done")
+            self.heartbeats()
+            self.wait(2)
+        assert not self.scheduler._requests
+        assert self.scheduler.reserved_bytes == 0
+        assert all(not member.slots for member in self.scheduler.roster)
+
+
+Cluster.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestCluster = Cluster.TestCase
