@@ -3,6 +3,7 @@
     AdaptError
     ├─ ConfigError                a setting is missing, misspelt or impossible
     ├─ WireError                  what arrived is not what the protocol allows
+    │  └─ VersionError            ... because the two sides speak different versions of it
     ├─ ConnectError               the dispatcher could not be reached, or refused
     ├─ InputMismatchError         an input does not fit the model's inputs
     ├─ UnknownModelError          no model or deployment has this name
@@ -25,6 +26,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, TypeAlias
 
+MESSAGE_LIMIT = 4000  # characters of a message that travel
+
 Plain: TypeAlias = "None | bool | int | float | str | list[Plain] | dict[str, Plain]"
 
 
@@ -43,7 +46,7 @@ class AdaptError(Exception):
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def to_wire(self) -> tuple[str, str, dict[str, Plain]]:
-        return self.code, str(self), self.fields
+        return self.code, str(self)[:MESSAGE_LIMIT], self.fields
 
     @staticmethod
     def from_wire(code: str, message: str, fields: Mapping[str, Plain]) -> AdaptError:
@@ -70,6 +73,17 @@ class WireError(AdaptError):
 
     code = "wire"
     retryable = True
+
+
+class VersionError(WireError):
+    """The two sides speak different versions of the protocol; `theirs` and `ours` are the numbers."""
+
+    code = "version"
+    retryable = False
+
+    def __init__(self, theirs: int, *, ours: int) -> None:
+        super().__init__(f"protocol version {theirs} was spoken, this side speaks {ours}; install matching versions of ADAPT")
+        self.theirs, self.ours = theirs, ours
 
 
 class ConnectError(AdaptError):

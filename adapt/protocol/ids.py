@@ -73,3 +73,8 @@ def routing_ids(name: str, incarnation: int) -> tuple[RoutingId, RoutingId]:
 def bulk_of(control: RoutingId) -> RoutingId:
     """The bulk address that belongs to a control address."""
     return RoutingId(control[:-1] + b"b")
+
+
+def control_of(routing_id: RoutingId) -> RoutingId:
+    """The control address of a peer, given either of its addresses."""
+    return RoutingId(routing_id[:-1] + b"c")

@@ -40,7 +40,7 @@ import msgspec
 
 from adapt.errors import Plain
 from adapt.protocol.codecs import TensorHeader
-from adapt.protocol.ids import AttemptId, Digest, Natural, RequestId, WorkerId
+from adapt.protocol.ids import AttemptId, Natural, RequestId
 
 PROTOCOL_VERSION = 1
 
@@ -124,7 +124,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SayHello:
-    """Dispatcher -> peer: what you sent belongs to no session of this reign; say hello again."""
+    """Dispatcher -> peer: the session of this envelope, which you named, is none of this reign; say hello again."""
 
     KIND: ClassVar[bytes] = b"SH"
 
@@ -565,6 +565,3 @@ def _kinds() -> Iterator[tuple[bytes, type]]:
 
 BY_KIND: dict[bytes, type] = dict(_kinds())
 assert len(BY_KIND) == len(set(Message.__args__)), "two messages share a kind"
-
-# Re-exported for readers of this page.
-__all__ = ["AttemptId", "Digest", "RequestId", "WorkerId", *(kind.__name__ for kind in BY_KIND.values())]

@@ -15,6 +15,7 @@ from adapt.protocol.ids import Digest, WorkerId
 from adapt.scheduling import events as ev
 from adapt.scheduling.deadlines import Deadlines
 from adapt.scheduling.liveness import Verdict
+from adapt.scheduling.queues import StageKey
 from adapt.scheduling.roster import Member, Roster
 
 
@@ -67,6 +68,11 @@ class Residency:
 
     def live(self, version: ev.Version) -> LiveVersion:
         return self._versions[version.deployment, version.number]
+
+    def places(self, key: StageKey) -> tuple[WorkerId, ...]:
+        """The workers of a stage; none if its version has been released."""
+        live = self._versions.get(key[:2])
+        return () if live is None else live.plan.places[key[2]]
 
     def current(self) -> Iterator[LiveVersion]:
         """The versions that take new requests."""

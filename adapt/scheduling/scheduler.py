@@ -18,7 +18,6 @@ Rules that the rest follows from:
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from adapt.scheduling.admission import Admission, AdmissionLimits
 from adapt.scheduling.deadlines import Deadlines
 from adapt.scheduling.liveness import Liveness, Verdict
 from adapt.scheduling.policies import POLICIES, Candidate
+from adapt.scheduling.queues import StageKey, StageQueues
 from adapt.scheduling.requests import Attempt, Ended, EndedRequests, Request
 from adapt.scheduling.residency import LiveVersion, Residency
 from adapt.scheduling.roster import Member, Roster, Slot
@@ -51,7 +51,6 @@ REMEMBER_S = 5.0  # how long beyond its deadline a request's id is remembered
 EARLY_CANCEL_S = 120.0  # how long a cancel that has overtaken its request is remembered
 MEMBER_MEMORY_S = 600.0  # how long a lost worker is shown
 
-StageKey = tuple[str, int, int]  # deployment, number, stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,14 +92,12 @@ class Scheduler:
         self._admission = Admission(limits, random=random or Random(0))
         self._requests: dict[RequestId, Request] = {}
         self._ended = EndedRequests(max_kept_bytes=self.settings.max_kept_bytes)
-        self._queues: dict[StageKey, list[tuple[float, int, int, RequestId]]] = {}  # heaps of deadline, arrival, ticket, request
-        self._dirty: set[StageKey] = set()  # stages for which something may be dispatched now
+        self._queues = StageQueues()
         self._due: Deadlines[_Due] = Deadlines()
         self._arrivals = 0
-        self._tickets = 0
         self._is_draining = False
         self._actions: list[ev.Action] = []
-        self._residency = Residency(self.roster, self._actions, woken=self._wake_all, load_timeout_s=self.settings.load_timeout_s)
+        self._residency = Residency(self.roster, self._actions, woken=self._queues.wake_all, load_timeout_s=self.settings.load_timeout_s)
 
     # ── the doors ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -320,6 +317,7 @@ class Scheduler:
     def _release(self, request: Request, now: float) -> None:
         """Stop all work for a request and remember its id for a while."""
         del self._requests[request.request_id]
+        request.ticket = 0
         self._due.clear(_Due("deadline", request.request_id))
         self._due.set(_Due("forget", request.request_id), request.deadline + REMEMBER_S)
         self._admission.release(request.request_id)
@@ -492,45 +490,22 @@ class Scheduler:
     # ── the queue ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _enqueue(self, request: Request) -> None:
-        self._tickets += 1
-        request.ticket = self._tickets
-        key = self._stage_key(request)
-        entry = (request.deadline, request.arrival, request.ticket, request.request_id)
-        heapq.heappush(self._queues.setdefault(key, []), entry)
-        self._dirty.add(key)
-
-    def _stage_key(self, request: Request) -> StageKey:
-        return (request.version.deployment, request.version.number, request.stage)
+        self._queues.push((request.version.deployment, request.version.number, request.stage), request)
 
     def _wake(self, member: Member) -> None:
         """The worker may have credit again: look at every queue of a stage that it can run."""
-        self._dirty.update(key for key, queue in self._queues.items() if queue and member.worker_id in self._places(key))
-
-    def _places(self, key: StageKey) -> tuple[WorkerId, ...]:
-        try:
-            return self._residency.find(key[0], key[1], None).plan.places[key[2]]
-        except AdaptError:  # its version has been released; the queue holds nothing valid
-            return ()
-
-    def _wake_all(self) -> None:
-        self._dirty.update(self._queues)
+        self._queues.wake(lambda key: member.worker_id in self._residency.places(key))
 
     def _pump(self, now: float) -> None:
         """Dispatch what can be dispatched, later stages first."""
-        while self._dirty:
-            key = max(self._dirty, key=lambda k: (k[2], k))
-            self._dirty.discard(key)
+        while (key := self._queues.next_awake()) is not None:
             self._pump_stage(key, now)
 
     def _pump_stage(self, key: StageKey, now: float) -> None:
-        queue = self._queues.get(key, [])
         put_back = []
         waiting_s: dict[WorkerId, float] = {}  # backlog of those in this queue that rather wait for a better worker
-        while queue:
-            entry = heapq.heappop(queue)
-            request = self._requests.get(entry[3])
-            if request is None or request.ticket != entry[2]:
-                continue
+        while (entry := self._queues.pop(key)) is not None:
+            request = entry[3]
             eligible = self._eligible(request)
             if not eligible:
                 if self._wait_for_worker(request, now):
@@ -547,11 +522,7 @@ class Scheduler:
             else:
                 put_back.append(entry)
                 waiting_s[chosen.worker_id] = waiting_s.get(chosen.worker_id, 0.0) + self._expect(request, chosen)[0]
-        for entry in put_back:
-            if (request := self._requests.get(entry[3])) is not None and request.ticket == entry[2]:
-                heapq.heappush(queue, entry)
-        if not queue:
-            self._queues.pop(key, None)
+        self._queues.put_back(key, put_back)
 
     def _wait_for_worker(self, request: Request, now: float) -> bool:
         """Nobody can run the request now: whether it stays in the queue. Asks a worker to load the stage if that would help."""
@@ -689,7 +660,7 @@ class Scheduler:
             return
         match member.verdict:
             case Verdict.READY:
-                self._wake_all()
+                self._queues.wake_all()
             case Verdict.SUSPECT:
                 self.counters["workers_suspected"] += 1
                 self._doubt(member, now)
@@ -706,7 +677,7 @@ class Scheduler:
             request = self._requests.get(attempt.request)
             if request is not None and request.is_current(attempt) and attempt.attempt in request.attempts:
                 self._stop_waiting(request, attempt, now)
-        self._wake_all()
+        self._queues.wake_all()
 
     def _session_ended(self, worker_id: WorkerId, reason: str, now: float) -> None:
         """What the worker held is nowhere now: dispatch it again at once, at nobody's cost."""
@@ -734,7 +705,7 @@ class Scheduler:
         member.is_draining = True
         for attempt in sorted(event.handed_back):
             self._loss(member, attempt, "it is draining and has handed the task back", now)
-        self._wake_all()
+        self._queues.wake_all()
 
     def _worker_left(self, worker_id: WorkerId, now: float) -> None:
         """Ended by intent: out of the plan at once, and not counted as an eviction."""

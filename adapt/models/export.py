@@ -1,0 +1,387 @@
+"""From an `nn.Module` to a program: trace with `torch.export`, convert, check against the module, time, write.
+
+    module --copy of the structure, eval--> torch.export (batch of 2, batch size free; else fixed shapes)
+           --convert--> operators --run next to the module itself--> same bits? layouts, seconds --> one file
+
+The parameters are never copied but into the file: the copied structure shares the user's.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from adapt.errors import AdaptError, ExportError
+from adapt.models.convert import (
+    Converted,
+    ConvertedWeight,
+    NeedsDecomposition,
+    NotAffine,
+    convert,
+    has_memory_order,
+    memory_order,
+)
+from adapt.models.interpreter import Stage
+from adapt.models.profiler import operator_costs_s, single_thread
+from adapt.models.program import Graph, TensorSpec, Weight, program_to_metadata
+from adapt.models.tensorfile import StoredTensor, TensorSource, write_tensor_file
+
+log = logging.getLogger(__name__)
+
+BATCH_LIMIT = 65_536
+REASON_LIMIT = 600
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedProgram:
+    """A program on disk.
+
+    Attributes:
+        path, digest, file_bytes: the file, its SHA-256 and its size.
+        operator_costs_s: seconds of each operator here, at one thread, for the example's batch.
+        is_batched: whether any batch size can be run; otherwise only the example's shapes.
+        is_exact: whether its results were the module's own, bit for bit, on the example.
+    """
+
+    path: Path
+    digest: str
+    file_bytes: int
+    operator_costs_s: list[float]
+    is_batched: bool
+    is_exact: bool
+
+
+def export_module(
+    module: torch.nn.Module,
+    example_inputs: Sequence[Any],
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    directory: Path | str,
+    profile_repetitions: int = 3,
+) -> ExportedProgram:
+    """Write `module`, as it computes in eval mode, as a program into `directory`.
+
+    The module is not changed: neither its training flags nor its device nor its tensors.
+
+    Args:
+        example_inputs: positional arguments of one call: tensors (or numpy arrays), nested as the model takes them.
+            The first dimension of the first tensor is taken for the batch, and so is that of every tensor of equal
+            length. With a batch of 1 the example is doubled for tracing; give 2 or more if some input has a first
+            dimension of 1 that is not the batch.
+        example_kwargs: arguments by name.
+        directory: where the file `<sha256>.safetensors` is written.
+        profile_repetitions: how many runs are timed; 0 leaves the costs empty.
+
+    Raises:
+        ExportError: torch cannot trace the model, or it uses an operator that stages may not; the message says
+            where and what to do.
+    """
+    args, kwargs = _as_tensors((tuple(example_inputs), dict(example_kwargs or {})))
+    copied = _inference_copy(module)
+    with _deterministic_export(), single_thread():
+        example = _Example(copied, args, kwargs)
+        candidate = _first_that_fits(copied, example)
+        costs_s = operator_costs_s(candidate.stage, example.leaves, profile_repetitions) if profile_repetitions else []
+        path, digest, file_bytes = _write(candidate, module, directory)
+    return ExportedProgram(path, digest, file_bytes, costs_s, candidate.is_batched, candidate.is_exact)
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """One way to trace the model, converted and run."""
+
+    graph: Graph
+    converted: Converted
+    stage: Stage
+    is_batched: bool
+    is_exact: bool
+
+
+class _Example:
+    """The example call, once as given and once with a doubled batch, with the module's own answers."""
+
+    def __init__(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+        self.leaves = _tensors((args, kwargs))
+        self.doubled_leaves = _doubled(self.leaves)
+        self.expected = _eager(module, args, kwargs)
+        self._module = module
+
+    def with_leaves(self, leaves: Sequence[torch.Tensor]) -> tuple[Any, Any]:
+        """(args, kwargs) with copies of `leaves` in place of the tensors."""
+        rest = iter(leaves)
+        replaced: tuple[Any, Any] = pytree.tree_map_only(
+            torch.Tensor, lambda _: next(rest).clone(), (self.args, self.kwargs)
+        )
+        return replaced
+
+    @cached_property
+    def doubled_expected(self) -> list[Any]:
+        return _eager(self._module, *self.with_leaves(self.doubled_leaves))
+
+
+def _first_that_fits(module: torch.nn.Module, example: _Example) -> _Candidate:
+    """The first trace, in order of preference, that converts and gives the module's own bits; else the first that converts."""
+    inexact, refusal = None, ""
+    for is_batched in (True, False):
+        try:
+            exported = _trace(module, example, is_batched=is_batched)
+        except _TraceRefused as error:
+            refusal = error.reason  # of the last: with fixed shapes torch asks for the least
+            continue
+        for decompose in (False, True):
+            try:
+                candidate = _candidate(
+                    exported.run_decompositions({}) if decompose else exported, module, example, is_batched
+                )
+            except NeedsDecomposition as error:
+                if decompose:
+                    raise ExportError(f"the model writes into a tensor that it still reads: {error}") from None
+                continue
+            except NotAffine:
+                break  # only fixed shapes can be described
+            if candidate.is_exact:
+                return candidate
+            inexact = inexact or candidate
+        if inexact:
+            log.warning("the exported program differs from the module", extra={"model": type(module).__name__})
+            return inexact
+    raise ExportError(
+        f"torch.export cannot trace {type(module).__name__}: {refusal}. "
+        "The model has to take the same path for all inputs: replace branches on tensor values by torch.where, "
+        "and move what is not tensor computation out of forward()"
+    )
+
+
+def _candidate(exported: Any, module: torch.nn.Module, example: _Example, is_batched: bool) -> _Candidate:
+    converted = convert(exported, {name for name, tensor in _named_tensors(module) if tensor.requires_grad})
+    values = tuple(
+        _contiguous(spec) if index in converted.inputs else spec for index, spec in enumerate(converted.values)
+    )
+    weights = tuple(_weight(weight) for weight in converted.weights)
+    graph = Graph(tuple(converted.operators), values, weights, tuple(converted.inputs), tuple(converted.outputs))
+    stage = Stage(graph, [weight.tensor for weight in converted.weights], torch.device("cpu"), "")
+    layouts, is_exact = _Layouts(graph), True
+    if is_batched:
+        is_exact = _are_equal(stage.run(example.doubled_leaves, observe=layouts.record), example.doubled_expected)
+    observe = layouts.confirm if is_batched else layouts.record
+    is_exact &= _are_equal(stage.run(example.leaves, observe=observe), example.expected)
+    return _Candidate(replace(graph, values=tuple(layouts.values)), converted, stage, is_batched, is_exact)
+
+
+class _Layouts:
+    """Learns the layout of every value from runs. Export's own idea of it is not always what kernels do.
+
+    A layout has to hold for every batch size, and a batch of 1 is where strides are told apart last; so the first
+    run, of 2 or more, sets it and the second, of the example, has to confirm it.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.values = list(graph.values)
+        self._operators = graph.operators
+
+    def record(self, position: int, result: Any) -> None:
+        for index, spec, tensor in self._tensors(position, result):
+            self.values[index] = replace(spec, order=memory_order(tensor))
+
+    def confirm(self, position: int, result: Any) -> None:
+        for index, spec, tensor in self._tensors(position, result):
+            if spec.order is not None and not has_memory_order(tensor, spec.order):
+                self.values[index] = replace(spec, order=None)
+
+    def _tensors(self, position: int, result: Any) -> Iterator[tuple[int, TensorSpec, torch.Tensor]]:
+        operator = self._operators[position]
+        for index, item in zip(operator.outputs, result if operator.unpacks else [result], strict=True):
+            spec = None if index is None else self.values[index]
+            if index is not None and isinstance(spec, TensorSpec):
+                yield index, spec, item
+
+
+class _TraceRefused(Exception):
+    """torch.export cannot trace the model in this way."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def _trace(module: torch.nn.Module, example: _Example, *, is_batched: bool) -> Any:
+    shapes: Any = None
+    leaves = example.leaves
+    if is_batched:
+        if not any(_batched(leaves)):
+            raise _TraceRefused("no input has a batch dimension")
+        if _batch(leaves) == 1:  # torch.export takes a size of 1 for fixed
+            leaves = example.doubled_leaves
+    args, kwargs = example.with_leaves(leaves)
+    if is_batched:
+        shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+        batch = torch.export.Dim("batch", min=1, max=BATCH_LIMIT)
+        for leaf, is_in_batch in zip(_tensors((args, kwargs)), _batched(leaves), strict=True):
+            if is_in_batch:
+                shapes[leaf] = {0: batch}
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+    except AdaptError:
+        raise
+    except Exception as error:  # whatever the model or torch raises while it is traced
+        raise _TraceRefused(_shortened(error)) from None
+
+
+def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _batch(leaves: Sequence[torch.Tensor]) -> int | None:
+    """The batch size of the example: the first dimension of the first tensor that has one."""
+    return next((leaf.shape[0] for leaf in leaves if leaf.dim()), None)
+
+
+def _batched(leaves: Sequence[torch.Tensor]) -> list[bool]:
+    batch = _batch(leaves)
+    return [leaf.dim() > 0 and leaf.shape[0] == batch for leaf in leaves]
+
+
+def _doubled(leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [
+        torch.cat([leaf, leaf]) if is_in_batch else leaf
+        for leaf, is_in_batch in zip(leaves, _batched(leaves), strict=True)
+    ]
+
+
+def _shortened(error: Exception) -> str:
+    """The part of torch's reason that speaks of the model; what follows is about torch's own switches."""
+    told = f"{type(error).__name__}: {error}"
+    for marker in (
+        "(Size-like symbols",
+        "Caused by:",
+        "For extended logs",
+        "To fix the error",
+        "For more info",
+        "Suggested fixes:",
+    ):
+        told = told.partition(marker)[0]
+    return " ".join(told.split())[:REASON_LIMIT].rstrip(". ")
+
+
+def _as_tensors(tree: Any) -> Any:
+    """Arrays become tensors, tensors go to the CPU; the user's own are not touched."""
+
+    def convert_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.detach().cpu().contiguous()
+        return torch.as_tensor(leaf) if hasattr(leaf, "__array_interface__") else leaf
+
+    return pytree.tree_map(convert_leaf, tree)
+
+
+def _inference_copy(module: torch.nn.Module) -> torch.nn.Module:
+    """The module's structure in eval mode around the same parameters (or, if they lie elsewhere, copies on the CPU).
+
+    Buffers are copied: a forward that counts its calls must not count ours.
+    """
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for tensor in (*part._buffers.values(), *vars(part).values()):
+            if isinstance(tensor, torch.Tensor):
+                memo[id(tensor)] = tensor.detach().to("cpu", copy=True).requires_grad_(tensor.requires_grad)
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                memo[id(parameter)] = parameter if parameter.device.type == "cpu" else _on_cpu(parameter)
+    try:
+        return copy.deepcopy(module, memo).eval()
+    except Exception as error:  # the module's own __deepcopy__, or an attribute without one
+        raise ExportError(f"{type(module).__name__} cannot be copied: {_shortened(error)}") from error
+
+
+def _on_cpu(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    return torch.nn.Parameter(parameter.detach().cpu(), requires_grad=parameter.requires_grad)
+
+
+def _eager(module: torch.nn.Module, args: Any, kwargs: Any) -> list[Any]:
+    """The module's own answer; its inputs are copies, as a module may write to them."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    try:
+        with torch.inference_mode():
+            result = module(*args, **kwargs)
+    except Exception as error:  # the module does not take its example
+        raise ExportError(f"{type(module).__name__} fails on the example: {_shortened(error)}") from error
+    return _tensors(result)
+
+
+def _are_equal(actual: Sequence[Any], expected: Sequence[Any]) -> bool:
+    tensors = [value for value in actual if isinstance(value, torch.Tensor)]
+    return len(tensors) == len(expected) and all(
+        a.dtype == e.dtype and a.shape == e.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(e))
+        for a, e in zip(tensors, expected, strict=True)
+    )
+
+
+@contextmanager
+def _deterministic_export() -> Iterator[None]:
+    """Without the fused attention kernel, which rounds differently, and without torch's talk about itself."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    talkative = logging.getLogger("torch.fx.experimental.symbolic_shapes")  # prints whole graphs; the error says it too
+    level = talkative.level
+    talkative.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        talkative.setLevel(level)
+
+
+def _write(candidate: _Candidate, module: torch.nn.Module, directory: Path | str) -> tuple[Path, str, int]:
+    converted = candidate.converted
+    sources = [TensorSource(w.key, _dtype(w.tensor), _stored(w).shape, partial(_pieces, w)) for w in converted.weights]
+    metadata = program_to_metadata(
+        candidate.graph,
+        list(inspect.signature(module.forward).parameters),
+        converted.input_structure,
+        converted.output_structure,
+        BATCH_LIMIT if candidate.is_batched else None,
+    )
+    return write_tensor_file(directory, metadata, sources)
+
+
+def _weight(weight: ConvertedWeight) -> Weight:
+    """The weight's entry in the graph; where it lies in the file is known only when that is written."""
+    stored = StoredTensor(weight.key, _dtype(weight.tensor), tuple(_stored(weight).shape), 0, 0)
+    return Weight(stored, weight.order, weight.tensor.requires_grad)
+
+
+def _stored(weight: ConvertedWeight) -> torch.Tensor:
+    return weight.tensor if weight.order is None else weight.tensor.permute(weight.order)
+
+
+def _pieces(weight: ConvertedWeight) -> list[memoryview]:
+    """The weight's bytes, without a copy where it is contiguous (as good as always)."""
+    flat = _stored(weight).detach().contiguous().view(-1)
+    return [memoryview(flat.view(torch.uint8).numpy().data)] if flat.numel() else []
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _contiguous(spec: Any) -> Any:
+    return replace(spec, order=tuple(range(len(spec.shape)))) if isinstance(spec, TensorSpec) else spec

@@ -1,0 +1,98 @@
+"""What a caller must know of a deployed model: its inputs, its outputs and how they are nested. No torch, no weights.
+
+A client gets it as JSON with the deployment, checks inputs against it before anything is sent, and puts results together by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adapt.errors import InputMismatchError, WireError
+from adapt.models.program import Program, ValueSpec, _bind, _spec_from_plain, _spec_to_plain, check_inputs
+from adapt.models.structure import Structure, count_leaves, flatten, from_plain, to_plain, unflatten
+from adapt.models.tensorfile import canonical_json, parse_json
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """See `Program`, of which this is the outside. `inputs` and `outputs` describe the leaves, in order."""
+
+    parameters: tuple[str, ...]
+    inputs: tuple[ValueSpec, ...]
+    input_structure: Structure
+    outputs: tuple[ValueSpec, ...]
+    output_structure: Structure
+    batch_limit: int | None
+
+    @classmethod
+    def of(cls, program: Program) -> Interface:
+        return cls(
+            program.parameters,
+            program.graph.input_specs,
+            program.input_structure,
+            program.graph.output_specs,
+            program.output_structure,
+            program.batch_limit,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Interface:
+        """The interface that `to_json` wrote; anything else raises WireError."""
+        match parse_json(text, "interface"):
+            case {
+                "parameters": list() as parameters,
+                "inputs": list() as inputs,
+                "input_structure": input_structure,
+                "outputs": list() as outputs,
+                "output_structure": output_structure,
+                "batch_limit": (None | int()) as batch_limit,
+            }:
+                interface = cls(
+                    tuple(map(str, parameters)),
+                    tuple(_spec_from_plain(item, f"interface: inputs[{i}]") for i, item in enumerate(inputs)),
+                    from_plain(input_structure, "interface: input_structure"),
+                    tuple(_spec_from_plain(item, f"interface: outputs[{i}]") for i, item in enumerate(outputs)),
+                    from_plain(output_structure, "interface: output_structure"),
+                    batch_limit,
+                )
+            case _:
+                raise WireError("interface: not the description of a model's inputs and outputs")
+        pairs = ((interface.input_structure, interface.inputs), (interface.output_structure, interface.outputs))
+        if any(count_leaves(structure) != len(specs) for structure, specs in pairs):
+            raise WireError("interface: structures and leaves do not agree")
+        return interface
+
+    def to_json(self) -> str:
+        return canonical_json(
+            {
+                "parameters": list(self.parameters),
+                "inputs": [_spec_to_plain(spec) for spec in self.inputs],
+                "input_structure": to_plain(self.input_structure),
+                "outputs": [_spec_to_plain(spec) for spec in self.outputs],
+                "output_structure": to_plain(self.output_structure),
+                "batch_limit": self.batch_limit,
+            }
+        )
+
+    def match(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The leaves of a call `model(*args, **kwargs)`, in order.
+
+        Args:
+            args: numpy arrays or torch tensors, nested as in the example that the program was exported with.
+            kwargs: the same; a parameter may be given by name that was exported by position.
+
+        Raises:
+            InputMismatchError: nesting, dtype or shape of an input differ; the message names what was expected and got.
+        """
+        bound_args, bound_kwargs = _bind(self, list(args), dict(kwargs))
+        leaves = flatten(self.input_structure, (tuple(bound_args), bound_kwargs), "input")
+        check_inputs(self.inputs, leaves, batch_limit=self.batch_limit)
+        return leaves
+
+    def assemble(self, leaves: Sequence[Any]) -> Any:
+        """The result whose leaves these are, nested as the module's own output."""
+        if len(leaves) != len(self.outputs):
+            raise InputMismatchError(f"expected {len(self.outputs)} outputs, got {len(leaves)}")
+        return unflatten(self.output_structure, leaves)

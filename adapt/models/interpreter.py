@@ -1,0 +1,266 @@
+"""Runs a stage: from a file to a callable, without generating code.
+
+Loading maps the file and turns each operator into a `_Step`: the function, a template of its arguments, and which
+slots to fill in. Slots hold weights, inputs and results; a slot is emptied after its last use. Weights stay in the
+mapped file (on the CPU), so their memory is clean pages that the kernel may drop and read again.
+
+The same bits as the user's own module: the operators are those that eager torch runs, in its order, on tensors of
+the same layout; weights and inputs have the alignment of torch's allocations, and weights even their `requires_grad`,
+which kernels look at; nothing is folded or fused.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from adapt.errors import ModelError, WireError
+from adapt.models.operators import DTYPES, LAYOUTS, MEMORY_FORMATS, OPERATORS
+from adapt.models.program import (
+    Argument,
+    Graph,
+    Operator,
+    Symbol,
+    ValueRef,
+    ValueSpec,
+    Weight,
+    WeightRef,
+    check_inputs,
+    operator_references,
+    read_graph,
+    references,
+)
+from adapt.models.tensorfile import ALIGNMENT_BYTES
+
+Leaf = torch.Tensor | int
+
+
+@dataclass(slots=True)
+class _Step:
+    """One call. `slots_of` fills places of `args` from slots, `lists_of` fills places with lists, `named_*` those of kwargs."""
+
+    call: Callable[..., Any]
+    operator: Operator
+    args: list[Any]
+    slots_of: list[tuple[int, int]] = field(default_factory=list)
+    lists_of: list[tuple[int, Callable[[list[Any]], Any]]] = field(default_factory=list)
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    named: list[tuple[str, Callable[[list[Any]], Any]]] = field(default_factory=list)
+    output: int = -1  # slot of the result; -1: see `items`
+    items: list[tuple[int, int]] = field(default_factory=list)  # (place in the result, slot)
+    emptied: list[int] = field(default_factory=list)  # slots that nobody needs after this step
+
+
+class Stage:
+    """A loaded stage: safe to run on several threads at once, as nothing in it changes.
+
+    Attributes:
+        digest: SHA-256 of its file.
+        inputs, outputs: dtype and shape of each input and output.
+        weight_bytes: size of its weights; on the CPU they stay in the mapped file.
+    """
+
+    def __init__(self, graph: Graph, weights: Sequence[torch.Tensor], device: torch.device, digest: str) -> None:
+        self.digest, self.device = digest, device
+        self.inputs: tuple[ValueSpec, ...] = graph.input_specs
+        self.outputs: tuple[ValueSpec, ...] = graph.output_specs
+        self.weight_bytes = graph.weight_bytes
+        self._first_slot = len(weights)
+        self._initial: list[Any] = [*weights, *[None] * len(graph.values)]
+        self._input_slots = [self._first_slot + index for index in graph.inputs]
+        self._output_slots = [self._first_slot + index for index in graph.outputs]
+        self._steps = _compile(graph, self._first_slot, device)
+
+    @classmethod
+    def load(cls, path: Path | str, *, device: torch.device | str = "cpu", verify: bool = True) -> Self:
+        """Load a stage, or a whole program as its only stage.
+
+        Args:
+            path: the file.
+            device: where to run; weights are copied there unless it is the CPU.
+            verify: hash the file first; leave out only for a file whose digest has just been checked.
+
+        Raises:
+            WireError: the file is malformed, has another digest than its name, or names an operator that is not allowed.
+            OSError: the file cannot be read.
+        """
+        file = read_graph(path, verify=verify)
+        device = torch.device(device)
+        return cls(file.graph, _load_weights(file.path, file.graph.weights, device), device, file.digest)
+
+    @property
+    def operator_count(self) -> int:
+        return len(self._steps)
+
+    def run(self, inputs: Sequence[Leaf], *, observe: Callable[[int, Any], None] | None = None) -> list[Leaf]:
+        """Run the stage once. The inputs are never written to.
+
+        Args:
+            inputs: as `self.inputs` says: tensors (moved to the stage's device if need be) and ints.
+            observe: called after each operator with its position and its result; the profiler's eye.
+
+        Returns:
+            As `self.outputs` says: contiguous tensors on the CPU, and ints. An output may share memory with an input.
+
+        Raises:
+            InputMismatchError: number, dtype or shape of the inputs do not fit.
+            ModelError: an operator raised; the message names it and its place in the model.
+        """
+        check_inputs(self.inputs, inputs)
+        with torch.inference_mode():
+            slots = self._initial.copy()
+            for slot, value in zip(self._input_slots, inputs, strict=True):
+                slots[slot] = self._placed(value) if isinstance(value, torch.Tensor) else value
+            del inputs  # so that an input can be freed after its last use, if the caller lets go of it too
+            self._run_steps(slots, observe)
+            return [self._delivered(slots[slot]) for slot in self._output_slots]
+
+    def _run_steps(self, slots: list[Any], observe: Callable[[int, Any], None] | None) -> None:
+        for position, step in enumerate(self._steps):
+            args = step.args.copy()
+            for place, slot in step.slots_of:
+                args[place] = slots[slot]
+            for place, make in step.lists_of:
+                args[place] = make(slots)
+            kwargs = step.kwargs
+            if step.named:
+                kwargs = kwargs | {name: make(slots) for name, make in step.named}
+            try:
+                result = step.call(*args, **kwargs)
+                if step.output >= 0:
+                    slots[step.output] = result
+                for place, slot in step.items:
+                    slots[slot] = result[place]
+            except Exception as error:  # the model's own
+                raise _model_error(step.operator, error) from error
+            if observe is not None:
+                observe(position, result)
+            del args, result
+            for slot in step.emptied:
+                slots[slot] = None
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The input where and as eager torch would have it: contiguous, on the device, aligned like torch's own memory."""
+        tensor = tensor.detach().to(self.device).contiguous()
+        return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
+
+    @staticmethod
+    def _delivered(value: Leaf) -> Leaf:
+        return value.detach().contiguous().cpu() if isinstance(value, torch.Tensor) else value
+
+
+def _model_error(operator: Operator, error: Exception) -> ModelError:
+    where = f" in {operator.place}" if operator.place else ""
+    return ModelError(f"{operator.name}{where}: {type(error).__name__}: {str(error)[:1000]}")
+
+
+def _load_weights(path: Path, weights: Sequence[Weight], device: torch.device) -> list[torch.Tensor]:
+    if not weights:
+        return []
+    with open(path, "rb") as file:
+        # A private mapping: torch wants writable memory, and were it ever written to, the file would not change.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    # Detached, because a view (of the mapping) does not hand `requires_grad` on to its own views as a parameter does.
+    return [_weight(mapped, weight).to(device).detach().requires_grad_(weight.requires_grad) for weight in weights]
+
+
+def _weight(mapped: mmap.mmap, weight: Weight) -> torch.Tensor:
+    stored = weight.stored
+    dtype = DTYPES[stored.dtype]
+    if not stored.size_bytes:
+        tensor = torch.empty(stored.shape, dtype=dtype)
+    else:
+        tensor = torch.frombuffer(mapped, dtype=dtype, count=math.prod(stored.shape), offset=stored.begin).view(
+            stored.shape
+        )
+    if weight.order is None:
+        return tensor
+    return tensor.permute(sorted(range(len(weight.order)), key=weight.order.__getitem__))
+
+
+def _compile(graph: Graph, first_slot: int, device: torch.device) -> list[_Step]:
+    steps = []
+    last_use: dict[int, int] = {}
+    for index, operator in enumerate(graph.operators):
+        steps.append(_compile_step(operator, index, first_slot, device))
+        used = [ref.index for ref in operator_references(operator) if isinstance(ref, ValueRef)]
+        last_use |= dict.fromkeys([*used, *(output for output in operator.outputs if output is not None)], index)
+    for value, index in last_use.items():
+        if value not in graph.outputs:
+            steps[index].emptied.append(first_slot + value)
+    return steps
+
+
+def _compile_step(operator: Operator, index: int, first_slot: int, device: torch.device) -> _Step:
+    where = f"operators[{index}]"
+    call = OPERATORS.get(operator.name)
+    if call is None:
+        raise WireError(f"{where}: {operator.name} is not an operator that stages may use")
+    _check_signature(call, operator, where)
+    step = _Step(call, operator, [None] * len(operator.args))
+    for place, argument in enumerate(operator.args):
+        if isinstance(argument, (ValueRef, WeightRef)):
+            step.slots_of.append((place, _slot(argument, first_slot)))
+        elif references(argument):
+            step.lists_of.append((place, _maker(argument, first_slot, device, where)))
+        else:
+            step.args[place] = _maker(argument, first_slot, device, where)([])
+    for name, argument in operator.kwargs.items():
+        make = _maker(argument, first_slot, device, where)
+        if references(argument):
+            step.named.append((name, make))
+        else:
+            step.kwargs[name] = make([])
+    if operator.unpacks:
+        step.items = [
+            (place, first_slot + output) for place, output in enumerate(operator.outputs) if output is not None
+        ]
+    else:
+        step.output = first_slot + (operator.outputs[0] or 0)
+    return step
+
+
+def _slot(reference: ValueRef | WeightRef, first_slot: int) -> int:
+    return reference.index if isinstance(reference, WeightRef) else first_slot + reference.index
+
+
+def _maker(argument: Argument, first_slot: int, device: torch.device, where: str) -> Callable[[list[Any]], Any]:
+    """A function from the slots to the argument's value."""
+    if isinstance(argument, (ValueRef, WeightRef)):
+        return itemgetter(_slot(argument, first_slot))
+    if isinstance(argument, tuple):
+        makers = [_maker(item, first_slot, device, where) for item in argument]
+        return lambda slots: [make(slots) for make in makers]
+    value = _symbol_value(argument, device, where) if isinstance(argument, Symbol) else argument
+    return lambda slots: value
+
+
+def _symbol_value(symbol: Symbol, device: torch.device, where: str) -> Any:
+    if symbol.kind == "device":
+        return device
+    tables: dict[str, Mapping[str, Any]] = {"dtype": DTYPES, "memory_format": MEMORY_FORMATS, "layout": LAYOUTS}
+    value = tables[symbol.kind].get(symbol.name)
+    if value is None:
+        raise WireError(f"{where}: {symbol.name[:80]!r} is not a {symbol.kind} that stages may use")
+    return value
+
+
+def _check_signature(call: Callable[..., Any], operator: Operator, where: str) -> None:
+    """Refuse at once what could only fail later: too many arguments, unknown names."""
+    if not isinstance(call, torch._ops.OpOverload):
+        return
+    schema = call._schema
+    names = [argument.name for argument in schema.arguments]
+    by_position = [argument.name for argument in schema.arguments if not argument.kwarg_only]
+    unknown = set(operator.kwargs) - set(names[len(operator.args) :])
+    if len(operator.args) > len(by_position) or unknown:
+        raise WireError(
+            f"{where}: {operator.name} does not take these arguments: {len(operator.args)} and {sorted(operator.kwargs)}"
+        )

@@ -1,0 +1,186 @@
+"""Exports a model that the operator named, in a child process: the dispatcher itself never imports torch.
+
+The program is written into a folder of its own beside the others and moved among them when it is whole, so that a killed child leaves
+nothing behind. `build` is the dispatcher's half and imports no room with torch; the child's half does, inside its function. See child.py
+for how the two talk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import importlib.util
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapt.errors import ConfigError, ExportError, ExportUnavailableError
+from adapt.protocol.ids import Digest
+from adapt.protocol.messages import NamedSource
+from adapt.runtime.child import Progress, answer, ask
+
+NICENESS = 5  # the dispatcher, and workers on its machine, come first
+ELEMENT_LIMIT = 1 << 28  # of an example input
+LISTED_FILES = 1000  # looked through for a suggestion
+
+# Names of torchvision's own weights: "DEFAULT", "IMAGENET1K_V2". Everything else is a file under --models-dir.
+_WEIGHTS_NAME = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltProgram:
+    """A program in the store.
+
+    Attributes:
+        path: `<directory>/<digest>.safetensors`.
+        operator_costs_s: seconds of each operator here, at one thread, for a batch of 1.
+    """
+
+    path: Path
+    digest: Digest
+    file_bytes: int
+    operator_costs_s: list[float]
+
+
+# --- the dispatcher's half --------------------------------------------------------------------------------------------
+
+
+async def build(
+    source: NamedSource,
+    *,
+    directory: Path,
+    models_dir: Path | None,
+    timeout_s: float,
+    progress: Callable[[str], None] | None = None,
+) -> BuiltProgram:
+    """Build and export the model that `source` names, in a child process. Cancelling kills the child.
+
+    Args:
+        directory: where the program is stored.
+        models_dir: the only folder whose files `source.weights` may name; None: no file may be named.
+        timeout_s: for the whole work, downloads of weights included.
+        progress: told in words what the child does next.
+
+    Raises:
+        ExportUnavailableError: there is no torch here.
+        ConfigError: `source.weights` names no file under `models_dir`, or `source.input_shape` is impossible.
+        UnknownModelError: no model has this name.
+        ExportError: the model cannot be exported, or the child died or took too long.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise ExportUnavailableError(
+            f"{source.model} would be exported by the dispatcher, which has no torch: install adapt-inference[worker] there, "
+            "or deploy the model as an nn.Module object, which the client exports"
+        )
+    weights = resolve_weights(source.weights, models_dir)
+    _check_shape(source.input_shape)
+    staging = _staging(directory)
+    request = {
+        "model": source.model,
+        "weights": None if weights is None else str(weights),
+        "weights_is_file": isinstance(weights, Path),
+        "seed": source.seed,
+        "model_args": source.model_args,
+        "input_shape": source.input_shape,
+        "directory": str(staging),
+    }
+    try:
+        async with asyncio.timeout(timeout_s):
+            built = await ask(
+                "adapt.runtime.builder",
+                request,
+                about=f"the export of {source.model}",
+                progress=None if progress is None else lambda step, _: progress(step),
+            )
+        return _store(built, staging, directory)
+    except TimeoutError:
+        raise ExportError(f"the export of {source.model} took longer than {timeout_s:g} s and was ended") from None
+    finally:
+        await asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True)  # a thread: the file may have gigabytes
+
+
+def resolve_weights(weights: str | None, models_dir: Path | None) -> str | Path | None:
+    """The file that `weights` means, or the name of torchvision's own weights, or None for random ones.
+
+    Raises:
+        ConfigError: it is a file that does not exist, or one outside `models_dir`, by whatever way.
+    """
+    if weights is None or _WEIGHTS_NAME.fullmatch(weights):
+        return weights
+    shown = f"weights={weights[:200]!r}"
+    if models_dir is None:
+        raise ConfigError(
+            f"{shown}: this dispatcher opens no files; start it with --models-dir, or deploy the model from a client that has them"
+        )
+    named = Path(weights)
+    if named.is_absolute() or ".." in named.parts or "\0" in weights:
+        raise ConfigError(f"{shown}: expected a file under the dispatcher's --models-dir, named from there")
+    base = models_dir.resolve()
+    try:
+        path = (base / named).resolve()
+    except (OSError, RuntimeError):  # a circle of links
+        path = base
+    if not path.is_relative_to(base):  # a link leads out
+        raise ConfigError(f"{shown}: expected a file under the dispatcher's --models-dir, and no link out of it")
+    if not path.is_file():
+        raise ConfigError(f"{shown}: there is no such file under the dispatcher's --models-dir{_suggestion(weights, base)}")
+    return path
+
+
+def _suggestion(weights: str, base: Path) -> str:
+    names = [str(path.relative_to(base)) for path, _ in zip(base.rglob("*"), range(LISTED_FILES), strict=False) if path.is_file()]
+    close = difflib.get_close_matches(weights, names, n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _check_shape(shape: list[int] | None) -> None:
+    if shape is not None and not (1 <= len(shape) <= 8 and 0 < math.prod(shape) <= ELEMENT_LIMIT):
+        raise ConfigError(f"input_shape={shape[:9]}: expected 1 to 8 sizes above 0 with a product of at most {ELEMENT_LIMIT}")
+
+
+def _staging(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=".build-", dir=directory))
+
+
+def _store(built: dict[str, Any], staging: Path, directory: Path) -> BuiltProgram:
+    digest, file_bytes = Digest(built["digest"]), int(built["file_bytes"])
+    path = directory / f"{digest}.safetensors"
+    os.replace(staging / path.name, path)  # the same file system, and the file has been synced
+    return BuiltProgram(path, digest, file_bytes, [float(cost) for cost in built["operator_costs_s"]])
+
+
+def _export(request: dict[str, Any], say: Progress) -> dict[str, Any]:
+    """The child's half."""
+    os.nice(NICENESS)
+    os.chdir(request["directory"])  # no file of the working directory can be named by accident
+    say("loading torch", None)
+    import torch
+
+    from adapt.models.export import export_module
+    from adapt.models.sources import build_named_model
+
+    torch.set_num_threads(1)
+    weights = request["weights"]
+    say(f"building {request['model']}", None)
+    named = build_named_model(
+        request["model"],
+        weights=Path(weights) if request["weights_is_file"] else weights,
+        seed=request["seed"],
+        model_args=request["model_args"],
+        input_shape=request["input_shape"],
+    )
+    say(f"exporting and profiling {request['model']}", None)
+    exported = export_module(named.module, [named.example_input], directory=request["directory"])
+    return {"digest": exported.digest, "file_bytes": exported.file_bytes, "operator_costs_s": exported.operator_costs_s}
+
+
+if __name__ == "__main__":
+    sys.exit(answer(_export))

@@ -1,0 +1,248 @@
+"""From a client's `Deploy` to a version that can take requests, and what is remembered of it from one reign to the next.
+
+    source ──build in a child, or pull from the client──▶ program ──cut──▶ stages ──place──▶ plan ──load──▶ ready
+
+All of it runs beside the drive loop: building in a child process, cutting on a thread. Only the last step, an event to the
+scheduler, touches the dispatcher's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adapt.errors import ConfigError
+from adapt.models.cut import StageArtifact, legal_cuts, write_stages
+from adapt.models.interface import Interface
+from adapt.models.program import Program, read_program
+from adapt.planning.partition import partition, stage_costs_s
+from adapt.planning.placement import Plan, StageNeed, WorkerOffer, place
+from adapt.protocol.codecs import resolve_codec
+from adapt.protocol.ids import Digest, Epoch, WorkerId
+from adapt.protocol.messages import Deploy, DeploymentRecord, StagePlace
+from adapt.runtime.artifacts import ArtifactStore
+from adapt.runtime.state import StateDirectory
+from adapt.scheduling.events import Version
+
+NUMERICS = ("auto", "close", "exact")
+
+
+@dataclass(frozen=True, slots=True)
+class ProfiledProgram:
+    """A program in the store, with the seconds that each of its operators took on the machine that exported it."""
+
+    digest: Digest
+    operator_costs_s: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class CutModel:
+    """A program and the stages it has been cut into."""
+
+    program: Digest
+    interface: str
+    stages: tuple[StageNeed, ...]
+    file_bytes: tuple[int, ...]
+    peak_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """What must be known of a version besides what the scheduler knows."""
+
+    interface: str
+    numerics: str
+    file_bytes: tuple[int, ...]  # of each stage's artifact
+
+
+class Deployments:
+    """The versions in force and their artifacts; written to the state directory with every change."""
+
+    def __init__(self, state: StateDirectory, store: ArtifactStore) -> None:
+        self._state, self._store = state, store
+        self._versions: dict[tuple[str, int], Version] = {}
+        self._blueprints: dict[tuple[str, int], Blueprint] = {}
+        self._numbers: dict[str, int] = {}  # deployment -> the highest number it ever had
+
+    def restore(self) -> list[Version]:
+        """The versions of the last reign, oldest first. One whose artifacts are gone is dropped: it could serve nobody."""
+        record = self._state.read_deployments()
+        self._numbers = dict(record.get("numbers", {}))
+        for plain in record.get("versions", []):
+            version, blueprint = _version_from_plain(plain)
+            if all(self._store.has(need.artifact) for need in version.plan.stages):
+                self._versions[version.deployment, version.number] = version
+                self._blueprints[version.deployment, version.number] = blueprint
+        return list(self._versions.values())
+
+    def next_number(self, deployment: str) -> int:
+        """A number that no version of this deployment ever had."""
+        self._numbers[deployment] = self._numbers.get(deployment, 0) + 1
+        self._write()
+        return self._numbers[deployment]
+
+    def put(self, version: Version, blueprint: Blueprint | None = None) -> None:
+        """Remember a version, or its new plan."""
+        key = (version.deployment, version.number)
+        if blueprint is not None:
+            self._blueprints[key] = blueprint
+        if key in self._blueprints:
+            self._versions[key] = version
+            self._write()
+
+    def drop(self, version: Version) -> None:
+        """Forget a version, and the artifacts that only it needed."""
+        key = (version.deployment, version.number)
+        self._versions.pop(key, None)
+        self._blueprints.pop(key, None)
+        needed = {need.artifact for other in self._versions.values() for need in other.plan.stages}
+        needed |= {other.program for other in self._versions.values()}
+        for artifact in {version.program, *(need.artifact for need in version.plan.stages)} - needed:
+            self._store.path(artifact).unlink(missing_ok=True)
+        self._write()
+
+    def file_bytes(self, artifact: Digest) -> int:
+        """Size of a stage's file. Raises KeyError for a stage of no version."""
+        for key, version in self._versions.items():
+            for need, size in zip(version.plan.stages, self._blueprints[key].file_bytes, strict=True):
+                if need.artifact == artifact:
+                    return size
+        raise KeyError(artifact)
+
+    def record(self, version: Version) -> DeploymentRecord:
+        """The version as users see it."""
+        blueprint = self._blueprints[version.deployment, version.number]
+        plan = version.plan
+        places = [
+            StagePlace(artifact=need.artifact, file_bytes=size, cost_s=need.cost_s, workers=list(workers))
+            for need, size, workers in zip(plan.stages, blueprint.file_bytes, plan.places, strict=True)
+        ]
+        return DeploymentRecord(
+            name=version.deployment,
+            version=version.number,
+            program=version.program,
+            epoch=plan.epoch,
+            codec=version.codec,
+            tolerance=version.tolerance,
+            numerics=blueprint.numerics,
+            stages=places,
+            interface=blueprint.interface,
+        )
+
+    def _write(self) -> None:
+        versions = [_version_to_plain(version, self._blueprints[key]) for key, version in self._versions.items()]
+        self._state.write_deployments({"numbers": self._numbers, "versions": versions})
+
+
+def check(message: Deploy) -> str:
+    """Judge a `Deploy` before anything is built for it.
+
+    Returns:
+        The name of the codec to use.
+
+    Raises:
+        ConfigError: an option is impossible; names key, value and what is expected.
+    """
+    if (message.named is None) == (message.uploaded is None):
+        raise ConfigError("deploy: give either a named model or an uploaded program")
+    if message.numerics not in NUMERICS:
+        raise ConfigError(f"numerics={message.numerics!r}: expected one of {', '.join(NUMERICS)}")
+    codec = resolve_codec(message.codec, message.tolerance)
+    if message.numerics == "exact" and codec.startswith("zfp"):
+        raise ConfigError(f"numerics='exact' cannot hold with the lossy codec {codec!r}; use raw or lz4, or numerics='close'")
+    return codec
+
+
+def cut(store: ArtifactStore, program: ProfiledProgram, stages: int, *, at_most: bool) -> CutModel:
+    """Cut a program into `stages` stages of about equal cost (`at_most`: fewer where the model allows no more). Blocks.
+
+    Raises:
+        PlanError: the model cannot be cut so often; names the largest number.
+        WireError: the file is not a program.
+    """
+    source = read_program(store.path(program.digest))
+    cuts = legal_cuts(source)
+    if at_most:
+        stages = min(stages, len(cuts) + 1)
+    costs_s = list(program.operator_costs_s)
+    if len(costs_s) != len(source.graph.operators):
+        raise ConfigError(f"the profile has {len(costs_s)} operators, the program {len(source.graph.operators)}")
+    positions = partition(costs_s, cuts, stages)
+    artifacts = write_stages(source, positions, store.directory)
+    needs = [
+        StageNeed(artifact=Digest(artifact.digest), memory_bytes=_memory_bytes(artifact), cost_s=cost_s)
+        for artifact, cost_s in zip(artifacts, stage_costs_s(costs_s, positions), strict=True)
+    ]
+    return CutModel(
+        program=program.digest,
+        interface=Interface.of(source).to_json(),
+        stages=tuple(needs),
+        file_bytes=tuple(artifact.file_bytes for artifact in artifacts),
+        peak_ratio=_peak_ratio(artifacts, source),
+    )
+
+
+def _memory_bytes(artifact: StageArtifact) -> int:
+    """Weights, and one item's activations at both ends."""
+    return artifact.file_bytes + sum(spec.bytes_at(1) for spec in (*artifact.inputs, *artifact.outputs))
+
+
+def _peak_ratio(artifacts: Sequence[StageArtifact], source: Program) -> float:
+    """The most bytes a request retains between two stages, in units of its input's."""
+    input_bytes = sum(spec.bytes_at(1) for spec in source.graph.input_specs)
+    peak_bytes = max(sum(spec.bytes_at(1) for spec in artifact.inputs) for artifact in artifacts)
+    return max(peak_bytes / input_bytes, 1.0) if input_bytes else 1.0
+
+
+def first_plan(model: CutModel, offers: Sequence[WorkerOffer]) -> Plan:
+    """Raises PlanError: no worker has memory for a stage."""
+    return Plan(program=model.program, epoch=Epoch(1), stages=model.stages, places=place(model.stages, offers))
+
+
+# ── between Version and JSON ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _version_to_plain(version: Version, blueprint: Blueprint) -> dict[str, Any]:
+    plan = version.plan
+    return {
+        "deployment": version.deployment,
+        "number": version.number,
+        "program": version.program,
+        "codec": version.codec,
+        "tolerance": version.tolerance,
+        "exact": version.exact,
+        "peak_ratio": version.peak_ratio,
+        "numerics": blueprint.numerics,
+        "interface": blueprint.interface,
+        "epoch": plan.epoch,
+        "stages": [
+            {"artifact": n.artifact, "memory_bytes": n.memory_bytes, "cost_s": n.cost_s, "file_bytes": size, "workers": list(workers)}
+            for n, size, workers in zip(plan.stages, blueprint.file_bytes, plan.places, strict=True)
+        ],
+    }
+
+
+def _version_from_plain(plain: dict[str, Any]) -> tuple[Version, Blueprint]:
+    try:
+        stages = plain["stages"]
+        needs = [StageNeed(artifact=Digest(s["artifact"]), memory_bytes=s["memory_bytes"], cost_s=s["cost_s"]) for s in stages]
+        plan = Plan(
+            program=Digest(plain["program"]),
+            epoch=Epoch(plain["epoch"]),
+            stages=tuple(needs),
+            places=tuple(tuple(WorkerId(worker) for worker in s["workers"]) for s in stages),
+        )
+        version = Version(
+            deployment=plain["deployment"],
+            number=plain["number"],
+            program=plan.program,
+            codec=plain["codec"],
+            tolerance=plain["tolerance"],
+            exact=plain["exact"],
+            peak_ratio=plain["peak_ratio"],
+            plan=plan,
+        )
+        return version, Blueprint(plain["interface"], plain["numerics"], tuple(s["file_bytes"] for s in stages))
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"deployments.json has an entry that cannot be read ({error!r}); remove the file to start afresh") from error

@@ -1,0 +1,659 @@
+"""The dispatcher process: it does what the scheduler decides.
+
+Messages become events, events go to the scheduler, actions become messages. `_drive` is the only place where state changes; nothing in
+it waits. What takes long (exporting, cutting, reading files) runs in background tasks that end in an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import signal
+from collections import deque
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from adapt.clock import Clock, monotonic
+from adapt.config import DispatcherConfig
+from adapt.errors import AdaptError, ConnectError, UnknownModelError, WireError
+from adapt.planning.placement import WorkerOffer
+from adapt.protocol import messages as msg
+from adapt.protocol.codecs import DTYPES, TensorHeader
+from adapt.protocol.ids import AttemptId, ClientId, Digest, RoutingId, WorkerId, control_of
+from adapt.protocol.wire import Blob, Envelope
+from adapt.runtime.artifacts import ArtifactStore
+from adapt.runtime.deployer import Deployer
+from adapt.runtime.deployments import Deployments
+from adapt.runtime.endpoint import Arrival, Disconnected, Malformed, Received, RouterEndpoint
+from adapt.runtime.registry import EmbeddedRegistry
+from adapt.runtime.state import StateDirectory
+from adapt.scheduling import events as ev
+from adapt.scheduling.liveness import Verdict
+from adapt.scheduling.roster import Member
+from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
+from adapt.scheduling.session import Session, Sessions
+from adapt.scheduling.term import Reign
+from adapt.version import VERSION
+
+log = logging.getLogger(__name__)
+
+LAST_ACKS_S = 2.0  # how long a draining dispatcher waits for clients to acknowledge the last answers
+MALFORMED_LIMIT = 3  # unreadable messages of one session after which it is refused
+LAG_S = 0.25  # a loop that comes this late reads its sockets before it judges anybody
+
+
+@dataclass(slots=True)
+class _Peer:
+    """What the dispatcher remembers of a session besides what the session table does."""
+
+    hello: msg.WorkerHello | msg.ClientHello
+    malformed: int = 0
+    heartbeat: msg.Heartbeat | None = None
+
+
+class Dispatcher:
+    """Owns deployments, plan, scheduling, retries. `run` serves until a signal asks it to drain."""
+
+    def __init__(self, config: DispatcherConfig, clock: Clock = monotonic) -> None:
+        self._config, self._clock = config, clock
+        self._state = StateDirectory(config.state_dir)
+        self._store = ArtifactStore(self._state.artifacts)
+        self._deployments = Deployments(self._state, self._store)
+        self._registry = EmbeddedRegistry(self._state, lease_ttl_s=config.lease_ttl_s)
+        self._registry.watch(lambda worker_id: self._inbox.append(ev.LeaseEnded(worker_id=worker_id)))
+        self._scheduler = Scheduler(_settings(config))
+        self._sessions = Sessions()
+        self._reign = Reign()
+        self._peers: dict[int, _Peer] = {}  # by session
+        self._acks: dict[WorkerId, list[AttemptId]] = {}  # of this turn of the loop
+        self._last_hello: dict[WorkerId, msg.WorkerHello] = {}  # also of workers that are gone, while the roster remembers them
+        self._inbox: deque[Arrival | ev.Event] = deque()
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="artifacts")
+        self._deployer = Deployer(
+            self._store, self._deployments, self, models_dir=config.models_dir, threads=self._threads, clock=clock
+        )
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_driven = False
+        self._signals = 0
+        self._stopping = asyncio.Event()
+        self._turned = asyncio.Event()
+        self._is_interrupted = False
+        self._began = clock()
+
+    # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT, then finish what lives. Exit status: 0 after a drain, 130 after a second SIGINT.
+
+        Raises:
+            ConfigError: the address cannot be bound, or the state directory cannot be used.
+        """
+        loop = asyncio.get_running_loop()
+        self._endpoint = RouterEndpoint(
+            self._config.listen,
+            receive=self._arrived,
+            limit_bytes=self._config.max_message_bytes,
+            piece_bytes=self._config.piece_bytes,
+        )
+        try:
+            self._reign.begin(self._registry.campaign() - 1)
+            self._restore()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._signalled, number)
+            print(f"adapt-dispatcher ready listen={self._endpoint.address} term={self._reign.term} pid={os.getpid()}", flush=True)
+            await self._stopping.wait()
+            return await self._drain()
+        finally:
+            await self._close()
+
+    def _restore(self) -> None:
+        """Take up the deployments of the last reign, and expect its workers."""
+        now = self._clock()
+        versions = self._deployments.restore()
+        for worker_id in sorted({worker for version in versions for places in version.plan.places for worker in places}):
+            self._act(self._scheduler.handle(ev.WorkerExpected(worker_id=worker_id), now))
+        for version in versions:
+            log.info("deployment restored", extra={"deployment": version.deployment, "version": version.number})
+            self._act(self._scheduler.handle(ev.VersionDeployed(version=version), now))
+        self._arm_timer()
+
+    def _signalled(self, number: int) -> None:
+        self._signals += 1
+        if self._signals > 1 and number == signal.SIGINT:
+            self._is_interrupted = True
+            self._turned.set()
+        self._stopping.set()
+
+    async def _drain(self) -> int:
+        """Finish what lives, within the drain timeout. A second SIGINT ends it at once."""
+        log.info("draining", extra={"requests": self._scheduler.live_requests})
+        self.tell(ev.DrainBegun())
+        try:
+            async with asyncio.timeout(self._config.drain_timeout_s):
+                while not self._is_interrupted and self._scheduler.live_requests:
+                    await self._turn()
+            async with asyncio.timeout(LAST_ACKS_S):
+                while not self._is_interrupted and self._scheduler.unacknowledged:
+                    await self._turn()
+        except TimeoutError:
+            log.warning("drained in part", extra={"requests": self._scheduler.live_requests})
+        for session in self._sessions:
+            self._send(session, msg.Goodbye(reason="the dispatcher has drained"))
+        return 130 if self._is_interrupted else 0
+
+    async def _turn(self) -> None:
+        """Wait until the drive loop has turned once more, or a second SIGINT has come."""
+        self._turned.clear()
+        await self._turned.wait()
+
+    async def _close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._deployer.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._endpoint.close()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._state.close()
+
+    # ── the drive loop ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _arrived(self, arrival: Arrival) -> None:
+        """Called by the endpoint, which only fills the inbox."""
+        self._inbox.append(arrival)
+        self._wake()
+
+    def tell(self, event: ev.Event) -> None:
+        """Called by background tasks: an event like any other."""
+        self._inbox.append(event)
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._is_driven:
+            self._is_driven = True
+            asyncio.get_running_loop().call_soon(self._drive)
+
+    def _drive(self) -> None:
+        """Handle what is in the inbox, then what is due; after a lag of the loop the sockets are read first."""
+        self._is_driven = False
+        self._empty_inbox()
+        now = self._clock()
+        due = self._next_wakeup()
+        if due is not None and due <= now:
+            if now - due > LAG_S:  # we were late, not they
+                self._scheduler.counters["loop_lags"] += 1
+                self._endpoint.drain()
+                self._empty_inbox()
+            self._registry.tick(self._clock())
+            self._empty_inbox()
+            self._act(self._scheduler.tick(self._clock()))
+            self._empty_inbox()
+        self._flush_acks()
+        self._arm_timer()
+        self._turned.set()
+
+    def _empty_inbox(self) -> None:
+        while self._inbox:
+            item = self._inbox.popleft()
+            match item:
+                case Received():
+                    self._received(item)
+                case Malformed():
+                    self._malformed(item)
+                case Disconnected():
+                    self._disconnected(item.routing_id)
+                case _:
+                    self._handle(item)
+
+    def _handle(self, event: ev.Event) -> None:
+        self._act(self._scheduler.handle(event, self._clock()))
+
+    def _next_wakeup(self) -> float | None:
+        sources = (self._scheduler.next_wakeup(), self._registry.next_wakeup())
+        return min((moment for moment in sources if moment is not None), default=None)
+
+    def _arm_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self._next_wakeup()
+        if due is not None:
+            self._timer = asyncio.get_running_loop().call_later(max(due - self._clock(), 0.0), self._wake)
+
+    # ── sessions ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _received(self, arrival: Received) -> None:
+        envelope = arrival.envelope
+        match envelope.message:
+            case msg.WorkerHello() as hello:
+                self._hello(arrival.routing_id, hello, "worker", hello.worker_id)
+            case msg.ClientHello() as hello:
+                self._hello(arrival.routing_id, hello, "client", hello.client_id.hex())
+            case message:
+                session = self._sessions.find(arrival.routing_id, envelope.session)
+                if session is None or envelope.term != self._reign.term:
+                    self._say_hello(arrival.routing_id, envelope.session, envelope.term)
+                elif isinstance(message, msg.Attach):
+                    self._attached(arrival.routing_id, session)
+                elif session.role == "worker":
+                    self._from_worker(session, envelope)
+                else:
+                    self._from_client(session, envelope)
+
+    def _hello(self, routing_id: RoutingId, hello: msg.WorkerHello | msg.ClientHello, role: str, name: str) -> None:
+        """Open a session; another living process of the same name keeps its own."""
+        if self._reign.hello(hello.highest_term):
+            self._registry.raise_term(self._reign.term)
+            log.warning("a peer has met a later term; ours is raised", extra={"term": self._reign.term})
+            for session in list(self._sessions):
+                self._end_session(session, "the term was raised")
+        earlier = self._sessions.greeted(role, name)
+        if earlier is not None and earlier.incarnation != hello.incarnation and self._is_alive(earlier):
+            error = ConnectError(self._endpoint.address, f"a {role} named {name} is connected already; choose another --name")
+            self._refuse(routing_id, error)
+            return
+        if earlier is not None:
+            self._peers.pop(earlier.number, None)
+        session = self._sessions.welcome(routing_id, role, name, hello.incarnation)
+        self._peers[session.number] = _Peer(hello)
+        welcome = msg.Welcome(
+            software=f"adapt {VERSION}",
+            heartbeat_s=self._config.heartbeat_s,
+            piece_bytes=self._config.piece_bytes,
+            max_message_bytes=self._config.max_message_bytes,
+            max_budget_s=self._config.max_budget_s,
+        )
+        self._send(session, welcome)
+
+    def _is_alive(self, session: Session) -> bool:
+        """Whether this is a worker that has been heard of lately."""
+        member = self._scheduler.roster.get(WorkerId(session.name))
+        return member is not None and member.verdict is Verdict.READY
+
+    def _attached(self, routing_id: RoutingId, session: Session) -> None:
+        """Both connections stand: the peer takes part from now on."""
+        self._sessions.attach(routing_id, session.number)
+        hello = self._peers[session.number].hello
+        if isinstance(hello, msg.ClientHello):
+            self._handle(ev.ClientArrived(client_id=ClientId(hello.client_id)))
+            return
+        worker_id = WorkerId(hello.worker_id)
+        log.info("worker joined", extra={"worker_id": worker_id, "device": hello.device.device, "resident": len(hello.resident)})
+        self._registry.register(worker_id, self._clock())
+        self._last_hello[worker_id] = hello
+        joined = ev.WorkerJoined(
+            worker_id=worker_id,
+            numeric_class=hello.device.numeric_class,
+            stage_budget_bytes=hello.stage_budget_bytes,
+            credit=hello.credit,
+            resident=frozenset(Digest(digest) for digest in hello.resident),
+            held=frozenset(hello.held),
+            finished=frozenset(hello.finished),
+        )
+        self._handle(joined)
+
+    def _malformed(self, arrival: Malformed) -> None:
+        """One bad message never stops the others. A known sender starts afresh and sends again what was lost; a stubborn one is refused."""
+        self._scheduler.counters["malformed_messages"] += 1
+        log.warning("message dropped", extra={"sender": bytes(arrival.routing_id).hex(), "reason": str(arrival.error)})
+        session = self._sessions.routed(arrival.routing_id)
+        peer = None if session is None else self._peers.get(session.number)
+        if session is None or peer is None:
+            self._refuse(arrival.routing_id, arrival.error)
+            return
+        peer.malformed += 1
+        if peer.malformed >= MALFORMED_LIMIT:
+            self._refuse(session.routing_id, arrival.error)
+            self._end_session(session, f"its messages cannot be read: {arrival.error}")
+        else:
+            self._end_session(session, f"a message could not be read: {arrival.error}")
+            self._say_hello(session.routing_id, session.number, self._reign.term)
+
+    def _disconnected(self, routing_id: RoutingId) -> None:
+        session = self._sessions.routed(routing_id)
+        if session is not None:
+            self._end_session(session, "its connection was closed")
+
+    def _end_session(self, session: Session, reason: str) -> None:
+        self._sessions.end(session.number)
+        peer = self._peers.pop(session.number, None)
+        if peer is None:
+            return
+        if isinstance(peer.hello, msg.WorkerHello):
+            log.info("worker session ended", extra={"worker_id": session.name, "reason": reason})
+            self._handle(ev.WorkerDisconnected(worker_id=WorkerId(session.name), reason=reason))
+            return
+        client_id = ClientId(peer.hello.client_id)
+        self._deployer.client_gone(client_id)
+        self._handle(ev.ClientDisconnected(client_id=client_id))
+
+    def _say_hello(self, routing_id: RoutingId, session: int, term: int) -> None:
+        """The session that a message named is none of ours, or not any more."""
+        self._scheduler.counters["strangers"] += 1
+        self._endpoint.send(control_of(routing_id), msg.SayHello(), session=session, term=term)
+
+    def _refuse(self, routing_id: RoutingId, error: AdaptError) -> None:
+        code, message, fields = error.to_wire()
+        refused = msg.Refused(code=code, message=message, fields=fields)
+        self._endpoint.send(control_of(routing_id), refused, session=0, term=self._reign.term)
+
+    def _send(self, session: Session, message: msg.Message, blobs: tuple[Blob, ...] = ()) -> bool:
+        return self._endpoint.send(session.routing_id, message, session=session.number, term=self._reign.term, blobs=blobs)
+
+    # ── messages become events ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _from_worker(self, session: Session, envelope: Envelope) -> None:
+        worker_id = WorkerId(session.name)
+        match envelope.message:
+            case msg.Heartbeat() as heartbeat:
+                self._peers[session.number].heartbeat = heartbeat
+                self._registry.refresh(worker_id, self._clock())
+                self._handle(ev.WorkerHeard(worker_id=worker_id))
+            case msg.Begun(attempt=attempt):
+                self._handle(ev.StageBegun(worker_id=worker_id, attempt=attempt))
+            case msg.StageDone() as done:
+                self._count_bytes(done.leaves, envelope.blobs)
+                output = ev.Activation(done.leaves, envelope.blobs)
+                self._handle(ev.StageFinished(worker_id=worker_id, attempt=done.attempt, output=output, times=done.times))
+                if done.begun is not None:
+                    self._handle(ev.StageBegun(worker_id=worker_id, attempt=done.begun))
+            case msg.StageFailed() as failed:
+                error = AdaptError.from_wire(failed.code, failed.message, failed.fields)
+                self._handle(ev.AttemptFailed(worker_id=worker_id, attempt=failed.attempt, error=error))
+            case msg.StageCancelled(attempt=attempt):
+                self._handle(ev.AttemptCancelled(worker_id=worker_id, attempt=attempt))
+            case msg.Fetch() as fetch:
+                self._handle(ev.LoadProgressed(worker_id=worker_id, artifact=Digest(fetch.artifact)))
+                self._spawn(self._serve_piece(session, fetch), name=f"piece for {worker_id}")
+            case msg.StageLoaded(artifact=artifact):
+                self._handle(ev.StageResident(worker_id=worker_id, artifact=Digest(artifact)))
+            case msg.LoadFailed() as failed:
+                error = AdaptError.from_wire(failed.code, failed.message, failed.fields)
+                log.warning("stage refused", extra={"worker_id": worker_id, "artifact": failed.artifact[:12], "reason": str(error)})
+                self._handle(ev.StageRefused(worker_id=worker_id, artifact=Digest(failed.artifact), error=error))
+            case msg.Draining(handed_back=attempts):
+                self._handle(ev.WorkerDraining(worker_id=worker_id, handed_back=frozenset(attempts)))
+            case msg.Goodbye():
+                self._goodbye(session)
+            case other:
+                self._out_of_place(session, other)
+
+    def _from_client(self, session: Session, envelope: Envelope) -> None:
+        match envelope.message:
+            case msg.InferRequest() as request:
+                self._request(session, request, envelope.blobs)
+            case msg.ReplyAck(request_ids=request_ids):
+                for request_id in request_ids:
+                    if request_id.client == self._client_of(session):
+                        self._handle(ev.OutcomeAcknowledged(request_id=request_id))
+            case msg.CancelRequest(request_id=request_id):
+                if request_id.client == self._client_of(session):
+                    self._handle(ev.RequestCancelled(request_id=request_id))
+            case msg.Deploy() as deploy:
+                self._deployer.begin(ClientId(self._client_of(session)), deploy)
+            case msg.Undeploy() as undeploy:
+                self._undeploy(session, undeploy)
+            case msg.StatusQuery(call=call):
+                self._send(session, self._status(call))
+            case msg.ArtifactPiece() as piece:
+                self._deployer.piece_came(ClientId(self._client_of(session)), piece, envelope.blobs[0])
+            case msg.ArtifactMissing(artifact=artifact):
+                self._deployer.piece_missing(ClientId(self._client_of(session)), artifact)
+            case msg.Goodbye():
+                self._goodbye(session)
+            case other:
+                self._out_of_place(session, other)
+
+    def _goodbye(self, session: Session) -> None:
+        """The peer has ended by intent: no grace for its return."""
+        self._end_session(session, "it said goodbye")
+        if session.role == "worker":
+            self._registry.revoke(WorkerId(session.name))
+            self._handle(ev.WorkerLeft(worker_id=WorkerId(session.name)))
+        else:
+            self._handle(ev.ClientLeft(client_id=ClientId(bytes.fromhex(session.name))))
+
+    def _out_of_place(self, session: Session, message: msg.Message) -> None:
+        """A message that a peer of this role does not say."""
+        self._malformed(Malformed(session.routing_id, WireError(f"{type(message).__name__} is not for a {session.role} to say")))
+
+    def _request(self, session: Session, request: msg.InferRequest, blobs: tuple[Blob, ...]) -> None:
+        if request.request_id.client != self._client_of(session):
+            self._out_of_place(session, request)
+            return
+        arrived = ev.RequestArrived(
+            request_id=request.request_id,
+            deployment=request.deployment,
+            version=request.version,
+            program=None if request.program is None else Digest(request.program),
+            budget_s=request.budget_s,
+            exact=request.numerics == "exact",
+            fingerprint=_fingerprint(request, blobs),
+            input=ev.Activation(request.leaves, blobs),
+        )
+        self._handle(arrived)
+
+    def _client_of(self, session: Session) -> bytes:
+        return bytes.fromhex(session.name)
+
+    # ── actions become messages ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _act(self, actions: list[ev.Action]) -> None:
+        for action in actions:
+            match action:
+                case ev.Dispatch():
+                    self._dispatch(action)
+                case ev.Acknowledge():
+                    self._acks.setdefault(action.worker_id, []).append(action.attempt)
+                case ev.Answer():
+                    reply = msg.Reply(
+                        request_id=action.request_id,
+                        leaves=list(action.output.leaves),
+                        attempts=action.attempts,
+                        numeric_classes=list(action.numeric_classes),
+                    )
+                    self.to_client(ClientId(action.request_id.client), reply, action.output.blobs)
+                case ev.Fail():
+                    code, message, fields = action.error.to_wire()
+                    failed = msg.RequestFailed(request_id=action.request_id, code=code, message=message, fields=fields)
+                    self.to_client(ClientId(action.request_id.client), failed)
+                case ev.Accept():
+                    accepted = msg.Accepted(
+                        request_id=action.request_id, deployment=action.deployment, version=action.version, program=action.program
+                    )
+                    self.to_client(ClientId(action.request_id.client), accepted)
+                case ev.Cancel():
+                    self._to_worker(action.worker_id, msg.CancelStage(attempt=action.attempt))
+                case _:
+                    self._act_on_plan(action)
+
+    def _act_on_plan(self, action: ev.Action) -> None:
+        match action:
+            case ev.Load():
+                load = msg.LoadStage(artifact=action.artifact, file_bytes=self._deployments.file_bytes(action.artifact))
+                self._to_worker(action.worker_id, load)
+            case ev.Unload():
+                self._to_worker(action.worker_id, msg.UnloadStage(artifact=action.artifact))
+            case ev.Evict():
+                log.warning("worker evicted", extra={"worker_id": action.worker_id, "reason": action.reason})
+                self._registry.revoke(action.worker_id)
+                session = self._sessions.greeted("worker", action.worker_id)
+                if session is not None:
+                    self._sessions.end(session.number)
+                    self._peers.pop(session.number, None)
+            case ev.PlanChanged(version=version):
+                log.info("plan changed", extra={"deployment": version.deployment, "epoch": version.plan.epoch})
+                self._deployments.put(version)
+            case ev.VersionReady(version=version):
+                self._deployer.settled(version, None)
+            case ev.VersionFailed(version=version, error=error):
+                self._deployer.settled(version, error)
+            case ev.VersionReleased(version=version):
+                self._deployments.drop(version)
+            case _:
+                raise AssertionError(f"unknown action {action!r}")
+
+    def _dispatch(self, action: ev.Dispatch) -> None:
+        run = msg.RunStage(
+            attempt=action.attempt,
+            artifact=action.artifact,
+            budget_s=action.budget_s,
+            codec=action.codec,
+            tolerance=action.tolerance,
+            leaves=list(action.input.leaves),
+        )
+        self._count_bytes(run.leaves, action.input.blobs)
+        session = self._sessions.named("worker", action.worker_id)
+        if session is not None and self._send(session, run, action.input.blobs):
+            return
+        if session is not None:  # its next message is answered with SayHello
+            self._sessions.end(session.number)
+            self._peers.pop(session.number, None)
+        self.tell(ev.DispatchRefused(worker_id=action.worker_id, attempt=action.attempt))
+
+    def _flush_acks(self) -> None:
+        """One `StageAck` per worker and turn of the loop, whatever it brought."""
+        for worker_id, attempts in self._acks.items():
+            self._to_worker(worker_id, msg.StageAck(attempts=attempts))
+        self._acks.clear()
+
+    def _to_worker(self, worker_id: WorkerId, message: msg.Message) -> None:
+        """What is lost with a session is said again after the next hello."""
+        session = self._sessions.named("worker", worker_id)
+        if session is not None:
+            self._send(session, message)
+
+    def to_client(self, client_id: ClientId, message: msg.Message, blobs: tuple[Blob, ...] = ()) -> bool:
+        """To wherever the client is now. If it is away, it asks again when it is back."""
+        session = self._sessions.named("client", client_id.hex())
+        return session is not None and self._send(session, message, blobs)
+
+    # ── deployments and artifacts ────────────────────────────────────────────────────────────────────────────────────
+
+    async def offers(self, *, wait_s: float) -> list[WorkerOffer]:
+        """What the ready workers have to give; waits so long for a first one."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while not self._scheduler.offers():
+                    await self._turn()
+        return self._scheduler.offers()
+
+    def version(self, deployment: str, number: int) -> ev.Version:
+        """A version that takes requests. Raises UnknownModelError: it was replaced or removed meanwhile."""
+        for candidate, _ in self._scheduler.versions():
+            if (candidate.deployment, candidate.number) == (deployment, number):
+                return candidate
+        raise UnknownModelError(deployment)
+
+    def _undeploy(self, session: Session, undeploy: msg.Undeploy) -> None:
+        names = [version.deployment for version, _ in self._scheduler.versions()]
+        if undeploy.name not in names:
+            code, message, fields = UnknownModelError(undeploy.name, suggestions=names[:5]).to_wire()
+            self._send(session, msg.CallFailed(call=undeploy.call, code=code, message=message, fields=fields))
+            return
+        self._handle(ev.Undeployed(deployment=undeploy.name))
+        self._send(session, msg.CallDone(call=undeploy.call))
+
+    async def _serve_piece(self, session: Session, fetch: msg.Fetch) -> None:
+        """Answer `Fetch`: read beside the loop, so that a slow disk delays no activation."""
+        digest = Digest(fetch.artifact)
+        loop = asyncio.get_running_loop()
+        try:
+            size = await loop.run_in_executor(self._threads, self._store.size_bytes, digest)
+            data = await loop.run_in_executor(self._threads, self._store.read, digest, fetch.offset, fetch.length)
+        except (OSError, AdaptError) as error:
+            log.warning("artifact not served", extra={"artifact": digest[:12], "reason": str(error)})
+            self._send(session, msg.ArtifactMissing(artifact=fetch.artifact))
+            return
+        self._scheduler.counters["artifact_bytes"] += len(data)
+        piece = msg.ArtifactPiece(artifact=fetch.artifact, offset=fetch.offset, file_bytes=size)
+        self._send(session, piece, (Blob.of(data),))
+
+    def _spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("background task failed", extra={"task": task.get_name()}, exc_info=error)
+
+    # ── what users see ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _count_bytes(self, leaves: Any, blobs: tuple[Blob, ...]) -> None:
+        """Tensors on the links to and from workers, by codec: as they were before and as they travel."""
+        counters = self._scheduler.counters
+        tensors = [leaf for leaf in leaves if isinstance(leaf, TensorHeader)]
+        for header, blob in zip(tensors, blobs, strict=True):
+            counters[f"link_bytes.{header.codec}"] += blob.size
+            counters[f"link_raw_bytes.{header.codec}"] += math.prod(header.shape) * DTYPES[header.dtype].itemsize
+
+    def _status(self, call: int) -> msg.StatusReport:
+        records = [self._deployments.record(version) for version, _ in self._scheduler.versions()]
+        counters = {name: float(value) for name, value in sorted(self._scheduler.counters.items())}
+        counters |= {
+            "requests_live": float(self._scheduler.live_requests),
+            "reserved_bytes": float(self._scheduler.reserved_bytes),
+            "kept_bytes": float(self._scheduler.kept_bytes),
+        }
+        return msg.StatusReport(
+            call=call,
+            term=self._reign.term,
+            uptime_s=self._clock() - self._began,
+            workers=[record for member in self._scheduler.roster if (record := self._worker_record(member)) is not None],
+            deployments=records,
+            counters=counters,
+        )
+
+    def _worker_record(self, member: Member) -> msg.WorkerRecord | None:
+        """None for a worker of an earlier reign that has not come back: nothing is known of its device."""
+        session = self._sessions.named("worker", member.worker_id)
+        peer = None if session is None else self._peers.get(session.number)
+        hello = self._last_hello.get(member.worker_id)
+        if hello is None:
+            return None
+        heartbeat = None if peer is None else peer.heartbeat
+        return msg.WorkerRecord(
+            worker_id=member.worker_id,
+            state="draining" if member.is_draining and member.verdict is Verdict.READY else member.verdict.value,
+            device=hello.device,
+            memory_percent=0.0 if heartbeat is None else heartbeat.memory_percent,
+            stage_budget_bytes=member.stage_budget_bytes,
+            resident=sorted(member.resident),
+            credit=member.credit,
+            running=len(member.slots),
+            tasks_done=member.tally.tasks_done,
+            tasks_failed=member.tally.tasks_failed,
+            compute_s=member.tally.compute_s,
+        )
+
+
+def _settings(config: DispatcherConfig) -> SchedulerSettings:
+    return SchedulerSettings(
+        policy=config.policy,
+        silence_s=config.silence_s,
+        grace_s=config.grace_s,
+        attempt_timeout_s=config.attempt_timeout_s,
+        load_timeout_s=config.load_timeout_s,
+        max_budget_s=config.max_budget_s,
+        max_requests=config.max_requests,
+        max_retained_bytes=config.max_retained_bytes,
+        max_kept_bytes=config.max_kept_bytes,
+    )
+
+
+def _fingerprint(request: msg.InferRequest, blobs: tuple[Blob, ...]) -> int:
+    """Of what makes a request this one: model and input. Budget, version and program may differ from one sending to the next."""
+    text = repr((request.deployment, request.numerics, request.leaves, [blob.checksum for blob in blobs]))
+    return xxhash.xxh3_64_intdigest(text.encode())

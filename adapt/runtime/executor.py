@@ -1,0 +1,436 @@
+"""Runs stages and codecs off the event loop.
+
+    loop ──submit──▶ pool: decode ──▶ compute thread: run, one at a time, in order of arrival ──▶ pool: encode ──▶ loop
+
+    state of a work     event                     to
+    WAITING             its turn comes            RUNNING     (Begun is said)
+                        withdrawn, cancelled      ENDED       (nothing is said: the caller knows)
+                        its deadline has come     ENDED       (Failed)
+    RUNNING             computed                  ENCODING
+                        the model raised          ENDED       (Failed)
+                        cancelled, then computed  ENDED       (Cancelled)
+    ENCODING            encoded                   ENDED       (Done; Cancelled if it was cancelled meanwhile)
+
+Inputs are decoded as soon as they come, while another work computes; outputs are encoded while the next one computes.
+What is small is decoded and encoded on the compute thread itself: the way to another thread takes longer.
+Threads only say what happened, in batches, by `notify` on the loop; whoever is told owns all other state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+import xxhash
+
+from adapt.clock import Clock, monotonic
+from adapt.errors import AdaptError, DeadlineExceededError, InputMismatchError, ModelError, WireError
+from adapt.models import devices
+from adapt.protocol import codecs
+from adapt.protocol.codecs import TensorHeader
+from adapt.protocol.messages import Leaf, RunStage, StageTimes
+from adapt.protocol.wire import Blob
+
+log = logging.getLogger(__name__)
+
+INLINE_BYTES = 64 << 10
+ALIGNMENT_BYTES = 64  # of torch's own memory: the interpreter copies what is less aligned
+MESSAGE_CHARACTERS = 3000  # of an error; the wire allows 4096
+
+Value: TypeAlias = torch.Tensor | int | float | bool | None
+
+
+class RunnableStage(Protocol):
+    """What the executor needs of `models.interpreter.Stage`."""
+
+    def run(self, inputs: Sequence[Any]) -> list[Any]: ...
+
+
+class State(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    ENCODING = auto()
+    ENDED = auto()
+
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """One attempt on its way through the executor. Only the executor changes it, under its lock where threads meet."""
+
+    order: RunStage
+    blobs: tuple[Blob, ...]
+    stage: RunnableStage
+    arrived_at: float
+    state: State = State.WAITING
+    is_cancelled: bool = False
+    decoded: Future[None] | None = None  # None: it is small, and decoded on the compute thread
+    inputs: list[Value] = field(default_factory=list)
+    input_digest: bytes = b""
+    began_at: float = 0.0
+    decode_s: float = 0.0
+    compute_s: float = 0.0
+
+    def take_inputs(self) -> list[Value]:
+        """The inputs, which nobody else keeps from now on: the interpreter can free each after its last use."""
+        inputs, self.inputs = self.inputs, []
+        return inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Computed and encoded. The blobs may share the memory of the output tensors, and keep it alive."""
+
+    work: Work
+    leaves: list[Leaf]
+    blobs: tuple[Blob, ...]
+    times: StageTimes
+    output_digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    work: Work
+    error: AdaptError
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """It had begun when it was cancelled, and now it has left the compute thread."""
+
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class Crashed:
+    """A bug has ended a thread: the process cannot go on."""
+
+    error: BaseException
+
+
+Event: TypeAlias = Begun | Done | Failed | Cancelled | Crashed
+
+
+class Executor:
+    """One compute thread and a few codec threads. Created, used and closed on one asyncio loop.
+
+    Args:
+        device: where stages run; only used to warm up.
+        threads: that torch uses within one operator.
+        limit_bytes: the most that the tensors of one message may take, decoded or encoded.
+        notify: is given events, in order, on the loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: str,
+        threads: int,
+        limit_bytes: int,
+        notify: Callable[[list[Event]], None],
+        clock: Clock = monotonic,
+        codec_threads: int = 2,
+    ) -> None:
+        self._device, self._threads = device, threads
+        self.limit_bytes = limit_bytes  # may be changed at any time
+        self._notify, self._clock = notify, clock
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pool = ThreadPoolExecutor(codec_threads, thread_name_prefix="adapt-codec")
+        self._queue: SimpleQueue[Work | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._outbox: list[Event] = []  # under the lock; not empty: the loop has been called
+        self._unsaid: list[Event] = []  # of the compute thread; said together with what it does next
+        self._progress = 0
+        self._warm: Future[None] = Future()
+        # A daemon: a model that never returns must not keep the process from ending.
+        self._compute_thread = threading.Thread(target=self._compute_until_closed, name="adapt-compute", daemon=True)
+
+    async def start(self) -> None:
+        """Start the compute thread and wait until the libraries below torch are set up."""
+        self._loop = asyncio.get_running_loop()
+        self._compute_thread.start()
+        await asyncio.wrap_future(self._warm)
+
+    @property
+    def progress(self) -> int:
+        """Grows with every step of every work; one that stands still while work is held hangs."""
+        return self._progress
+
+    def submit(self, order: RunStage, blobs: tuple[Blob, ...], stage: RunnableStage) -> Work:
+        """Take an attempt; its end is told by `notify`, unless `cancel` tells."""
+        work = Work(order, blobs, stage, self._clock())
+        if not _is_small(sum(blob.size for blob in blobs), _packs(order)):
+            work.decoded = self._pool.submit(self._decode, work)
+        self._queue.put(work)
+        return work
+
+    def withdraw(self, work: Work) -> bool:
+        """Take a work back that has not begun: nothing more is heard of it. False: it has begun, and goes on."""
+        with self._lock:
+            if work.state is not State.WAITING:
+                return False
+            work.state = State.ENDED
+        work.blobs = ()  # a decode that is under way has its own reference
+        return True
+
+    def cancel(self, work: Work) -> bool:
+        """Nobody wants the result. True: it is withdrawn. False: it ends with an event, `Cancelled` if it can."""
+        work.is_cancelled = True  # seen at the latest when the state changes, under the lock
+        return self.withdraw(work)
+
+    async def close(self, *, patience_s: float = 1.0) -> None:
+        """End the threads. A computation that is not over within `patience_s` is left behind."""
+        self._queue.put(None)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._compute_thread.is_alive():
+            await asyncio.to_thread(self._compute_thread.join, patience_s)
+
+    # --- on the compute thread -------------------------------------------------------------------------------------
+
+    def _compute_until_closed(self) -> None:
+        try:
+            devices.limit_threads(self._threads)
+            devices.warm_up(self._device)
+        except BaseException as error:
+            self._warm.set_exception(error)
+            return
+        self._warm.set_result(None)
+        try:
+            while (work := self._next()) is not None:
+                self._compute(work)
+                del work  # or the last work, and its tensors, would stay until the next one comes
+        except BaseException as error:
+            self._say(*self._unsaid, Crashed(error))
+
+    def _next(self) -> Work | None:
+        """The next work; what is unsaid is said before waiting for it."""
+        if self._queue.empty():
+            self._say_rest()
+        return self._queue.get()
+
+    def _compute(self, work: Work) -> None:
+        if not self._begin(work):
+            return
+        started_at = self._clock()
+        try:
+            outputs = work.stage.run(work.take_inputs())
+        except Exception as error:  # foreign code: the model, and torch below it
+            self._end(work, Failed(work, _as_adapt_error(error)))
+            return
+        work.compute_s = self._clock() - started_at
+        self._progress += 1
+        with self._lock:
+            work.state = State.ENCODING
+            is_cancelled = work.is_cancelled
+        if is_cancelled:
+            self._end(work, Cancelled(work))
+        elif _is_small(sum(value.nbytes for value in outputs if isinstance(value, torch.Tensor)), work.order.codec != "raw"):
+            self._unsaid.append(self._encode(work, outputs))
+        else:
+            self._pool.submit(self._encode_and_say, work, outputs)
+
+    def _begin(self, work: Work) -> bool:
+        """A work's turn has come. Whether it is to be computed; its inputs are decoded then."""
+        if work.state is State.ENDED:  # withdrawn; if it is from here on, that is seen below
+            return False
+        try:
+            if work.decoded is None:
+                self._decode(work)
+            else:
+                if not work.decoded.done():
+                    self._say_rest()
+                work.decoded.result()
+        except Exception as error:
+            self._end(work, Failed(work, error if isinstance(error, AdaptError) else WireError(_text_of(error))))
+            return False
+        with self._lock:
+            if work.state is State.ENDED:
+                return False
+            work.state = State.RUNNING
+        work.began_at = self._clock()
+        if work.began_at - work.arrived_at >= work.order.budget_s:
+            self._end(work, Failed(work, DeadlineExceededError(work.order.budget_s)))
+            return False
+        self._progress += 1
+        self._unsaid.append(Begun(work))
+        self._say_rest()
+        return True
+
+    def _end(self, work: Work, event: Event) -> None:
+        with self._lock:
+            if work.state is State.ENDED:  # cancelled while it waited: that has been told
+                return
+            work.state = State.ENDED
+        work.inputs, work.blobs = [], ()
+        self._unsaid.append(event)
+
+    # --- on any thread ---------------------------------------------------------------------------------------------
+
+    def _say_rest(self) -> None:
+        if self._unsaid:
+            self._say(*self._unsaid)
+            self._unsaid.clear()
+
+    def _say(self, *events: Event) -> None:
+        """Tell the loop. One call of the loop carries whatever is said before it gets to run."""
+        assert self._loop is not None
+        with self._lock:
+            is_called = bool(self._outbox)
+            self._outbox.extend(events)
+        if not is_called:
+            try:
+                self._loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # the loop is closed: nobody is left who wants to know
+                log.debug("said to a closed loop")
+
+    def _deliver(self) -> None:
+        with self._lock:
+            events, self._outbox = self._outbox, []
+        self._notify(events)
+
+    def _decode(self, work: Work) -> None:
+        started_at = self._clock()
+        blobs = iter(work.blobs)
+        digest = xxhash.xxh3_128()
+        left_bytes = self.limit_bytes
+        for leaf in work.order.leaves:
+            if isinstance(leaf, TensorHeader):
+                array = _decoded(leaf, next(blobs), left_bytes)
+                left_bytes -= array.nbytes
+                _digest_tensor(digest, leaf.dtype, array)
+                work.inputs.append(_to_tensor(array, leaf.dtype))
+            else:
+                digest.update(repr(leaf).encode())
+                work.inputs.append(leaf)
+        work.blobs = ()  # frames that were copied can go
+        work.input_digest = digest.digest()
+        work.decode_s = self._clock() - started_at
+        self._progress += 1
+
+    def _encode_and_say(self, work: Work, outputs: list[Value]) -> None:
+        try:
+            self._say(self._encode(work, outputs))
+        except BaseException as error:
+            self._say(Crashed(error))
+
+    def _encode(self, work: Work, outputs: list[Value]) -> Event:
+        """The event with which a computed work ends."""
+        started_at = self._clock()
+        try:
+            leaves, blobs, digest = _encoded(outputs, work.order.codec, work.order.tolerance, self.limit_bytes)
+        except Exception as error:  # foreign code again: the codecs
+            event: Event = Failed(work, _as_adapt_error(error))
+        else:
+            times = StageTimes(
+                wait_s=max(work.began_at - work.arrived_at - work.decode_s, 0.0),
+                decode_s=work.decode_s,
+                compute_s=work.compute_s,
+                encode_s=self._clock() - started_at,
+            )
+            event = Done(work, leaves, blobs, times, digest)
+        with self._lock:
+            work.state = State.ENDED
+            if work.is_cancelled:
+                event = Cancelled(work)
+        self._progress += 1
+        return event
+
+
+def _packs(order: RunStage) -> bool:
+    return any(isinstance(leaf, TensorHeader) and leaf.codec != "raw" for leaf in order.leaves)
+
+
+def _is_small(size_bytes: int, is_packed: bool) -> bool:
+    """Whether a codec is done with this sooner than another thread wakes up."""
+    return size_bytes * (8 if is_packed else 1) <= INLINE_BYTES
+
+
+# --- tensors -------------------------------------------------------------------------------------------------------
+
+
+def _decoded(header: TensorHeader, blob: Blob, limit_bytes: int) -> codecs.Array:
+    """The array of one payload. What travelled raw is joined or moved into aligned memory at most once."""
+    if header.codec != "raw":
+        return codecs.decode(header, blob.contiguous(), limit_bytes=limit_bytes)
+    if len(blob.parts) == 1:
+        view = blob.contiguous()
+        if not view.readonly and _address(view) % ALIGNMENT_BYTES == 0:
+            return codecs.decode(header, view, limit_bytes=limit_bytes)
+    if blob.size > limit_bytes:
+        raise WireError(f"tensors of {blob.size} bytes: {limit_bytes} bytes of the limit are left")
+    target = torch.empty(blob.size, dtype=torch.uint8).numpy()
+    begin = 0
+    for part in blob.parts:
+        source = np.frombuffer(part, np.uint8)
+        target[begin : begin + source.size] = source
+        begin += source.size
+    return codecs.decode(header, target.data, limit_bytes=limit_bytes)
+
+
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, np.uint8).__array_interface__["data"][0]) if len(view) else 0
+
+
+def _to_tensor(array: codecs.Array, dtype: str) -> torch.Tensor:
+    """A tensor over the same memory."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+def _to_array(tensor: torch.Tensor) -> tuple[codecs.Array, str]:
+    """An array over the same memory if that is contiguous and on the CPU, and the wire's name of its type."""
+    tensor = tensor.detach().cpu().contiguous()
+    name = str(tensor.dtype).removeprefix("torch.")
+    if tensor.dtype is torch.bfloat16:  # numpy has none
+        return tensor.view(torch.int16).numpy().view(np.uint16), name
+    return tensor.numpy(), name
+
+
+def _digest_tensor(digest: Any, dtype: str, array: codecs.Array) -> None:
+    digest.update(f"{dtype} {array.shape}".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+
+
+def _encoded(
+    outputs: Sequence[Value], codec: str, tolerance: float | None, limit_bytes: int
+) -> tuple[list[Leaf], tuple[Blob, ...], bytes]:
+    """Leaves, payloads, and the digest of the tensors as they were before the codec."""
+    leaves: list[Leaf] = []
+    blobs: list[Blob] = []
+    digest = xxhash.xxh3_128()
+    for value in outputs:
+        if isinstance(value, torch.Tensor):
+            array, dtype = _to_array(value)
+            _digest_tensor(digest, dtype, array)
+            header, payload = codecs.encode(array, codec=codec, tolerance=tolerance, dtype=dtype)
+            leaves.append(header)
+            blobs.append(Blob.of(payload))
+        else:
+            digest.update(repr(value).encode())
+            leaves.append(value)
+    sent_bytes = sum(blob.size for blob in blobs)
+    if sent_bytes > limit_bytes:
+        raise InputMismatchError(f"the stage's output takes {sent_bytes:,} bytes, a message {limit_bytes:,}: use a smaller batch")
+    return leaves, tuple(blobs), digest.digest()
+
+
+def _as_adapt_error(error: Exception) -> AdaptError:
+    """Our own errors as they are, foreign ones as the model's."""
+    return error if isinstance(error, AdaptError) else ModelError(_text_of(error))
+
+
+def _text_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:MESSAGE_CHARACTERS]

@@ -1,0 +1,223 @@
+"""A worker's or client's two connections to its dispatcher, kept in one session: it says hello again whenever that is needed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import zmq
+
+from adapt.clock import Clock, monotonic
+from adapt.errors import AdaptError, ConfigError, WireError
+from adapt.protocol.ids import routing_ids
+from adapt.protocol.messages import ArtifactPiece, Attach, ClientHello, Message, Refused, Welcome, WorkerHello
+from adapt.protocol.pieces import Assembler, split
+from adapt.protocol.wire import Blob, Envelope, encode_head
+from adapt.runtime.endpoint import WatchedSocket, is_big, read, whole
+from adapt.scheduling.session import PeerSession, Step
+
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 500, 1_500
+RECONNECT_MS, RECONNECT_MAX_MS = 100, 1_000
+DEFAULT_PIECE_BYTES = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened:
+    """Say now what has to be said in every session."""
+
+    welcome: Welcome
+    session: int
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLost:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRefused:
+    """The dispatcher will not have us; the link is of no use any more."""
+
+    error: AdaptError
+
+
+@dataclass(frozen=True, slots=True)
+class LinkReceived:
+    message: Message
+    blobs: tuple[Blob, ...]
+
+
+LinkEvent: TypeAlias = SessionOpened | SessionLost | LinkRefused | LinkReceived
+
+
+class PeerLink:
+    """See the head of this file. `start` and everything after it belong to one running loop.
+
+    Args:
+        address: of the dispatcher.
+        name: of this worker or client, with `incarnation` its address on the other side.
+        hello: makes the hello, given the highest term met so far.
+        receive: called on the loop with everything that happens.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        name: str,
+        incarnation: int,
+        hello: Callable[[int], WorkerHello | ClientHello],
+        receive: Callable[[LinkEvent], None],
+        limit_bytes: int,
+        clock: Clock = monotonic,
+    ) -> None:
+        self.address = address
+        self._routing_ids = routing_ids(name, incarnation)
+        self._hello, self._receive, self._limit_bytes, self._clock = hello, receive, limit_bytes, clock
+        self._session = PeerSession()
+        self._assembler = Assembler(limit_bytes=limit_bytes)
+        self._piece_bytes = DEFAULT_PIECE_BYTES
+        self._transfers = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._context: zmq.Context[Any] | None = None
+        self._reason = "the connection was closed"
+
+    @property
+    def is_open(self) -> bool:
+        return self._session.is_open
+
+    @property
+    def session(self) -> int:
+        return self._session.session
+
+    @property
+    def term(self) -> int:
+        return self._session.term
+
+    def start(self) -> None:
+        """Connect, from the running loop; it goes on by itself, also when nobody listens yet.
+
+        Raises:
+            ConfigError: the address is none.
+        """
+        self._context = zmq.Context()
+        self._control = self._connect(self._routing_ids[0], read=self._read_control, noticed=self._noticed, beats=True)
+        self._bulk = self._connect(self._routing_ids[1], read=self._read_bulk, noticed=lambda event, descriptor: None, beats=False)
+
+    def _connect(
+        self, identity: bytes, *, read: Callable[[], None], noticed: Callable[[int, int], None], beats: bool
+    ) -> WatchedSocket:
+        assert self._context is not None
+        watched = WatchedSocket(self._context, zmq.DEALER, read=read, noticed=noticed, limit_bytes=self._limit_bytes)
+        socket = watched.socket
+        socket.set(zmq.IDENTITY, identity)
+        socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
+        socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        if beats:  # never on bulk: a large frame on a slow link would starve it, and be cut off for ever
+            socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+            socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+            socket.set(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
+        try:
+            socket.connect(self.address)
+        except zmq.ZMQError as error:
+            watched.close()
+            raise ConfigError(f"dispatcher={self.address!r}: not an address: {error}; expected tcp://HOST:PORT") from None
+        return watched
+
+    def send(self, message: Message, blobs: tuple[Blob, ...] = ()) -> bool:
+        """Send within the open session. False: there is none, or the socket refuses; say it again after `SessionOpened`."""
+        if not self.is_open:
+            return False
+        session, term = self._session.session, self._session.term
+        head = encode_head(message, session=session, term=term, blobs=blobs)
+        if not is_big(message, head, blobs):
+            return self._control.send(whole(head, blobs))
+        if isinstance(message, ArtifactPiece):  # it is a piece already
+            return self._bulk.send(whole(head, blobs))
+        self._transfers += 1
+        pieces = split(message, session=session, term=term, blobs=blobs, transfer=self._transfers, piece_bytes=self._piece_bytes)
+        return all(self._bulk.send(piece) for piece in pieces)
+
+    async def close(self, *, linger_s: float = 0.0) -> None:
+        """Disconnect. `linger_s`: how long what was sent last may take to leave."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._context is None:
+            return
+        context, self._context = self._context, None
+        self._session = PeerSession()
+        for watched in (self._control, self._bulk):
+            watched.close(linger_s=linger_s)
+        await asyncio.get_running_loop().run_in_executor(None, context.term)
+
+    # ── what arrives ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _read_control(self) -> None:
+        self._read(self._control, None)
+
+    def _read_bulk(self) -> None:
+        self._read(self._bulk, self._assembler)
+
+    def _read(self, watched: WatchedSocket, assembler: Assembler | None) -> None:
+        for frames in watched.batch():
+            try:
+                envelope = read(frames, assembler, limit_bytes=self._limit_bytes)
+            except WireError as error:
+                self._spoilt(error)
+                continue
+            if envelope is not None:
+                self._take(self._session.received(envelope, self._clock()), envelope)
+            if self._context is None:  # closed by whoever was told
+                return
+
+    def _spoilt(self, error: WireError) -> None:
+        """A message that cannot be read: only a new session tells the dispatcher that it was lost."""
+        self._reason = f"a message could not be read: {error}"
+        self._take(self._session.connected(self._clock()), None)
+
+    def _noticed(self, event: int, descriptor: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._take(self._session.connected(self._clock()), None)
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._reason = "the connection was closed"
+            self._take(self._session.disconnected(), None)
+
+    def _tick(self) -> None:
+        self._take(self._session.tick(self._clock()), None)
+
+    def _take(self, steps: list[Step], envelope: Envelope | None) -> None:
+        """Do what the session says."""
+        for step in steps:
+            match step:
+                case Step.SAY_HELLO:
+                    self._control.send(whole(encode_head(self._hello(self._session.highest_term), session=0, term=0), ()))
+                case Step.ATTACH:
+                    assert envelope is not None and isinstance(envelope.message, Welcome)
+                    self._attach(envelope.message)
+                case Step.DELIVER:
+                    assert envelope is not None
+                    self._receive(LinkReceived(envelope.message, envelope.blobs))
+                case Step.LOST:
+                    self._receive(SessionLost(self._reason))
+                case Step.GIVE_UP:
+                    assert envelope is not None and isinstance(envelope.message, Refused)
+                    refused = envelope.message
+                    self._receive(LinkRefused(AdaptError.from_wire(refused.code, refused.message, refused.fields)))
+        self._arm_timer()
+
+    def _attach(self, welcome: Welcome) -> None:
+        self._piece_bytes = welcome.piece_bytes
+        session, term = self._session.session, self._session.term
+        self._bulk.send(whole(encode_head(Attach(), session=session, term=term), ()))
+        self._receive(SessionOpened(welcome, session, term))
+
+    def _arm_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self._session.next_wakeup()
+        if due is not None and self._context is not None:
+            self._timer = asyncio.get_running_loop().call_later(max(due - self._clock(), 0.0), self._tick)

@@ -1,0 +1,61 @@
+"""The requests that wait for a worker, by stage, and the stages that deserve a look."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+from adapt.scheduling.requests import Request
+
+StageKey: TypeAlias = tuple[str, int, int]  # deployment, number of its version, stage
+Entry: TypeAlias = tuple[float, int, int, Request]  # deadline, arrival, ticket, request
+
+
+class StageQueues:
+    """One heap per stage: earlier deadline first, then earlier arrival.
+
+    A request is in its queue while it carries the ticket of its entry; taking the ticket away takes it out. Stages are *awake* when
+    something may be dispatched for them.
+    """
+
+    def __init__(self) -> None:
+        self._heaps: dict[StageKey, list[Entry]] = {}
+        self._awake: set[StageKey] = set()
+        self._tickets = 0
+
+    def push(self, key: StageKey, request: Request) -> None:
+        self._tickets += 1
+        request.ticket = self._tickets
+        heapq.heappush(self._heaps.setdefault(key, []), (request.deadline, request.arrival, request.ticket, request))
+        self._awake.add(key)
+
+    def pop(self, key: StageKey) -> Entry | None:
+        """Remove and return the first entry of the stage that is still valid."""
+        heap = self._heaps.get(key, [])
+        while heap:
+            entry = heapq.heappop(heap)
+            if entry[3].ticket == entry[2]:
+                return entry
+        self._heaps.pop(key, None)
+        return None
+
+    def put_back(self, key: StageKey, entries: Iterable[Entry]) -> None:
+        """Return entries that `pop` gave, unless they have become invalid meanwhile."""
+        for entry in entries:
+            if entry[3].ticket == entry[2]:
+                heapq.heappush(self._heaps.setdefault(key, []), entry)
+
+    def wake(self, concerned: Callable[[StageKey], bool]) -> None:
+        self._awake.update(key for key in self._heaps if concerned(key))
+
+    def wake_all(self) -> None:
+        self._awake.update(self._heaps)
+
+    def next_awake(self) -> StageKey | None:
+        """The stage to look at next, which sleeps from now on: later stages first."""
+        if not self._awake:
+            return None
+        key = max(self._awake, key=lambda k: (k[2], k))
+        self._awake.discard(key)
+        return key
