@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapt.errors import InputMismatchError, WireError
-from adapt.models.program import Program, ValueSpec, _bind, _spec_from_plain, _spec_to_plain, check_inputs
+from adapt.models.program import Program, ValueSpec, bind_arguments, spec_from_plain, spec_to_plain, check_inputs
 from adapt.models.structure import Structure, count_leaves, flatten, from_plain, to_plain, unflatten
 from adapt.models.tensorfile import canonical_json, parse_json
 
@@ -51,9 +51,9 @@ class Interface:
             }:
                 interface = cls(
                     tuple(map(str, parameters)),
-                    tuple(_spec_from_plain(item, f"interface: inputs[{i}]") for i, item in enumerate(inputs)),
+                    tuple(spec_from_plain(item, f"interface: inputs[{i}]") for i, item in enumerate(inputs)),
                     from_plain(input_structure, "interface: input_structure"),
-                    tuple(_spec_from_plain(item, f"interface: outputs[{i}]") for i, item in enumerate(outputs)),
+                    tuple(spec_from_plain(item, f"interface: outputs[{i}]") for i, item in enumerate(outputs)),
                     from_plain(output_structure, "interface: output_structure"),
                     batch_limit,
                 )
@@ -68,9 +68,9 @@ class Interface:
         return canonical_json(
             {
                 "parameters": list(self.parameters),
-                "inputs": [_spec_to_plain(spec) for spec in self.inputs],
+                "inputs": [spec_to_plain(spec) for spec in self.inputs],
                 "input_structure": to_plain(self.input_structure),
-                "outputs": [_spec_to_plain(spec) for spec in self.outputs],
+                "outputs": [spec_to_plain(spec) for spec in self.outputs],
                 "output_structure": to_plain(self.output_structure),
                 "batch_limit": self.batch_limit,
             }
@@ -86,7 +86,7 @@ class Interface:
         Raises:
             InputMismatchError: nesting, dtype or shape of an input differ; the message names what was expected and got.
         """
-        bound_args, bound_kwargs = _bind(self, list(args), dict(kwargs))
+        bound_args, bound_kwargs = bind_arguments(self, list(args), dict(kwargs))
         leaves = flatten(self.input_structure, (tuple(bound_args), bound_kwargs), "input")
         check_inputs(self.inputs, leaves, batch_limit=self.batch_limit)
         return leaves

@@ -192,6 +192,16 @@ class Graph:
         return sum(weight.stored.size_bytes for weight in self.weights)
 
 
+class Signature(Protocol):
+    """What a call of a model looks like: a `Program` has one, and so has an `Interface`."""
+
+    @property
+    def parameters(self) -> tuple[str, ...]: ...
+
+    @property
+    def input_structure(self) -> Structure: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """A whole model. `input_structure` is the tuple (args, kwargs) of a call; `parameters` names the args.
@@ -261,7 +271,7 @@ def graph_to_plain(graph: Graph) -> dict[str, Any]:
             ]
             for operator in graph.operators
         ],
-        "values": [_spec_to_plain(spec) for spec in graph.values],
+        "values": [spec_to_plain(spec) for spec in graph.values],
         "weights": [_weight_to_plain(weight) for weight in graph.weights],
         "inputs": list(graph.inputs),
         "outputs": list(graph.outputs),
@@ -294,7 +304,7 @@ def _size_to_plain(size: Size) -> int | list[int]:
     return size if isinstance(size, int) else [size.scale, size.offset]
 
 
-def _spec_to_plain(spec: ValueSpec) -> list[Any]:
+def spec_to_plain(spec: ValueSpec) -> list[Any]:
     if isinstance(spec, SizeSpec):
         return ["size", _size_to_plain(spec.size)]
     order = "contiguous" if spec.is_contiguous else None if spec.order is None else list(spec.order)
@@ -406,7 +416,7 @@ def _document(file: TensorFile, key: str) -> dict[str, Any]:
 def _graph_from_plain(document: dict[str, Any], file: TensorFile) -> Graph:
     name = file.path.name
     values = [
-        _spec_from_plain(item, f"{name}: values[{i}]")
+        spec_from_plain(item, f"{name}: values[{i}]")
         for i, item in enumerate(_list(document.get("values"), f"{name}: values"))
     ]
     weights = [
@@ -487,7 +497,7 @@ def _argument_from_plain(item: Any, place: str, depth: int = 0) -> Argument:
     raise WireError(f"{place}: {str(item)[:80]!r} is not an argument")
 
 
-def _spec_from_plain(item: Any, place: str) -> ValueSpec:
+def spec_from_plain(item: Any, place: str) -> ValueSpec:
     match item:
         case ["size", size]:
             return SizeSpec(_size_from_plain(size, place))
@@ -560,7 +570,7 @@ def match_inputs(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any
     Raises:
         InputMismatchError: nesting, dtype or shape of an input differ; the message names what was expected and got.
     """
-    args, kwargs = _bind(program, list(args), dict(kwargs or {}))
+    args, kwargs = bind_arguments(program, list(args), dict(kwargs or {}))
     leaves = flatten(program.input_structure, (tuple(args), kwargs), "input")
     check_inputs(program.graph.input_specs, leaves, batch_limit=program.batch_limit)
     return leaves
@@ -617,7 +627,7 @@ class Signature(Protocol):
     def input_structure(self) -> Structure: ...
 
 
-def _bind(program: Signature, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+def bind_arguments(program: Signature, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Move arguments to where the exported call had them: by position or by name."""
     match program.input_structure:
         case Node(items=(Node(items=positional), Node(keys=named))):

@@ -34,11 +34,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 import msgspec
 
-from adapt.errors import Plain
 from adapt.protocol.codecs import TensorHeader
 from adapt.protocol.ids import AttemptId, Natural, RequestId
 
@@ -50,6 +49,7 @@ Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
 Address = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Facts: TypeAlias = dict[str, Any]  # plain values, of which msgpack has no others; an error's attributes, a constructor's arguments
 Attempts = Annotated[list[AttemptId], msgspec.Meta(max_length=4096)]
 
 # One leaf of a model's or stage's inputs or outputs: a tensor (its bytes are the next payload frame) or a plain number.
@@ -119,7 +119,7 @@ class Refused:
     KIND: ClassVar[bytes] = b"RF"
     code: Text
     message: Text
-    fields: dict[str, Plain]
+    fields: Facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +202,7 @@ class RequestFailed:
     request_id: RequestId
     code: Text
     message: Text
-    fields: dict[str, Plain]
+    fields: Facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +231,7 @@ class NamedSource:
     model: Text  # "torchvision/resnet50"
     weights: Text | None = None  # None: random; "DEFAULT" or an enum's name; a file under the dispatcher's --models-dir
     seed: int | None = None
-    model_args: dict[str, Plain] = field(default_factory=dict)
+    model_args: Facts = field(default_factory=dict)
     input_shape: list[Natural] | None = None
 
 
@@ -327,7 +327,7 @@ class CallFailed:
     call: Natural
     code: Text
     message: Text
-    fields: dict[str, Plain]
+    fields: Facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -433,7 +433,7 @@ class StageFailed:
     attempt: AttemptId
     code: Text
     message: Text
-    fields: dict[str, Plain]
+    fields: Facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -500,7 +500,7 @@ class LoadFailed:
     artifact: Sha256
     code: Text
     message: Text
-    fields: dict[str, Plain]
+    fields: Facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

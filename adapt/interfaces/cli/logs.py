@@ -19,17 +19,17 @@ VARIABLE = VARIABLE_PREFIX + "LOG_LEVEL"
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}  # everything else is a field
 
 
-def add_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--log-level", choices=LOG_LEVELS, help="what is logged on standard error (default: info)")
+def add_option(parser: argparse.ArgumentParser, *, default: str = "info") -> None:
+    parser.add_argument("--log-level", choices=LOG_LEVELS, help=f"what is logged on standard error (default: {default})")
 
 
-def set_up(options: argparse.Namespace, environ: Mapping[str, str], *, stream: TextIO | None = None) -> None:
+def set_up(options: argparse.Namespace, environ: Mapping[str, str], *, default: str = "info", stream: TextIO | None = None) -> None:
     """Log our own records from the chosen level on, and warnings of others.
 
     Raises:
         ConfigError: ADAPT_LOG_LEVEL holds no level.
     """
-    level = options.log_level or environ.get(VARIABLE) or "info"
+    level = options.log_level or environ.get(VARIABLE) or default
     if level not in LOG_LEVELS:
         raise ConfigError(f"{VARIABLE}={level[:32]!r}: expected one of {', '.join(LOG_LEVELS)}")
     writer = logging.StreamHandler(stream or sys.stderr)

@@ -1,0 +1,92 @@
+"""adapt deploy: make a model that the dispatcher's side can build available."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from adapt.errors import ConfigError
+from adapt.interfaces.cli import clients
+from adapt.interfaces.cli.doors import OK
+from adapt.protocol.codecs import CODECS
+
+
+def add_to(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "deploy",
+        help="make a model available",
+        description="Export a model beside the dispatcher, cut it into stages and load them on the workers.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a torchvision model, for instance torchvision/resnet50")
+    parser.add_argument("--name", help="name of the deployment (default: the model's)")
+    parser.add_argument("--stages", default="auto", help="number of stages (default: auto, one per worker)")
+    parser.add_argument("--codec", default="auto", help=f"of activations: auto or {', '.join(CODECS)} (default: auto)")
+    parser.add_argument("--tolerance", type=float, help="largest error on a link, as a share of the tensor's standard deviation")
+    parser.add_argument("--numerics", choices=("auto", "exact", "close"), default="auto", help="exact: one numeric class for each request")
+    parser.add_argument("--weights", help="torchvision's own by name (DEFAULT), or a file under the dispatcher's --models-dir")
+    parser.add_argument("--seed", type=int, help="of random weights, when --weights is not given")
+    parser.add_argument("--model-args", metavar="JSON", default="{}", help="arguments of the model's constructor: '{\"num_classes\": 10}'")
+    parser.add_argument(
+        "--input-shape", metavar="SIZES", help="sizes with commas, with batch or without: 3,96,96 (default: the model's own)"
+    )
+    clients.add_options(parser)
+    return parser
+
+
+def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    stages, shape, arguments = _stages(options.stages), _shape(options.input_shape), _arguments(options.model_args)
+    console = Console(file=sys.stderr)
+    with clients.connected(options, environ) as client:
+
+        def told(words: str) -> None:
+            console.print(f"{words} ...", style="dim", highlight=False, markup=False)
+
+        model = client.deploy(
+            options.model,
+            stages=stages,
+            codec=options.codec,
+            tolerance=options.tolerance,
+            numerics=None if options.numerics == "auto" else options.numerics,
+            weights=options.weights,
+            seed=options.seed,
+            model_args=arguments,
+            input_shape=shape,
+            name=options.name,
+            progress=told,
+        )
+        record = model.record
+    places = "; ".join(f"{number}: {', '.join(stage.workers)}" for number, stage in enumerate(record.stages, start=1))
+    print(f"deployed {record.name} version {record.version} in {len(record.stages)} stages ({places})")
+    return OK
+
+
+def _stages(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= 4096:
+        raise ConfigError(f"stages={text[:32]!r}: expected auto, or a number from 1 to 4096")
+    return int(text)
+
+
+def _shape(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    sizes = text.split(",")
+    if not all(size.strip().isascii() and size.strip().isdigit() for size in sizes):
+        raise ConfigError(f"input-shape={text[:64]!r}: expected sizes with commas, for instance 3,224,224")
+    return [int(size) for size in sizes]
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"model-args={text[:64]!r}: not JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise ConfigError(f'model-args={text[:64]!r}: expected a JSON object, for instance {{"num_classes": 10}}')
+    return arguments

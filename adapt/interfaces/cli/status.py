@@ -1,0 +1,138 @@
+"""adapt status: workers, deployments and counters."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from adapt.config import format_size
+from adapt.interfaces.cli import clients
+from adapt.interfaces.cli.doors import OK
+from adapt.protocol.messages import DeploymentRecord, StatusReport
+
+PLAIN_WIDTH = 120
+DIGEST_SHOWN = 12
+STATE_STYLES = {"ready": "green", "suspect": "yellow", "draining": "yellow", "lost": "red"}
+
+
+def add_to(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "status", help="workers, deployments and counters", description="Print the state of a cluster."
+    )
+    clients.add_options(parser)
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    return parser
+
+
+def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    with clients.connected(options, environ) as client:
+        report = client.status()
+    if options.json:
+        print(json.dumps(to_plain(report), indent=1))
+    else:
+        console = Console()
+        render(report, console if console.is_terminal else Console(width=PLAIN_WIDTH))
+    return OK
+
+
+def to_plain(report: StatusReport) -> dict[str, Any]:
+    """For JSON. `call` only pairs question and answer, and a model's interface is JSON itself."""
+    plain = dataclasses.asdict(report)
+    del plain["call"]
+    for deployment in plain["deployments"]:
+        deployment["interface"] = json.loads(deployment["interface"])
+    return plain
+
+
+def render(report: StatusReport, console: Console) -> None:
+    """Tables for people."""
+    ready = sum(worker.state == "ready" for worker in report.workers)
+    console.print(f"term {report.term}, up {_duration(report.uptime_s)}, {ready} of {len(report.workers)} workers ready", highlight=False)
+    if report.workers:
+        console.print(_workers(report))
+    for deployment in report.deployments:
+        console.print(_deployment(deployment))
+    if not report.deployments:
+        console.print("no deployments", style="dim")
+    counters = {name: value for name, value in report.counters.items() if value}
+    if counters:
+        console.print(_counters(counters))
+
+
+def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2), header_style="dim")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left")
+    return table
+
+
+def _workers(report: StatusReport) -> Table:
+    numbers = right = ("memory", "budget", "tasks", "failed", "computing")
+    table = _table("workers", "name", "state", "device", "stages", "running", *numbers, right=(*right, "running"))
+    for worker in report.workers:
+        style = STATE_STYLES.get(worker.state, "white")
+        table.add_row(
+            escape(worker.worker_id),
+            f"[{style}]{escape(worker.state)}[/{style}]",
+            escape(f"{worker.device.device} x{worker.device.threads}"),
+            _stages_of(worker.resident, report.deployments),
+            f"{worker.running} of {worker.credit}",
+            f"{worker.memory_percent:.0f} %",
+            _megabytes(worker.stage_budget_bytes),
+            str(worker.tasks_done),
+            str(worker.tasks_failed),
+            f"{worker.compute_s:.1f} s",
+        )
+    return table
+
+
+def _stages_of(resident: list[str], deployments: list[DeploymentRecord]) -> str:
+    """ "resnet50 1, 3": the loaded stages by deployment and number."""
+    found = []
+    for deployment in deployments:
+        numbers = [str(number) for number, stage in enumerate(deployment.stages, start=1) if stage.artifact in resident]
+        if numbers:
+            found.append(f"{deployment.name} {', '.join(numbers)}")
+    return escape("; ".join(found)) or "-"
+
+
+def _deployment(deployment: DeploymentRecord) -> Table:
+    tolerance = "" if deployment.tolerance is None else f", tolerance {deployment.tolerance:g}"
+    title = (
+        f"{deployment.name} version {deployment.version}: program {deployment.program[:DIGEST_SHOWN]}, plan {deployment.epoch}, "
+        f"codec {deployment.codec}{tolerance}, numerics {deployment.numerics}"
+    )
+    table = _table(escape(title), "stage", "workers", "artifact", "size", "predicted", right=("stage", "size", "predicted"))
+    for number, stage in enumerate(deployment.stages, start=1):
+        table.add_row(
+            str(number),
+            escape(", ".join(stage.workers)) or "[red]none[/red]",
+            stage.artifact[:DIGEST_SHOWN],
+            _megabytes(stage.file_bytes),
+            f"{stage.cost_s * 1e3:.1f} ms",
+        )
+    return table
+
+
+def _counters(counters: dict[str, float]) -> Table:
+    table = _table("counters since this dispatcher started", "name", "value", right=("value",))
+    for name, value in counters.items():
+        table.add_row(escape(name), format_size(int(value)) if name.endswith("_bytes") else f"{value:.15g}")
+    return table
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.1f} MB" if size_bytes < 1e9 else f"{size_bytes / 1e9:.1f} GB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapt.errors import PlanError
+from adapt.planning.partition import partition, stage_costs_s
+from adapt.planning.profiles import CutPoint
+
+
+@st.composite
+def problems(draw):
+    costs = draw(st.lists(st.integers(0, 6), min_size=1, max_size=9))  # small whole numbers, so that ties happen
+    positions = draw(st.sets(st.integers(1, len(costs) - 1))) if len(costs) > 1 else set()
+    cuts = [CutPoint(position, draw(st.integers(0, 5))) for position in sorted(positions)]
+    stages = draw(st.integers(1, len(cuts) + 1))
+    return costs, cuts, stages, draw(st.sampled_from([0.0, 1.0]))
+
+
+def judged(costs, chosen, link_s_per_byte):
+    """What a partition is compared by: slowest stage or link, bytes in all, positions."""
+    positions = [cut.position for cut in chosen]
+    slowest = max([*stage_costs_s(costs, positions), *(cut.crossing_bytes * link_s_per_byte for cut in chosen)])
+    return slowest, sum(cut.crossing_bytes for cut in chosen), positions
+
+
+@given(problems())
+def test_a_partition_is_as_good_as_the_best_of_all(problem):
+    costs, cuts, stages, link_s_per_byte = problem
+    best = min(judged(costs, chosen, link_s_per_byte) for chosen in combinations(cuts, stages - 1))
+    assert partition(costs, cuts, stages, link_s_per_byte=link_s_per_byte) == best[2]
+
+
+def test_too_many_stages_name_the_largest_number():
+    with pytest.raises(PlanError, match="at most 2"):
+        partition([1.0, 1.0, 1.0], [CutPoint(1, 4)], 3)
+
+
+def test_fewer_than_one_stage_is_refused():
+    with pytest.raises(PlanError, match="at least 1"):
+        partition([1.0], [], 0)
+
+
+@pytest.mark.parametrize("positions", [[0], [3], [2, 1], [1, 1]])
+def test_cuts_outside_or_out_of_order_are_a_mistake_of_the_caller(positions):
+    with pytest.raises(ValueError, match="rise strictly"):
+        partition([1.0, 1.0, 1.0], [CutPoint(position, 0) for position in positions], 2)
+
+
+@pytest.mark.parametrize("cost", [-1.0, float("nan"), float("inf")])
+def test_costs_that_are_no_durations_are_a_mistake_of_the_caller(cost):
+    with pytest.raises(ValueError, match="finite"):
+        partition([1.0, cost], [CutPoint(1, 0)], 2)
+
+
+def test_a_slow_link_moves_the_cut_to_fewer_bytes():
+    cuts = [CutPoint(1, 10), CutPoint(2, 1_000)]
+    assert partition([1.0, 2.0, 3.0], cuts, 2) == [2]
+    assert partition([1.0, 2.0, 3.0], cuts, 2, link_s_per_byte=0.01) == [1]
