@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapt.errors import InputMismatchError, WireError
-from adapt.models.program import Program, ValueSpec, bind_arguments, spec_from_plain, spec_to_plain, check_inputs
+from adapt.models.program import Program, ValueSpec, bind_arguments, check_inputs, spec_from_plain, spec_to_plain
 from adapt.models.structure import Structure, count_leaves, flatten, from_plain, to_plain, unflatten
 from adapt.models.tensorfile import canonical_json, parse_json
 

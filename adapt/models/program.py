@@ -192,16 +192,6 @@ class Graph:
         return sum(weight.stored.size_bytes for weight in self.weights)
 
 
-class Signature(Protocol):
-    """What a call of a model looks like: a `Program` has one, and so has an `Interface`."""
-
-    @property
-    def parameters(self) -> tuple[str, ...]: ...
-
-    @property
-    def input_structure(self) -> Structure: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Program:
     """A whole model. `input_structure` is the tuple (args, kwargs) of a call; `parameters` names the args.

@@ -74,8 +74,8 @@ def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
 
 
 def _workers(report: StatusReport) -> Table:
-    numbers = right = ("memory", "budget", "tasks", "failed", "computing")
-    table = _table("workers", "name", "state", "device", "stages", "running", *numbers, right=(*right, "running"))
+    numbers = ("running", "memory", "budget", "tasks", "failed", "computing")
+    table = _table("workers", "name", "state", "device", "stages", *numbers, right=numbers)
     for worker in report.workers:
         style = STATE_STYLES.get(worker.state, "white")
         table.add_row(

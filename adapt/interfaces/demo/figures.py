@@ -152,7 +152,8 @@ class Figures:
             plain["link_error_share_of_bound"] = max(link.worst_share for link in self.links)
         for codec, figures in zip(plain["codecs"], self.codecs, strict=True):
             codec["ratio"] = figures.ratio
-        return {**plain, **verdict, "problems": self.problems}
+        plain = {**plain, **verdict, "problems": self.problems}
+        return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in plain.items()}
 
 
 def _overall(links: Sequence[Link]) -> float:
