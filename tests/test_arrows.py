@@ -44,9 +44,10 @@ CLOCKS = {"time", "datetime"}  # whole modules: who may not read the clock has n
 
 # Models as data. Every other module of adapt.models is a room with torch, also one that is new.
 TORCH_FREE_MODELS = {"adapt.models"} | {
-    f"adapt.models.{name}" for name in ("program", "cut", "structure", "tensorfile")
+    f"adapt.models.{name}" for name in ("program", "cut", "structure", "tensorfile", "interface")
 }
-TORCH_USERS = {"adapt.runtime.executor", "adapt.runtime.builder", "adapt.runtime.worker"}
+TORCH_USERS = {"adapt.runtime.executor", "adapt.runtime.worker"}
+BUILDER = "adapt.runtime.builder"  # its parent side runs in a process without torch, so its child side imports inside functions
 WORKER_DOOR = "adapt.interfaces.cli.worker"  # the one door behind which there is a worker
 MAY_IMPORT_TORCHVISION = {"adapt.models.sources", "adapt.models.vision"}  # it costs every process 83 MiB
 CLIENT = "adapt.runtime.client"  # may use rooms with torch inside the one function that is given a Module
@@ -151,7 +152,7 @@ def _complaints(module: str, item: Import) -> Iterator[str]:
         if room in PURE_ROOMS and target == "adapt.clock" and item.names != ("Clock",):
             yield "a pure module is given `now`; of adapt.clock it may know the type Clock"
         if target_room == "models" and room in ("runtime", "emulation", "simulation") and is_torch_room(target):
-            if module == CLIENT and not runs_at_import:
+            if module in (CLIENT, BUILDER) and not runs_at_import:
                 pass
             elif module not in TORCH_USERS:
                 yield f"in {room} only executor, builder and worker import rooms with torch ({target})"
@@ -200,7 +201,7 @@ PLANTED = [
     ("models/interpreter.py", "import torchvision", "only models/sources.py and models/vision.py"),
     ("runtime/dispatcher.py", "from adapt.models.export import export", "only executor, builder and worker"),
     ("runtime/dispatcher.py", "def f():\n    from adapt.models import export", "only executor, builder and worker"),
-    ("runtime/dispatcher.py", "from adapt.runtime import builder", "brings torch along"),
+    ("runtime/dispatcher.py", "from adapt.runtime import executor", "brings torch along"),
     ("runtime/dispatcher.py", "try:\n    import torch\nexcept ImportError:\n    pass", "inside a function only"),
     ("runtime/client.py", "class C:\n    from adapt.models import export", "brings torch along"),
     (
