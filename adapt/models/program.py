@@ -589,7 +589,7 @@ def check_inputs(specs: Sequence[ValueSpec], leaves: Sequence[Any], *, batch_lim
         else:
             fits = tuple(leaf.shape) == spec.shape_at(batch or 1)
         if not fits:
-            raise _mismatch(spec, leaf, index, f" (the batch is {batch} by the inputs before)" if batch else "")
+            raise _mismatch(spec, leaf, index, f" (the batch is {batch} by the inputs before)" if batch and index else "")
     return batch
 
 

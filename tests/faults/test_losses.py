@@ -62,7 +62,7 @@ def run(model, inputs, truth, *, at: dict[int, object]) -> None:
 
 def test_a_killed_and_a_stopped_worker_change_no_answer(inputs, truth):
     with adapt.LocalCluster(workers=4) as cluster, adapt.Client(cluster.address) as client:
-        model = client.deploy("torchvision/resnet18", stages=4, seed=0)
+        model = client.deploy("torchvision/resnet18", stages=4, seed=0, input_shape=(1, 3, 128, 128))
         run(model, inputs, truth, at={10: cluster.workers[1].kill, 20: cluster.workers[2].stop})
         wait_until(lambda: list(states(client).values()).count("lost") == 2)
         assert counters(client)["requests_ok"] == COUNT
@@ -78,7 +78,7 @@ def test_a_killed_and_a_stopped_worker_change_no_answer(inputs, truth):
 
 def test_a_worker_that_starts_in_mid_run_takes_work(inputs, truth):
     with adapt.LocalCluster(workers=2) as cluster, adapt.Client(cluster.address) as client:
-        model = client.deploy("torchvision/resnet18", stages=4, seed=0)
+        model = client.deploy("torchvision/resnet18", stages=4, seed=0, input_shape=(1, 3, 128, 128))
         newcomers = []
         run(model, inputs, truth, at={8: lambda: newcomers.append(cluster.add_worker())})
         wait_until(lambda: any(w.worker_id == newcomers[0].name and w.resident for w in client.status().workers))
@@ -89,7 +89,7 @@ def test_a_worker_that_starts_in_mid_run_takes_work(inputs, truth):
 
 def test_a_restarted_dispatcher_is_found_again(inputs, truth):
     with adapt.LocalCluster(workers=3) as cluster, adapt.Client(cluster.address) as client:
-        model = client.deploy("torchvision/resnet18", stages=3, seed=0)
+        model = client.deploy("torchvision/resnet18", stages=3, seed=0, input_shape=(1, 3, 128, 128))
         first_term = client.status().term
 
         def restart() -> None:
@@ -102,7 +102,7 @@ def test_a_restarted_dispatcher_is_found_again(inputs, truth):
 
 def test_a_drained_worker_hands_its_work_on_and_leaves_with_status_0(inputs, truth):
     with adapt.LocalCluster(workers=3) as cluster, adapt.Client(cluster.address) as client:
-        model = client.deploy("torchvision/resnet18", stages=3, seed=0)
+        model = client.deploy("torchvision/resnet18", stages=3, seed=0, input_shape=(1, 3, 128, 128))
         leaver = cluster.workers[0]
         run(model, inputs, truth, at={10: leaver.terminate})
         assert leaver.wait(timeout_s=30) == 0
@@ -112,7 +112,7 @@ def test_a_drained_worker_hands_its_work_on_and_leaves_with_status_0(inputs, tru
 def test_a_worker_that_was_cut_off_and_comes_back_loses_nothing(inputs, truth):
     """Stopped for less than the grace: what it answers afterwards may be used or dropped, never believed twice."""
     with adapt.LocalCluster(workers=2) as cluster, adapt.Client(cluster.address) as client:
-        model = client.deploy("torchvision/resnet18", stages=2, seed=0)
+        model = client.deploy("torchvision/resnet18", stages=2, seed=0, input_shape=(1, 3, 128, 128))
         sleeper = cluster.workers[0]
         wake = threading.Timer(1.0, sleeper.resume)
 
