@@ -49,6 +49,7 @@ Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
 Address = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+PieceBytes = Annotated[int, msgspec.Meta(ge=4096, le=1 << 20)]
 Facts: TypeAlias = dict[str, Any]  # plain values, of which msgpack has no others; an error's attributes, a constructor's arguments
 Attempts = Annotated[list[AttemptId], msgspec.Meta(max_length=4096)]
 
@@ -107,7 +108,7 @@ class Welcome:
     KIND: ClassVar[bytes] = b"WE"
     software: Text
     heartbeat_s: Seconds  # how often a worker says `Heartbeat`
-    piece_bytes: Count  # size of the pieces in which big messages travel
+    piece_bytes: PieceBytes  # size of the pieces in which big messages travel
     max_message_bytes: Natural
     max_budget_s: Seconds  # longest deadline that a request may have
 
@@ -152,7 +153,7 @@ class Piece:
     transfer: Natural  # grows with every transfer of a connection
     index: Natural
     count: Natural
-    piece_bytes: Annotated[int, msgspec.Meta(ge=4096, le=1 << 24)]
+    piece_bytes: PieceBytes
 
 
 # ── requests: client and dispatcher ──────────────────────────────────────────────────────────────────────────────────

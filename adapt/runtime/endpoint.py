@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,21 +20,22 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from adapt.errors import ConfigError, WireError
-from adapt.protocol.ids import RoutingId, bulk_of
-from adapt.protocol.messages import HELLOS, ArtifactPiece, Message, Piece
-from adapt.protocol.pieces import CONTROL_BYTES, Assembler, split
-from adapt.protocol.wire import MAX_BLOBS, Blob, Buffer, Envelope, decode, encode_head
+from adapt.protocol.ids import RoutingId, bulk_of, control_of, routing_ids
+from adapt.protocol.messages import HELLOS, ArtifactPiece, Attach, Message, Welcome, WorkerHello
+from adapt.protocol.pieces import CONTROL_BYTES, Assembler, decode_piece, is_piece, split
+from adapt.protocol.wire import MAX_BLOBS, MAX_HEADER_BYTES, Blob, Buffer, Envelope, decode, encode_head
 
 log = logging.getLogger(__name__)
 
 DRAIN_LIMIT = 64  # messages taken in one go before others get their turn
-ZERO_COPY_BYTES = 64 << 10  # from here on a frame is sent without copying it
+DRAIN_ALL = 64 * DRAIN_LIMIT  # ... when everything that has arrived is asked for: endless would be a gift to a flood
+ZERO_COPY_BYTES = 64 << 10  # from here on a frame is neither copied when it is sent nor when it arrives
 SEND_QUEUE = 10_000  # messages that may wait for one connection before it counts as stuck
 HANDSHAKE_MS = 5_000
-MAX_FRAME_BYTES = 32 << 20  # the largest single frame: a piece or a header is far below
-MAX_PARTS = MAX_BLOBS + 4
+MAX_FRAME_BYTES = MAX_HEADER_BYTES  # of what may be long in one frame, nothing is longer
+MAX_PARTS = MAX_BLOBS + 2
 
-_NOBLOCK = int(zmq.NOBLOCK)
+_NOBLOCK = int(zmq.NOBLOCK)  # `zmq.A | zmq.B` costs half a microsecond each time
 _SEND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
@@ -78,20 +80,36 @@ class WatchedSocket:
         self._read, self._noticed = read, noticed
         self._loop = asyncio.get_running_loop()
         self._again = False
+        self._last: zmq.Frame | None = None  # of the message taken last
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         self._monitor = self.socket.get_monitor_socket(events)
         self._loop.add_reader(self.socket.fileno(), self._readable)
-        self._loop.add_reader(self._monitor.fileno(), self.read_monitor)
+        self._loop.add_reader(self._monitor.fileno(), self._monitor_readable)
         self.read_soon()  # a descriptor that was never asked for its events tells nothing
-        self._loop.call_soon(self.read_monitor)
+        self._loop.call_soon(self._monitor_readable)
 
     def close(self, *, linger_s: float = 0.0) -> None:
         """`linger_s`: how long what was sent last may take to leave, in the background."""
+        if self.socket.closed:
+            return
         self._loop.remove_reader(self.socket.fileno())
         self._loop.remove_reader(self._monitor.fileno())
         self.socket.disable_monitor()
         self._monitor.close(linger=0)
         self.socket.close(linger=int(1000 * linger_s))
+
+    def connect(self, address: str) -> None:
+        """Raises zmq.ZMQError for what is no address."""
+        self.socket.connect(address)
+        self.read_soon()
+
+    def reconnect(self) -> None:
+        """A fresh connection to where the last one leads; what waited to be sent is dropped."""
+        address = self.socket.get_string(zmq.LAST_ENDPOINT)
+        self.socket.disconnect(address)
+        self.connect(address)
+
+    # ── what arrives ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def read_soon(self) -> None:
         """Look again in a moment: the descriptor will not tell."""
@@ -101,83 +119,110 @@ class WatchedSocket:
 
     def _readable(self) -> None:
         self._again = False
-        if not self.socket.closed:
-            self._read()
-
-    def read_monitor(self, *, is_read: bool = False) -> None:
-        """Report what has happened to connections, after what they have brought (`is_read`: that is being seen to)."""
         if self.socket.closed:
             return
-        events = []
-        while self._monitor.get(zmq.EVENTS) & zmq.POLLIN:
-            event = parse_monitor_message(self._monitor.recv_multipart(_NOBLOCK))
-            events.append((int(event["event"]), int(event["value"])))
-        if events and not is_read:
+        try:
+            self._read()
+        except BaseException:
+            self.read_soon()  # a bug in whoever was told of one message must not make us deaf for the next
+            raise
+
+    def _monitor_readable(self) -> None:
+        """Report what has happened to connections, after what they have brought."""
+        events = self.events()
+        if events:
             self._read()
         for kind, descriptor in events:
             if not self.socket.closed:
                 self._noticed(kind, descriptor)
 
-    def batch(self) -> Iterator[list[zmq.Frame]]:
-        """What has arrived, at most `DRAIN_LIMIT` messages; more of it is read in a moment."""
-        for _ in range(DRAIN_LIMIT):
+    def events(self) -> list[tuple[int, int]]:
+        """Take what has happened to connections and was not reported yet: kind and descriptor each."""
+        events: list[tuple[int, int]] = []
+        while not self.socket.closed and self._monitor.get(zmq.EVENTS) & zmq.POLLIN:
+            event = parse_monitor_message(self._monitor.recv_multipart(_NOBLOCK))
+            events.append((int(event["event"]), int(event["value"])))
+        return events
+
+    def batch(self, limit: int = DRAIN_LIMIT) -> Iterator[list[Buffer]]:
+        """The frames of what has arrived, at most `limit` messages; more of it is read in a moment."""
+        for _ in range(limit):
             try:
-                yield self.socket.recv_multipart(_NOBLOCK, copy=False)
+                frames = self._take()
             except zmq.Again:
+                return
+            yield frames
+            if self.socket.closed:
                 return
         self.read_soon()
 
+    def _take(self) -> list[Buffer]:
+        """One message. Small frames are copied: each would hold the whole buffer into which the socket had read."""
+        receive = self.socket.recv
+        frame = receive(_NOBLOCK, copy=False)
+        frames: list[Buffer] = [frame.bytes if len(frame) < ZERO_COPY_BYTES else frame.buffer]
+        while frame.more:  # `recv_multipart` asks the socket instead, which costs a microsecond a frame
+            frame = receive(_NOBLOCK, copy=False)
+            if len(frames) > MAX_PARTS + 1:
+                frames.append(b"")  # only counted
+            else:
+                frames.append(frame.bytes if len(frame) < ZERO_COPY_BYTES else frame.buffer)
+        self._last = frame
+        return frames
+
+    def descriptor(self) -> int | None:
+        """Of the connection that brought the last message; None where connections have none."""
+        assert self._last is not None
+        with contextlib.suppress(zmq.ZMQError):
+            return int(self._last.get(zmq.SRCFD))
+        return None
+
+    # ── what leaves ──────────────────────────────────────────────────────────────────────────────────────────────────
+
     def send(self, frames: list[Buffer]) -> bool:
         """Hand a message over. False: the connection is unknown or stuck, and nothing was taken."""
-        try:
-            for frame in frames[:-1]:
-                self.socket.send(frame, _SEND_MORE, copy=_nbytes(frame) < ZERO_COPY_BYTES)
-            self.socket.send(frames[-1], _NOBLOCK, copy=_nbytes(frames[-1]) < ZERO_COPY_BYTES)
-        except zmq.Again:
-            return False
-        except zmq.ZMQError as error:
-            if error.errno != errno.EHOSTUNREACH:
-                raise
-            return False
-        finally:
-            self.read_soon()
-        return True
+        send = self.socket.send
+        is_refused = False
+        last = len(frames) - 1
+        for index, frame in enumerate(frames):
+            try:
+                send(frame, _SEND_MORE if index < last else _NOBLOCK, copy=len(frame) < ZERO_COPY_BYTES)
+            except zmq.ZMQError as error:
+                if error.errno not in (errno.EAGAIN, errno.EHOSTUNREACH):
+                    raise
+                is_refused = True
+                if index == 0:
+                    break  # else the connection has gone while we spoke: the socket drops the rest, but wants to be given it
+        self.read_soon()
+        return not is_refused
 
 
-def _nbytes(frame: Buffer) -> int:
-    return frame.nbytes if isinstance(frame, memoryview) else len(frame)
+def parcels(
+    message: Message, *, session: int, term: int, blobs: tuple[Blob, ...], transfers: Iterator[int], piece_bytes: int
+) -> tuple[bool, Iterator[list[Buffer]]]:
+    """Whether a message has to travel on bulk, and the parcels that it makes: itself, or its pieces."""
+    head = encode_head(message, session=session, term=term, blobs=blobs)
+    is_artifact = isinstance(message, ArtifactPiece)  # it is a piece already
+    if is_artifact or len(head[1]) + sum(blob.size for blob in blobs) <= CONTROL_BYTES:
+        return is_artifact, iter([[*head, *(blob.contiguous() for blob in blobs)]])
+    pieces = split(message, session=session, term=term, blobs=blobs, transfer=next(transfers), piece_bytes=piece_bytes)
+    return True, pieces
 
 
-def is_big(message: Message, head: list[Buffer], blobs: tuple[Blob, ...]) -> bool:
-    """Whether a message has to travel on bulk."""
-    return isinstance(message, ArtifactPiece) or sum(blob.size for blob in blobs) + _nbytes(head[1]) > CONTROL_BYTES
-
-
-def whole(head: list[Buffer], blobs: tuple[Blob, ...]) -> list[Buffer]:
-    """All frames of a message that travels in one piece."""
-    return [*head, *(blob.contiguous() for blob in blobs)]
-
-
-def is_piece(frames: list[zmq.Frame]) -> bool:
-    return bytes(frames[0].buffer[:2]) == Piece.KIND
-
-
-def read(frames: list[zmq.Frame], assembler: Assembler | None, *, limit_bytes: int) -> Envelope | None:
+def read(frames: list[Buffer], assembler: Assembler | None, *, limit_bytes: int) -> Envelope | None:
     """The message of these frames, or None while pieces of it are missing.
 
     Args:
-        assembler: of the connection that they came from; None if no pieces are expected there.
+        assembler: of the connection that they came from, if it belongs to a session.
 
     Raises:
         WireError: they are none.
     """
     if not 0 < len(frames) <= MAX_PARTS:
-        raise WireError(f"a message of {len(frames)} frames; 1 to {MAX_PARTS} are accepted")
-    if not is_piece(frames):
-        return decode([frame.buffer for frame in frames], limit_bytes=limit_bytes)
-    if assembler is None:
-        raise WireError("a piece came where none are expected: say hello first, and use the bulk connection")
-    return assembler.take([frame.buffer for frame in frames])
+        raise WireError(f"a message of {len(frames)} frames; 2 to {MAX_PARTS} are accepted")
+    if is_piece(frames):
+        return decode_piece(frames, assembler)
+    return decode(frames, limit_bytes=limit_bytes)
 
 
 class RouterEndpoint:
@@ -190,11 +235,11 @@ class RouterEndpoint:
             ConfigError: the address is none, or in use.
         """
         self._receive, self._limit_bytes, self._piece_bytes = receive, limit_bytes, piece_bytes
-        self._assemblers: dict[RoutingId, Assembler] = {}  # of the bulk connections of those who have said hello
+        self._assemblers: dict[RoutingId, Assembler] = {}  # of the bulk connections of those who were welcomed
         self._greeted: dict[int, RoutingId] = {}  # descriptor -> the control connection that said hello over it
-        self._transfers = 0
+        self._transfers = itertools.count(1)
         self._context: zmq.Context[Any] = zmq.Context()
-        self._watched = WatchedSocket(self._context, zmq.ROUTER, read=self.drain, noticed=self._noticed, limit_bytes=limit_bytes)
+        self._watched = WatchedSocket(self._context, zmq.ROUTER, read=self._read_batch, noticed=self._noticed, limit_bytes=limit_bytes)
         self._watched.socket.set(zmq.ROUTER_MANDATORY, 1)  # without it a message to a stuck peer vanishes
         self._watched.socket.set(zmq.ROUTER_HANDOVER, 1)  # a peer that comes back is heard, though its old connection lingers
         try:
@@ -212,36 +257,40 @@ class RouterEndpoint:
 
     def send(self, control: RoutingId, message: Message, *, session: int, term: int, blobs: tuple[Blob, ...] = ()) -> bool:
         """Send to the peer of this control connection. False: refused; a big message may be torn, and its receiver drops it."""
-        head = encode_head(message, session=session, term=term, blobs=blobs)
-        if not is_big(message, head, blobs):
-            return self._watched.send([control, *whole(head, blobs)])
-        bulk = bulk_of(control)
-        if isinstance(message, ArtifactPiece):
-            return self._watched.send([bulk, *whole(head, blobs)])
-        self._transfers += 1
-        pieces = split(message, session=session, term=term, blobs=blobs, transfer=self._transfers, piece_bytes=self._piece_bytes)
-        return all(self._watched.send([bulk, *piece]) for piece in pieces)
+        if type(message) is Welcome:
+            self._assemblers[bulk_of(control)] = Assembler(session=session, term=term, limit_bytes=self._limit_bytes)
+        is_bulk, parcel = parcels(
+            message, session=session, term=term, blobs=blobs, transfers=self._transfers, piece_bytes=self._piece_bytes
+        )
+        route = bulk_of(control) if is_bulk else control
+        return all(self._watched.send([route, *frames]) for frames in parcel)
 
     def drain(self) -> None:
-        """Take what has arrived."""
-        for routing, *frames in self._watched.batch():
-            routing_id = RoutingId(routing.bytes)
+        """Take everything that has arrived, for once without regard to others: before peers are judged by a loop that was late."""
+        self._read_batch(DRAIN_ALL)
+
+    def _read_batch(self, limit: int = DRAIN_LIMIT) -> None:
+        for route, *frames in self._watched.batch(limit):
+            routing_id = RoutingId(bytes(route))
             try:
                 envelope = read(frames, self._assemblers.get(routing_id), limit_bytes=self._limit_bytes)
+                if envelope is not None:
+                    _check_connection(routing_id, envelope.message)
             except WireError as error:
                 self._receive(Malformed(routing_id, error))
                 continue
             if envelope is not None:
                 if isinstance(envelope.message, HELLOS):
-                    self._greet(routing_id, frames[0])
+                    self._greet(routing_id)
                 self._receive(Received(routing_id, envelope))
 
-    def _greet(self, routing_id: RoutingId, frame: zmq.Frame) -> None:
+    def _greet(self, routing_id: RoutingId) -> None:
         """Learn over which descriptor the peer speaks, so that the end of its connection can be told at once."""
-        self._watched.read_monitor(is_read=True)  # the descriptor may have had another owner, whose end must be told first
-        self._assemblers[bulk_of(routing_id)] = Assembler(limit_bytes=self._limit_bytes)
-        with contextlib.suppress(zmq.ZMQError):  # transports without descriptors; heartbeats will tell
-            self._greeted[int(frame.get(zmq.SRCFD))] = routing_id
+        for event, descriptor in self._watched.events():  # it may have had another owner, whose end must be told first
+            self._noticed(event, descriptor)
+        own = self._watched.descriptor()
+        if own is not None:  # else heartbeats will tell
+            self._greeted[own] = routing_id
 
     def _noticed(self, event: int, descriptor: int) -> None:
         if event != zmq.EVENT_DISCONNECTED or (routing_id := self._greeted.pop(descriptor, None)) is None:
@@ -249,3 +298,13 @@ class RouterEndpoint:
         if routing_id not in self._greeted.values():  # else it has said hello again over a new connection
             self._assemblers.pop(bulk_of(routing_id), None)
             self._receive(Disconnected(routing_id))
+
+
+def _check_connection(routing_id: RoutingId, message: Message) -> None:
+    """Raises WireError for a message about the connection that came over another."""
+    if isinstance(message, HELLOS):
+        name = message.worker_id if isinstance(message, WorkerHello) else message.client_id.hex()
+        if routing_id != routing_ids(name, message.incarnation)[0]:
+            raise WireError(f"{type(message).__name__}: it does not come from the control connection of {name}")
+    elif isinstance(message, Attach) and routing_id == control_of(routing_id):
+        raise WireError("Attach: it should come over the bulk connection")

@@ -79,6 +79,11 @@ class Work:
     decode_s: float = 0.0
     compute_s: float = 0.0
 
+    @property
+    def is_withdrawn(self) -> bool:
+        """Asked before it begins: what has ended then was withdrawn."""
+        return self.state is State.ENDED
+
     def take_inputs(self) -> list[Value]:
         """The inputs, which nobody else keeps from now on: the interpreter can free each after its last use."""
         inputs, self.inputs = self.inputs, []
@@ -191,6 +196,10 @@ class Executor:
         work.is_cancelled = True  # seen at the latest when the state changes, under the lock
         return self.withdraw(work)
 
+    def give_memory_back(self) -> None:
+        """Return freed memory to the system, on a codec thread."""
+        self._pool.submit(devices.give_memory_back)
+
     async def close(self, *, patience_s: float = 1.0) -> None:
         """End the threads. A computation that is not over within `patience_s` is left behind."""
         self._queue.put(None)
@@ -244,7 +253,7 @@ class Executor:
 
     def _begin(self, work: Work) -> bool:
         """A work's turn has come. Whether it is to be computed; its inputs are decoded then."""
-        if work.state is State.ENDED:  # withdrawn; if it is from here on, that is seen below
+        if work.is_withdrawn:  # if it is from here on, that is seen below
             return False
         try:
             if work.decoded is None:
@@ -257,7 +266,7 @@ class Executor:
             self._end(work, Failed(work, error if isinstance(error, AdaptError) else WireError(_text_of(error))))
             return False
         with self._lock:
-            if work.state is State.ENDED:
+            if work.is_withdrawn:
                 return False
             work.state = State.RUNNING
         work.began_at = self._clock()

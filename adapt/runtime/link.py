@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -12,15 +13,17 @@ import zmq
 from adapt.clock import Clock, monotonic
 from adapt.errors import AdaptError, ConfigError, WireError
 from adapt.protocol.ids import routing_ids
-from adapt.protocol.messages import ArtifactPiece, Attach, ClientHello, Message, Refused, Welcome, WorkerHello
-from adapt.protocol.pieces import Assembler, split
-from adapt.protocol.wire import Blob, Envelope, encode_head
-from adapt.runtime.endpoint import WatchedSocket, is_big, read, whole
+from adapt.protocol.messages import Attach, ClientHello, Goodbye, Message, Refused, Welcome, WorkerHello
+from adapt.protocol.pieces import Assembler
+from adapt.protocol.wire import Blob, Envelope, encode
+from adapt.runtime.endpoint import WatchedSocket, parcels, read
 from adapt.scheduling.session import PeerSession, Step
 
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 500, 1_500
 RECONNECT_MS, RECONNECT_MAX_MS = 100, 1_000
 DEFAULT_PIECE_BYTES = 256 << 10
+_CLOSED = "the connection was closed"
+_RENEWED = "the dispatcher asked for a new session"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +81,14 @@ class PeerLink:
         self._routing_ids = routing_ids(name, incarnation)
         self._hello, self._receive, self._limit_bytes, self._clock = hello, receive, limit_bytes, clock
         self._session = PeerSession()
-        self._assembler = Assembler(limit_bytes=limit_bytes)
+        self._assembler: Assembler | None = None  # of the last session
         self._piece_bytes = DEFAULT_PIECE_BYTES
-        self._transfers = 0
+        self._transfers = itertools.count(1)
         self._timer: asyncio.TimerHandle | None = None
         self._context: zmq.Context[Any] | None = None
-        self._reason = "the connection was closed"
+        self._sockets: list[WatchedSocket] = []
+        self._bulk_stands = False
+        self._reason = _CLOSED
 
     @property
     def is_open(self) -> bool:
@@ -105,13 +110,14 @@ class PeerLink:
         """
         self._context = zmq.Context()
         self._control = self._connect(self._routing_ids[0], read=self._read_control, noticed=self._noticed, beats=True)
-        self._bulk = self._connect(self._routing_ids[1], read=self._read_bulk, noticed=lambda event, descriptor: None, beats=False)
+        self._bulk = self._connect(self._routing_ids[1], read=self._read_bulk, noticed=self._noticed_on_bulk, beats=False)
 
     def _connect(
         self, identity: bytes, *, read: Callable[[], None], noticed: Callable[[int, int], None], beats: bool
     ) -> WatchedSocket:
         assert self._context is not None
         watched = WatchedSocket(self._context, zmq.DEALER, read=read, noticed=noticed, limit_bytes=self._limit_bytes)
+        self._sockets.append(watched)
         socket = watched.socket
         socket.set(zmq.IDENTITY, identity)
         socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
@@ -121,9 +127,8 @@ class PeerLink:
             socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
             socket.set(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
         try:
-            socket.connect(self.address)
+            watched.connect(self.address)
         except zmq.ZMQError as error:
-            watched.close()
             raise ConfigError(f"dispatcher={self.address!r}: not an address: {error}; expected tcp://HOST:PORT") from None
         return watched
 
@@ -131,25 +136,27 @@ class PeerLink:
         """Send within the open session. False: there is none, or the socket refuses; say it again after `SessionOpened`."""
         if not self.is_open:
             return False
-        session, term = self._session.session, self._session.term
-        head = encode_head(message, session=session, term=term, blobs=blobs)
-        if not is_big(message, head, blobs):
-            return self._control.send(whole(head, blobs))
-        if isinstance(message, ArtifactPiece):  # it is a piece already
-            return self._bulk.send(whole(head, blobs))
-        self._transfers += 1
-        pieces = split(message, session=session, term=term, blobs=blobs, transfer=self._transfers, piece_bytes=self._piece_bytes)
-        return all(self._bulk.send(piece) for piece in pieces)
+        is_bulk, parcel = parcels(
+            message,
+            session=self._session.session,
+            term=self._session.term,
+            blobs=blobs,
+            transfers=self._transfers,
+            piece_bytes=self._piece_bytes,
+        )
+        socket = self._bulk if is_bulk else self._control
+        return all(socket.send(frames) for frames in parcel)
 
     async def close(self, *, linger_s: float = 0.0) -> None:
         """Disconnect. `linger_s`: how long what was sent last may take to leave."""
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
         if self._context is None:
             return
         context, self._context = self._context, None
         self._session = PeerSession()
-        for watched in (self._control, self._bulk):
+        for watched in self._sockets:
             watched.close(linger_s=linger_s)
         await asyncio.get_running_loop().run_in_executor(None, context.term)
 
@@ -175,17 +182,30 @@ class PeerLink:
 
     def _spoilt(self, error: WireError) -> None:
         """A message that cannot be read: only a new session tells the dispatcher that it was lost."""
-        self._reason = f"a message could not be read: {error}"
-        self._take(self._session.connected(self._clock()), None)
+        self._tear(f"a message could not be read: {error}")
+
+    def _tear(self, reason: str) -> None:
+        if self.is_open:
+            self._reason = reason
+        self._take(self._session.torn(self._clock()), None)
 
     def _noticed(self, event: int, descriptor: int) -> None:
+        self._reason = _CLOSED
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._take(self._session.connected(self._clock()), None)
         elif event == zmq.EVENT_DISCONNECTED:
-            self._reason = "the connection was closed"
             self._take(self._session.disconnected(), None)
 
+    def _noticed_on_bulk(self, event: int, descriptor: int) -> None:
+        """libzmq reconnects by itself, but not without loss: pieces that were under way are gone."""
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._bulk_stands = True
+        elif event == zmq.EVENT_DISCONNECTED and self._bulk_stands:
+            self._bulk_stands = False
+            self._tear("the bulk connection was closed")
+
     def _tick(self) -> None:
+        self._timer = None
         self._take(self._session.tick(self._clock()), None)
 
     def _take(self, steps: list[Step], envelope: Envelope | None) -> None:
@@ -193,7 +213,7 @@ class PeerLink:
         for step in steps:
             match step:
                 case Step.SAY_HELLO:
-                    self._control.send(whole(encode_head(self._hello(self._session.highest_term), session=0, term=0), ()))
+                    self._control.send(encode(self._hello(self._session.highest_term), session=0, term=0))
                 case Step.ATTACH:
                     assert envelope is not None and isinstance(envelope.message, Welcome)
                     self._attach(envelope.message)
@@ -201,18 +221,30 @@ class PeerLink:
                     assert envelope is not None
                     self._receive(LinkReceived(envelope.message, envelope.blobs))
                 case Step.LOST:
-                    self._receive(SessionLost(self._reason))
+                    said_goodbye = envelope is not None and isinstance(envelope.message, Goodbye)
+                    self._receive(SessionLost("the dispatcher said goodbye" if said_goodbye else self._reason))
                 case Step.GIVE_UP:
                     assert envelope is not None and isinstance(envelope.message, Refused)
                     refused = envelope.message
                     self._receive(LinkRefused(AdaptError.from_wire(refused.code, refused.message, refused.fields)))
-        self._arm_timer()
+        if Step.DELIVER not in steps or len(steps) > 1:  # the many messages of an open session change no moment
+            self._arm_timer()
 
     def _attach(self, welcome: Welcome) -> None:
-        self._piece_bytes = welcome.piece_bytes
         session, term = self._session.session, self._session.term
-        self._bulk.send(whole(encode_head(Attach(), session=session, term=term), ()))
+        self._piece_bytes = welcome.piece_bytes
+        if self._assembler is not None:
+            self._renew_bulk()
+        self._assembler = Assembler(session=session, term=term, limit_bytes=self._limit_bytes)
+        self._reason = _RENEWED
+        self._bulk.send(encode(Attach(), session=session, term=term))
         self._receive(SessionOpened(welcome, session, term))
+
+    def _renew_bulk(self) -> None:
+        """What an earlier session had to say would only stand in the way, and without heartbeats nobody knows whether its connection lives."""
+        self._bulk_stands = False
+        self._bulk.events()
+        self._bulk.reconnect()
 
     def _arm_timer(self) -> None:
         if self._timer is not None:

@@ -62,6 +62,9 @@ SOFTWARE = "adapt"
 FIRST_HEARTBEAT_S = 0.5  # until a `Welcome` says how often
 OVERLOADED_RETRY_S = 0.1
 INTERRUPTED_STATUS = 130
+GROWTH_BYTES = 24 << 20  # anonymous memory above the floor that is left alone
+REGAIN_S_PER_BYTE = 1e-9  # what memory that was given back costs to have again: page faults, 0.8 measured
+REGAIN_SHARE = 0.02  # of the time
 LINGER_S = 1.0  # for a goodbye to leave
 MESSAGE_CHARACTERS = 3000  # of an error; the wire allows 4096
 
@@ -85,6 +88,7 @@ class Worker:
         load_stage: Callable[[Path], RunnableStage] | None = None,
         announce: Callable[[str], None] | None = None,
     ) -> None:
+        devices.share_one_heap()
         self._config, self._clock = config, clock
         self._device = devices.choose_device(config.device)
         self._facts = devices.device_facts(self._device, threads=config.threads)
@@ -97,6 +101,8 @@ class Worker:
         self._begun: Work | None = None  # begun, and not said yet: it rides on the answer of the one before
         self._heartbeat_s = FIRST_HEARTBEAT_S
         self._is_ready = self._is_draining = False
+        self._floor_bytes = 0  # what the runtime takes, once it is ready
+        self._keep_until = 0.0  # freed memory is not given back before
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- life ------------------------------------------------------------------------------------------------------
@@ -257,13 +263,14 @@ class Worker:
         log.info("session opened", extra={"session": event.session, "term": event.term})
         if not self._is_ready:
             self._is_ready = True
+            self._floor_bytes = devices.anonymous_bytes()
             self._announce(self._ready_line())
 
     def _ready_line(self) -> str:
         config = self._config
         return (
             f"adapt-worker ready name={config.name} dispatcher={config.dispatcher} device={self._device} threads={config.threads} "
-            f"stage_budget_bytes={config.memory_limit_bytes} floor_bytes={devices.anonymous_bytes()} pid={os.getpid()}"
+            f"stage_budget_bytes={config.memory_limit_bytes} floor_bytes={self._floor_bytes} pid={os.getpid()}"
         )
 
     async def _beat(self) -> None:
@@ -277,7 +284,16 @@ class Worker:
                     )
                 )
                 self._send_unsent()  # what the socket did not take before
+            self._keep_memory_low()
             await asyncio.sleep(self._heartbeat_s)
+
+    def _keep_memory_low(self) -> None:
+        """Give freed memory back when much has gathered. To have it again may take 2 % of the time."""
+        grown_bytes = devices.anonymous_bytes() - self._floor_bytes
+        now = self._clock()
+        if self._is_ready and grown_bytes > GROWTH_BYTES and now >= self._keep_until:
+            self._keep_until = now + grown_bytes * REGAIN_S_PER_BYTE / REGAIN_SHARE
+            self._executor.give_memory_back()
 
     def _send(self, message: Message, blobs: Sequence[Blob] = ()) -> bool:
         return self._link.send(message, tuple(blobs))

@@ -7,10 +7,16 @@ A peer's side:
     GREETING       welcome                     OPEN           attaches its bulk connection
     GREETING       no welcome in time          GREETING       says hello again
     GREETING       refused                     REFUSED        gives up
-    OPEN           say-hello                   GREETING       says hello
+    OPEN           say-hello                   GREETING       says hello, in a moment if the session is young
+    OPEN           something was lost          GREETING       says hello in a moment
+    OPEN           goodbye                     GREETING       says hello if it still stands connected after a while
+    OPEN           refused                     REFUSED        gives up
     OPEN           welcome of a later hello    OPEN           attaches again
     any            control connected           GREETING       says hello: libzmq reconnects without telling the other side
     any            control disconnected        DISCONNECTED
+
+REFUSED is left by nothing. Whoever leaves OPEN says that the session is lost. A hello is said in the row above or by the clock, so that
+the other side never has two to answer without one of these reasons.
 """
 
 from __future__ import annotations
@@ -23,7 +29,10 @@ from adapt.protocol.ids import Incarnation, RoutingId, SessionId, bulk_of
 from adapt.protocol.messages import Goodbye, Refused, SayHello, Welcome
 from adapt.protocol.wire import Envelope
 
-GREETING_TIMEOUT_S = 2.0
+GREETING_TIMEOUT_S = 2.0  # after which a hello counts as lost
+RENEWAL_S = 0.2  # pause before the hello that replaces a torn session: often the control connection is about to close as well
+RENEWAL_MAX_S = 5.0
+SETTLED_S = 10.0  # a session that lasted so long was a good one; before, each torn session doubles the pause
 
 
 # ── the dispatcher's side ────────────────────────────────────────────────────────────────────────────────────────────
@@ -68,8 +77,11 @@ class Sessions:
         return session
 
     def attach(self, routing_id: RoutingId, number: int) -> None:
-        """The bulk connection stands. Raises KeyError for a session that is over."""
-        self._sessions[number].is_attached = True
+        """The bulk connection stands. Raises KeyError for a session that is over, or of another connection."""
+        session = self._sessions[number]
+        if routing_id != bulk_of(session.routing_id):
+            raise KeyError(f"session {number} has another bulk connection")
+        session.is_attached = True
 
     def find(self, routing_id: RoutingId, number: int) -> Session | None:
         """The session of a message that names `number` and came from `routing_id`; None if they do not belong together."""
@@ -127,8 +139,10 @@ class PeerSession:
         self.state = PeerState.DISCONNECTED
         self.session = 0
         self.term = 0
-        self.highest_term = 0
-        self._greet_again_at: float | None = None
+        self.highest_term = 0  # that any welcome has named
+        self._greet_at: float | None = None  # while greeting: when to say hello (again)
+        self._opened_at = 0.0
+        self._pause_s = 0.0  # before the next renewal
 
     @property
     def is_open(self) -> bool:
@@ -138,15 +152,19 @@ class PeerSession:
         """The control connection stands (again)."""
         if self.state is PeerState.REFUSED:
             return []
-        lost = [Step.LOST] if self.is_open else []
-        return [*lost, *self._greet(now)]
+        return [*self._leave(), *self._greet(now)]
 
     def disconnected(self) -> list[Step]:
+        """The control connection is closed."""
         if self.state is PeerState.REFUSED:
             return []
-        lost = [Step.LOST] if self.is_open else []
-        self.state, self._greet_again_at = PeerState.DISCONNECTED, None
+        lost = self._leave()
+        self.state, self._greet_at = PeerState.DISCONNECTED, None
         return lost
+
+    def torn(self, now: float) -> list[Step]:
+        """Something was lost on the way or could not be read: in a new session both sides say again what the other may have missed."""
+        return self._renew(now, RENEWAL_S) if self.is_open else []
 
     def received(self, envelope: Envelope, now: float) -> list[Step]:
         """Judge a message. Of a foreign session or an older term nothing is believed."""
@@ -154,40 +172,50 @@ class PeerSession:
             return []
         match envelope.message:
             case Welcome():
-                return self._welcomed(envelope)
-            case Refused() if self.state is PeerState.GREETING or self.is_open:
-                self.state, self._greet_again_at = PeerState.REFUSED, None
-                return [Step.GIVE_UP]
+                return self._welcomed(envelope, now)
+            case Refused():
+                lost = self._leave()
+                self.state, self._greet_at = PeerState.REFUSED, None
+                return [*lost, Step.GIVE_UP]
+        if not (self.is_open and envelope.session == self.session and envelope.term == self.term):
+            return []  # about an earlier session; the hello that ends all doubts is on its way
+        match envelope.message:
             case SayHello():
-                if not self._is_ours(envelope):
-                    return []  # it is about an earlier session, or a hello is on its way
-                return [Step.LOST, *self._greet(now)]
-        if not self._is_ours(envelope):
-            return []
-        if isinstance(envelope.message, Goodbye):  # it will be back, or another in its place: keep knocking
-            return [Step.DELIVER, Step.LOST, *self._greet(now)]
+                return self._renew(now, 0.0)
+            case Goodbye():  # it will be back, or another in its place: keep knocking
+                return [Step.DELIVER, *self._leave(now + GREETING_TIMEOUT_S)]
         return [Step.DELIVER]
 
-    def _is_ours(self, envelope: Envelope) -> bool:
-        return self.is_open and envelope.session == self.session and envelope.term == self.term
+    def tick(self, now: float) -> list[Step]:
+        """It is time to say hello, or no welcome came to the last one."""
+        if self._greet_at is None or self._greet_at > now:
+            return []
+        return self._greet(now)
 
-    def _welcomed(self, envelope: Envelope) -> list[Step]:
+    def next_wakeup(self) -> float | None:
+        return self._greet_at
+
+    def _welcomed(self, envelope: Envelope, now: float) -> list[Step]:
         if envelope.term < self.highest_term or (envelope.term == self.term and envelope.session <= self.session):
             return []
-        lost = [Step.LOST] if self.is_open else []
-        self.state, self._greet_again_at = PeerState.OPEN, None
+        lost = self._leave()
+        self.state, self._greet_at, self._opened_at = PeerState.OPEN, None, now
         self.session, self.term, self.highest_term = envelope.session, envelope.term, envelope.term
         return [*lost, Step.ATTACH]
 
+    def _renew(self, now: float, pause_s: float) -> list[Step]:
+        """Leave the open session for a new one; not at once if the last ones were short, lest two sides that disagree do nothing else."""
+        if now - self._opened_at >= SETTLED_S:
+            self._pause_s = 0.0
+        pause_s = max(pause_s, self._pause_s)
+        self._pause_s = min(max(2 * self._pause_s, RENEWAL_S), RENEWAL_MAX_S)
+        return self._leave(now + pause_s) if pause_s else [*self._leave(), *self._greet(now)]
+
+    def _leave(self, greet_at: float | None = None) -> list[Step]:
+        lost = [Step.LOST] if self.is_open else []
+        self.state, self._greet_at = PeerState.GREETING, greet_at
+        return lost
+
     def _greet(self, now: float) -> list[Step]:
-        self.state, self._greet_again_at = PeerState.GREETING, now + GREETING_TIMEOUT_S
+        self.state, self._greet_at = PeerState.GREETING, now + GREETING_TIMEOUT_S
         return [Step.SAY_HELLO]
-
-    def tick(self, now: float) -> list[Step]:
-        """No welcome came: say hello again."""
-        if self.state is PeerState.GREETING and self._greet_again_at is not None and self._greet_again_at <= now:
-            return self._greet(now)
-        return []
-
-    def next_wakeup(self) -> float | None:
-        return self._greet_again_at

@@ -12,6 +12,7 @@ from importlib import metadata
 from adapt.interfaces.cli import demo, deploy, logs, status
 from adapt.interfaces.cli.doors import OK, run_door
 from adapt.protocol.messages import PROTOCOL_VERSION
+from adapt.version import VERSION
 
 PROGRAM = "adapt"
 ABOUT = "Distributed inference of neural networks over machines that come, go and fail."
@@ -20,7 +21,6 @@ The processes of a cluster are adapt-dispatcher and adapt-worker.
 ADAPT_DISPATCHER is the address that all of this uses unless --dispatcher gives another.
 Exit status: 0 when all went well, 1 for a runtime error, 2 for wrong usage or configuration.
 """
-DISTRIBUTION = "adapt-inference"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,7 +51,7 @@ def _print_version(options: argparse.Namespace, environ: Mapping[str, str]) -> i
         torch = f"torch {metadata.version('torch')}"
     except metadata.PackageNotFoundError:
         torch = "no torch: no workers and no exports here"
-    print(f"adapt {metadata.version(DISTRIBUTION)}, protocol {PROTOCOL_VERSION}, Python {platform.python_version()}, {torch}")
+    print(f"adapt {VERSION}, protocol {PROTOCOL_VERSION}, Python {platform.python_version()}, {torch}")
     return OK
 
 

@@ -139,7 +139,7 @@ class Figures:
             found.append(f"{verdict.duplicated} answers came more than once")
         if self.workers_lost != self.workers_expected_lost:
             found.append(f"{self.workers_lost} workers were given up, {self.workers_expected_lost} had been killed or stopped")
-        found += [f"link {link.stage + 1}: error above its bound" for link in self.links if link.worst_share > 1]
+        found += [f"link from stage {link.stage}: error above its bound" for link in self.links if not link.worst_share <= 1]
         return found
 
     def to_plain(self) -> dict[str, Any]:

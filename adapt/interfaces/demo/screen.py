@@ -35,14 +35,14 @@ class Step:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, words=escape(words), completed=share or 0.0, total=None if share is None else 1.0)
         elif share is None:
-            self._console.print(f"  {self._name:<{NAME_WIDTH}} {escape(words)} ...", highlight=False)
+            self._console.print(f"  {self._name:<{NAME_WIDTH}} {escape(words)} ...", highlight=False, soft_wrap=True)
         elif share < 1 and int(share * PLAIN_LINES) > self._told:
             self._told = int(share * PLAIN_LINES)
-            self._console.print(f"  {self._name:<{NAME_WIDTH}} {escape(words)}", highlight=False)
+            self._console.print(f"  {self._name:<{NAME_WIDTH}} {escape(words)}", highlight=False, soft_wrap=True)
 
     def note(self, words: str) -> None:
         """A line that stays."""
-        self._console.print(f"  {'':<{NAME_WIDTH}} [yellow]{escape(words)}[/yellow]", highlight=False)
+        self._console.print(f"  {'':<{NAME_WIDTH}} [yellow]{escape(words)}[/yellow]", highlight=False, soft_wrap=True)
 
 
 class Screen:
@@ -54,7 +54,7 @@ class Screen:
             self._console = Console(file=self._console.file, width=PLAIN_WIDTH)
 
     def line(self, words: str = "", *, style: str | None = None) -> None:
-        self._console.print(escape(words), style=style, highlight=False)
+        self._console.print(escape(words), style=style, highlight=False, soft_wrap=True)
 
     @contextmanager
     def step(self, name: str) -> Iterator[Step]:
@@ -75,7 +75,9 @@ class Screen:
             step = Step(self._console, name, None)
             yield step
         elapsed_s = time.monotonic() - began
-        self._console.print(f"  [bold]{name:<{NAME_WIDTH}}[/bold] {escape(step.result)}  [dim]({elapsed_s:.1f} s)[/dim]", highlight=False)
+        self._console.print(
+            f"  [bold]{name:<{NAME_WIDTH}}[/bold] {escape(step.result)}  [dim]({elapsed_s:.1f} s)[/dim]", highlight=False, soft_wrap=True
+        )
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -187,7 +189,7 @@ def _codecs(figures: Figures) -> Table:
 
 def _links(figures: Figures) -> Table:
     table = _table(f"error on each link, tolerance {figures.tolerance:g} of a tensor's standard deviation (every image measured)")
-    table.add_column("after stage")
+    table.add_column("from")
     table.add_column("travelled as")
     table.add_column("ratio", justify="right")
     table.add_column("largest error", justify="right")
@@ -195,7 +197,12 @@ def _links(figures: Figures) -> Table:
     table.add_column("share", justify="right")
     table.add_column("in std", justify="right")
     for link in figures.links:
-        table.add_row(str(link.stage + 1), ", ".join(link.codecs), f"{link.raw_bytes / max(link.sent_bytes, 1):.2f}", *_errors(link))
+        table.add_row(
+            f"stage {link.stage}" if link.stage else "the client",
+            ", ".join(link.codecs),
+            f"{link.raw_bytes / max(link.sent_bytes, 1):.2f}",
+            *_errors(link),
+        )
     return table
 
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,8 +27,8 @@ from adapt.interfaces.demo.screen import Screen, Step
 from adapt.interfaces.demo.stream import Answer, Fault, stream
 from adapt.protocol.codecs import resolve_codec
 from adapt.protocol.messages import DeploymentRecord, StatusReport
-from adapt.runtime.client import Client
-from adapt.runtime.local import LocalCluster
+from adapt.runtime.client import Client, Model
+from adapt.runtime.local import LocalCluster, LocalProcess
 
 THREADS = 1  # of every process that computes: results of other counts may differ in their last bits
 DEADLINE_S = 60.0
@@ -99,10 +98,9 @@ class _Show:
     def run(self) -> fig.Figures:
         wishes, screen = self._wishes, self._screen
         reference = self._reference()
-        file = wishes.weights_file
         with screen.step("cluster") as step:
             step.update("starting a dispatcher and workers", None)
-            cluster = LocalCluster(workers=wishes.workers, device="cpu", threads=THREADS, models_dir=None if file is None else file.parent)
+            cluster = LocalCluster(workers=wishes.workers, device="cpu", threads=THREADS)  # on the CPU, where the reference is
             cluster.start()
             step.result = f"1 dispatcher, {wishes.workers} workers, {THREADS} thread each, at {cluster.address}"
         try:
@@ -114,7 +112,7 @@ class _Show:
     def _with_client(self, cluster: LocalCluster, client: Client, reference: Reference) -> fig.Figures:
         wishes, screen = self._wishes, self._screen
         model = self._deploy(client)
-        deployment = _deployment(client.status())
+        deployment = model.record
         self._note_stages(deployment)
         faults = self._faults(cluster, deployment) if wishes.has_faults else []
         answers = self._stream(model, reference, faults)
@@ -145,25 +143,23 @@ class _Show:
                 )
             )
             step.result = (
-                f"torchvision's own module, eager, in one process: {reference.images_per_s:.1f} images/s; "
-                f"{wishes.count} outputs, all different"
+                f"{wishes.count} outputs of torchvision's own module, all different; one process: {reference.images_per_s:.1f} images/s"
             )
         return reference
 
-    def _deploy(self, client: Client) -> Any:
+    def _deploy(self, client: Client) -> Model:
         wishes = self._wishes
-        file = wishes.weights_file
         with self._screen.step("deploy") as step:
             model = client.deploy(
                 wishes.model,
                 stages=wishes.stages,
                 codec=wishes.codec,
                 tolerance=wishes.tolerance,
-                weights=wishes.weights if file is None else file.name,
+                weights=wishes.weights_file or wishes.weights,
                 seed=wishes.seed,
                 progress=lambda words: step.update(words, None),
             )
-            deployment = _deployment(client.status())
+            deployment = model.record
             sizes = ", ".join(f"{stage.file_bytes / 1e6:.0f}" for stage in deployment.stages)
             step.result = f"{len(deployment.stages)} stages of {sizes} MB"
         return model
@@ -177,7 +173,7 @@ class _Show:
         faults = []
         for worker, (words, after) in plans:
 
-            def act(worker: Any = worker, words: str = words, after: int = after) -> None:
+            def act(worker: LocalProcess = worker, words: str = words, after: int = after) -> None:
                 worker.kill() if "KILL" in words else worker.stop()
                 self._done_to[worker.name] = f"{words} after {after} answers"
                 held = ", ".join(map(str, sorted(fig.stages_of(deployment, worker.name)))) or "none"
@@ -186,7 +182,7 @@ class _Show:
             faults.append(Fault(max(after, 1), act))
         return faults
 
-    def _stream(self, model: Any, reference: Reference, faults: Sequence[Fault]) -> list[Answer]:
+    def _stream(self, model: Model, reference: Reference, faults: Sequence[Fault]) -> list[Answer]:
         wishes = self._wishes
         with self._screen.step("stream") as step:
             self._notes: Step = step
