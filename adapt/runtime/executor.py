@@ -246,7 +246,9 @@ class Executor:
             is_cancelled = work.is_cancelled
         if is_cancelled:
             self._end(work, Cancelled(work))
-        elif _is_small(sum(value.nbytes for value in outputs if isinstance(value, torch.Tensor)), work.order.codec != "raw"):
+        elif _is_small(
+            sum(value.nbytes for value in outputs if isinstance(value, torch.Tensor)), work.order.codec != "raw"
+        ):
             self._unsaid.append(self._encode(work, outputs))
         else:
             self._pool.submit(self._encode_and_say, work, outputs)
@@ -432,7 +434,9 @@ def _encoded(
             leaves.append(value)
     sent_bytes = sum(blob.size for blob in blobs)
     if sent_bytes > limit_bytes:
-        raise InputMismatchError(f"the stage's output takes {sent_bytes:,} bytes, a message {limit_bytes:,}: use a smaller batch")
+        raise InputMismatchError(
+            f"the stage's output takes {sent_bytes:,} bytes, a message {limit_bytes:,}: use a smaller batch"
+        )
     return leaves, tuple(blobs), digest.digest()
 
 

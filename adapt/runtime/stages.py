@@ -224,7 +224,9 @@ class ResidentStages(Generic[StageT]):
         except AdaptError:
             raise
         except Exception as error:  # foreign code: torch and the system below it
-            raise PlanError(f"stage {path.name[:12]} cannot be loaded: {type(error).__name__}: {str(error)[:1000]}") from error
+            raise PlanError(
+                f"stage {path.name[:12]} cannot be loaded: {type(error).__name__}: {str(error)[:1000]}"
+            ) from error
 
     def _refuse(self, digest: Digest, error: AdaptError) -> None:
         log.warning("stage not loaded", extra={"artifact": digest, "reason": str(error)})

@@ -427,7 +427,6 @@ class Scheduler:
         if is_final:
             self._fail(request, error, now)
         else:
-            self.counters["retries"] += 1
             self._again(request, error, now)
 
     def _again(self, request: Request, error: AdaptError, now: float, *, is_free: bool = False) -> None:
@@ -465,7 +464,6 @@ class Scheduler:
         if request.is_waited_for:
             return
         if self._has_alternative(request, now):
-            self.counters["retries"] += 1
             self._actions.append(ev.Cancel(worker_id=attempt.worker_id, attempt=attempt_id))
             self._enqueue(request)
         else:
@@ -586,6 +584,7 @@ class Scheduler:
         member.take(attempt_id, need.artifact, need.cost_s, now)
         self._due.set(_Due("attempt", attempt_id), now + self.settings.attempt_timeout_s)
         self.counters["tasks_dispatched"] += 1
+        self.counters["retries"] += number > 1
         dispatch = ev.Dispatch(
             worker_id=member.worker_id,
             attempt=attempt_id,
