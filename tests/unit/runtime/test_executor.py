@@ -1,0 +1,476 @@
+"""The executor against stages that wait for the test: what overlaps, in which order things happen, what ends how."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+import torch
+
+from adapt.errors import ConfigError, DeadlineExceededError, InputMismatchError, ModelError, WireError
+from adapt.models import devices
+from adapt.protocol import codecs
+from adapt.protocol.ids import AttemptId, RequestId
+from adapt.protocol.messages import RunStage
+from adapt.protocol.wire import Blob
+from adapt.runtime import executor as executor_module
+from adapt.runtime.executor import Begun, Cancelled, Crashed, Done, Executor, Failed, State
+
+WAIT_S = 20.0
+LIMIT_BYTES = 64 << 20
+BIG = 100_000  # float32: beyond what is decoded and encoded on the compute thread
+
+
+class GatedStage:
+    """Adds one. Stops in each run until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.entered: list[Future[None]] = [Future() for _ in range(8)]
+        self.gates = [threading.Event() for _ in range(8)]
+        self.runs = 0
+
+    def run(self, inputs):
+        run, self.runs = self.runs, self.runs + 1
+        self.entered[run].set_result(None)
+        assert self.gates[run].wait(WAIT_S)
+        return [value + 1 for value in inputs]
+
+    async def reached(self, run: int) -> None:
+        await asyncio.wait_for(asyncio.wrap_future(self.entered[run]), WAIT_S)
+
+
+class FreeStage:
+    def __init__(self, function=lambda inputs: list(inputs)) -> None:
+        self.run = function
+
+
+def order(sequence: int = 1, *arrays, codec="raw", tolerance=None, budget_s=60.0, dtype=None, sent_as="raw"):
+    """A RunStage of these arrays, and its blobs."""
+    encoded = [codecs.encode(array, codec=sent_as, dtype=dtype) for array in arrays]
+    message = RunStage(
+        attempt=AttemptId(RequestId(bytes(16), sequence), 1, 0, 1),
+        artifact="0" * 64,
+        budget_s=budget_s,
+        codec=codec,
+        tolerance=tolerance,
+        leaves=[header for header, _ in encoded],
+    )
+    return message, tuple(Blob.of(bytes(payload)) for _, payload in encoded)
+
+
+def small(value: float = 0.0):
+    return np.full((2, 3), value, np.float32)
+
+
+def big(value: float = 0.0):
+    return np.full(BIG, value, np.float32)
+
+
+class Harness:
+    """An executor, and what it has said."""
+
+    def __init__(self, clock=None) -> None:
+        self.events: list[object] = []
+        self.batches: list[list[object]] = []
+        self.arrived = asyncio.Event()
+        options = {} if clock is None else {"clock": clock}
+        self.executor = Executor(device="cpu", threads=1, limit_bytes=LIMIT_BYTES, notify=self._notify, **options)
+
+    def _notify(self, events) -> None:
+        self.events += events
+        self.batches.append(events)
+        self.arrived.set()
+
+    async def __aenter__(self):
+        await self.executor.start()
+        return self
+
+    async def __aexit__(self, *_):
+        await self.executor.close()
+
+    def submit(self, stage, *args, **options):
+        message, blobs = order(*args, **options)
+        return self.executor.submit(message, blobs, stage)
+
+    async def event(self, kind, work):
+        """The first event of this kind about this work."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                for event in self.events:
+                    if isinstance(event, kind) and event.work is work:
+                        return event
+                self.arrived.clear()
+                await self.arrived.wait()
+
+    def kinds(self, work):
+        return [type(event) for event in self.events if event.work is work]
+
+
+def run(test):
+    asyncio.run(test())
+
+
+def output(event) -> list[np.ndarray]:
+    blobs = iter(event.blobs)
+    return [codecs.decode(leaf, next(blobs).contiguous(), limit_bytes=LIMIT_BYTES) for leaf in event.leaves]
+
+
+@pytest.mark.parametrize("make", [small, big])
+def test_a_work_begins_and_is_done(make):
+    async def test():
+        async with Harness() as harness:
+            before = harness.executor.progress
+            work = harness.submit(FreeStage(lambda inputs: [inputs[0] * 2, 7]), 1, make(3))
+            done = await harness.event(Done, work)
+            assert done.leaves[1] == 7
+            np.testing.assert_array_equal(output(Done(work, done.leaves[:1], done.blobs, done.times, b""))[0], make(6))
+            assert harness.kinds(work) == [Begun, Done]
+            assert harness.executor.progress > before
+            assert work.state is State.ENDED and len(work.input_digest) == len(done.output_digest) == 16
+
+    run(test)
+
+
+def test_inputs_are_decoded_and_outputs_encoded_while_another_computes():
+    async def test():
+        async with Harness() as harness:
+            stage = GatedStage()
+            first = harness.submit(stage, 1, big(1))
+            await stage.reached(0)
+            second = harness.submit(stage, 2, big(2))
+            await asyncio.wait_for(asyncio.wrap_future(second.decoded), WAIT_S)  # while the first stands in its gate
+            stage.gates[0].set()
+            await stage.reached(1)
+            done = await harness.event(Done, first)  # encoded while the second stands in its gate
+            np.testing.assert_array_equal(output(done)[0], big(2))
+            stage.gates[1].set()
+            np.testing.assert_array_equal(output(await harness.event(Done, second))[0], big(3))
+
+    run(test)
+
+
+def test_one_computes_at_a_time_in_order_of_arrival():
+    async def test():
+        async with Harness() as harness:
+            stage = GatedStage()
+            works = [harness.submit(stage, index, make(index)) for index, make in enumerate([big, small, big, small])]
+            for index in range(len(works)):
+                await stage.reached(index)
+                assert stage.runs == index + 1
+                stage.gates[index].set()
+            await harness.event(Done, works[-1])
+            await harness.event(Done, works[-2])
+            assert [event.work for event in harness.events if isinstance(event, Begun)] == works
+
+    run(test)
+
+
+def test_begun_of_the_next_is_said_in_one_batch_with_the_answer_before():
+    async def test():
+        async with Harness() as harness:
+            stage = GatedStage()
+            first = harness.submit(stage, 1, small(1))
+            await stage.reached(0)
+            second = harness.submit(stage, 2, small(2))
+            stage.gates[0].set()
+            await harness.event(Begun, second)
+            assert [type(event) for event in harness.batches[-1]] == [Done, Begun]
+            stage.gates[1].set()
+            await harness.event(Done, second)
+            assert harness.kinds(first) == harness.kinds(second) == [Begun, Done]
+
+    run(test)
+
+
+@pytest.mark.parametrize("make", [small, big])
+def test_what_is_cancelled_before_it_begins_is_never_computed(make):
+    async def test():
+        async with Harness() as harness:
+            stage = GatedStage()
+            first = harness.submit(stage, 1, make(1))
+            await stage.reached(0)
+            second, third = harness.submit(stage, 2, make(2)), harness.submit(stage, 3, make(3))
+            assert harness.executor.cancel(second)
+            stage.gates[0].set()
+            await stage.reached(1)
+            stage.gates[1].set()
+            done = await harness.event(Done, third)
+            np.testing.assert_array_equal(output(done)[0], make(4))
+            assert stage.runs == 2 and harness.kinds(second) == []
+            assert harness.kinds(first) == [Begun, Done]
+
+    run(test)
+
+
+def test_what_is_cancelled_while_it_computes_ends_as_cancelled_and_is_not_encoded(monkeypatch):
+    encoded = []
+    monkeypatch.setattr(executor_module, "_encoded", lambda *args: encoded.append(args))
+
+    async def test():
+        async with Harness() as harness:
+            stage = GatedStage()
+            work = harness.submit(stage, 1, big())
+            await stage.reached(0)
+            assert not harness.executor.cancel(work)
+            stage.gates[0].set()
+            await harness.event(Cancelled, work)
+            assert harness.kinds(work) == [Begun, Cancelled] and encoded == []
+
+    run(test)
+
+
+def test_what_is_withdrawn_while_it_computes_goes_on():
+    async def test():
+        async with Harness() as harness:
+            stage = GatedStage()
+            work = harness.submit(stage, 1, small())
+            await stage.reached(0)
+            assert not harness.executor.withdraw(work)
+            stage.gates[0].set()
+            await harness.event(Done, work)
+
+    run(test)
+
+
+def test_what_has_spent_its_budget_waiting_is_not_computed():
+    now = [0.0]
+
+    async def test():
+        async with Harness(clock=lambda: now[0]) as harness:
+            stage = GatedStage()
+            harness.submit(stage, 1, small())
+            await stage.reached(0)
+            late, later = (
+                harness.submit(stage, 2, small(), budget_s=5.0),
+                harness.submit(stage, 3, small(), budget_s=5.1),
+            )
+            now[0] = 5.0
+            stage.gates[0].set()
+            await stage.reached(1)
+            stage.gates[1].set()
+            await harness.event(Done, later)
+            failed = await harness.event(Failed, late)
+            assert isinstance(failed.error, DeadlineExceededError) and failed.error.budget_s == 5.0
+            assert harness.kinds(late) == [Failed] and stage.runs == 2
+
+    run(test)
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (ValueError("x" * 10_000), ModelError, "ValueError: xxx"),
+        (MemoryError(), ModelError, "MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory"), ModelError, "OutOfMemoryError: CUDA"),
+        (InputMismatchError("expected float32"), InputMismatchError, "expected float32"),
+    ],
+)
+def test_an_error_of_the_model_ends_its_work_alone(error, kind, text):
+    async def test():
+        async with Harness() as harness:
+            failed = await harness.event(Failed, harness.submit(FreeStage(lambda _: _raise(error)), 1, small()))
+            assert type(failed.error) is kind
+            assert str(failed.error).startswith(text) and len(str(failed.error)) <= 3000
+            await harness.event(Done, harness.submit(FreeStage(), 2, small()))
+
+    run(test)
+
+
+@pytest.mark.parametrize("make", [small, big])
+def test_a_payload_that_cannot_be_decoded_ends_its_work_alone(make):
+    async def test():
+        async with Harness() as harness:
+            message, blobs = order(1, make())
+            work = harness.executor.submit(message, (Blob.of(bytes(blobs[0].contiguous())[:-1]),), FreeStage())
+            failed = await harness.event(Failed, work)
+            assert isinstance(failed.error, WireError)
+            await harness.event(Done, harness.submit(FreeStage(), 2, make()))
+
+    run(test)
+
+
+def test_a_codec_that_cannot_be_ends_its_work_alone():
+    async def test():
+        async with Harness() as harness:
+            failed = await harness.event(Failed, harness.submit(FreeStage(), 1, small(), codec="zfp"))
+            assert isinstance(failed.error, ConfigError)
+            await harness.event(Done, harness.submit(FreeStage(), 2, small()))
+
+    run(test)
+
+
+def test_an_output_beyond_a_message_is_refused_with_its_size():
+    async def test():
+        async with Harness() as harness:
+            harness.executor.limit_bytes = 1 << 20
+            stage = FreeStage(lambda inputs: [torch.zeros(1 << 20)])
+            failed = await harness.event(Failed, harness.submit(stage, 1, small()))
+            assert isinstance(failed.error, InputMismatchError) and "4,194,304 bytes, a message 1,048,576" in str(
+                failed.error
+            )
+
+    run(test)
+
+
+@pytest.mark.parametrize("sent_as", ["raw", "lz4"])
+@pytest.mark.parametrize("name", [*codecs.DTYPES])
+def test_every_dtype_goes_through_unchanged(name, sent_as):
+    array = np.arange(48).astype(codecs.DTYPES[name]).reshape(2, 3, 8)
+    seen = []
+
+    def look(inputs):
+        seen.append(inputs[0])
+        return list(inputs)
+
+    async def test():
+        async with Harness() as harness:
+            work = harness.submit(FreeStage(look), 1, array, dtype=name, sent_as=sent_as, codec=sent_as)
+            done = await harness.event(Done, work)
+            assert str(seen[0].dtype) == f"torch.{name}" and done.leaves[0].dtype == name
+            np.testing.assert_array_equal(output(done)[0], array)
+            assert work.input_digest == done.output_digest  # the same tensors, whatever they travelled as
+
+    run(test)
+
+
+def test_digests_tell_values_shapes_and_types_apart():
+    arrays = [np.zeros(4, np.float32), np.zeros((2, 2), np.float32), np.zeros(4, np.int32), np.float32([0, 0, 0, -0.0])]
+
+    async def test():
+        async with Harness() as harness:
+            works = [harness.submit(FreeStage(), index, array) for index, array in enumerate(arrays)]
+            digests = {(await harness.event(Done, work)).output_digest for work in works}
+            assert len(digests) == len(arrays)
+
+    run(test)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize("shift", range(0, 65, 13))
+def test_raw_tensors_are_aligned_however_they_came(parts, shift):
+    data = big(5).tobytes()
+    frame = bytearray(shift) + data
+    view = memoryview(frame)[shift:]
+    cuts = [0, *(len(data) * index // parts + index for index in range(1, parts)), len(data)]
+    blob = Blob(len(data), 0, tuple(view[begin:end] for begin, end in itertools.pairwise(cuts)))
+    seen = []
+
+    def look(inputs):
+        seen.append(inputs[0].data_ptr() % 64)
+        return list(inputs)
+
+    async def test():
+        async with Harness() as harness:
+            message, _ = order(1, big(5))
+            done = await harness.event(Done, harness.executor.submit(message, (blob,), FreeStage(look)))
+            np.testing.assert_array_equal(output(done)[0], big(5))
+            assert seen == [0]
+
+    run(test)
+
+
+def test_outputs_travel_without_a_copy():
+    tensor = torch.arange(BIG, dtype=torch.float32)
+
+    async def test():
+        async with Harness() as harness:
+            done = await harness.event(Done, harness.submit(FreeStage(lambda _: [tensor]), 1, small()))
+            sent = np.frombuffer(done.blobs[0].contiguous(), np.float32)
+            assert np.shares_memory(sent, tensor.numpy())
+
+    run(test)
+
+
+def test_a_compressed_bomb_is_bounded_over_all_tensors():
+    async def test():
+        async with Harness() as harness:
+            harness.executor.limit_bytes = 3 * big().nbytes
+            within = harness.submit(FreeStage(lambda _: []), 1, *[big()] * 3, sent_as="lz4")
+            beyond = harness.submit(FreeStage(lambda _: []), 2, *[big()] * 4, sent_as="lz4")
+            await harness.event(Done, within)
+            assert isinstance((await harness.event(Failed, beyond)).error, WireError)
+
+    run(test)
+
+
+def test_times_tell_waiting_from_computing():
+    now = [0.0]
+
+    async def test():
+        async with Harness(clock=lambda: now[0]) as harness:
+            stage = GatedStage()
+            harness.submit(stage, 1, small())
+            await stage.reached(0)
+            work = harness.submit(stage, 2, small())
+            now[0] = 2.0
+            stage.gates[0].set()
+            await stage.reached(1)
+            now[0] = 5.0
+            stage.gates[1].set()
+            times = (await harness.event(Done, work)).times
+            assert (times.wait_s, times.decode_s, times.compute_s, times.encode_s) == (2.0, 0.0, 3.0, 0.0)
+
+    run(test)
+
+
+def test_a_bug_on_the_compute_thread_is_told():
+    class Bug(BaseException):
+        pass
+
+    async def test():
+        async with Harness() as harness:
+            harness.submit(FreeStage(lambda _: _raise(Bug())), 1, small())
+            async with asyncio.timeout(WAIT_S):
+                while not any(isinstance(event, Crashed) for event in harness.events):
+                    harness.arrived.clear()
+                    await harness.arrived.wait()
+
+    run(test)
+
+
+def test_it_computes_with_the_threads_it_was_told():
+    async def test():
+        async with Harness() as harness:
+            seen = []
+            stage = FreeStage(lambda inputs: seen.append(torch.get_num_threads()) or list(inputs))
+            await harness.event(Done, harness.submit(stage, 1, small()))
+            assert seen == [1]
+
+    run(test)
+
+
+# --- devices -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", ["gpu", "cuda:", "cuda:-1", "cuda:x", "", "mps"])
+def test_a_device_that_is_none_is_refused(setting):
+    with pytest.raises(ConfigError, match=r"expected auto, cpu, or cuda:N"):
+        devices.choose_device(setting)
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"device='cuda:0': torch .*; use cpu or auto"):
+        devices.choose_device("cuda:0")
+    assert devices.choose_device("auto") == devices.choose_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices.choose_device("auto") == devices.choose_device("cuda") == "cuda:0"
+    assert devices.choose_device("cuda:1") == "cuda:1"
+    with pytest.raises(ConfigError, match=r"this machine has cuda:0 to cuda:1"):
+        devices.choose_device("cuda:2")
+
+
+def test_a_numeric_class_tells_thread_counts_apart():
+    one, two = (devices.device_facts("cpu", threads=count) for count in (1, 2))
+    assert one.numeric_class != two.numeric_class
+    assert torch.__version__ in one.numeric_class and one.device == "cpu" and one.device_name
+    assert devices.anonymous_bytes() > 0
