@@ -46,8 +46,8 @@ PROTOCOL_VERSION = 1
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Address = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 PieceBytes = Annotated[int, msgspec.Meta(ge=4096, le=1 << 20)]
 Facts: TypeAlias = dict[str, Any]  # plain values, of which msgpack has no others; an error's attributes, a constructor's arguments

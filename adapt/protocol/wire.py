@@ -197,9 +197,13 @@ def _read_slowly(kind: type[Message], header: Buffer, *, limit_bytes: int) -> He
                 raise VersionError(theirs, ours=PROTOCOL_VERSION)
     try:
         head: Head[Message] = msgspec.convert(document, _HEADS[kind], builtin_types=_BYTES)
-    except (msgspec.ValidationError, RecursionError) as error:
+        strange = _strange_field(document, msgpack.unpackb(_ENCODER.encode(head)), "$")
+    except TypeError:  # a time, which msgpack hands over without asking for extensions
+        raise WireError(f"{kind.__name__}: msgpack extensions are not used here") from None
+    except RecursionError:
+        raise WireError(f"{kind.__name__}: nested too deep") from None
+    except msgspec.ValidationError as error:
         raise WireError(f"{kind.__name__}: {str(error)[:_TOLD]}") from None
-    strange = _strange_field(document, msgpack.unpackb(_ENCODER.encode(head)), "$")
     if strange is not None:
         raise WireError(f"{kind.__name__}: {strange}")
     return head

@@ -43,6 +43,7 @@ from adapt.protocol.wire import Blob
 log = logging.getLogger(__name__)
 
 INLINE_BYTES = 64 << 10
+HEADER_BYTES = 64 << 10  # at least what the frames of a message take besides its tensors
 ALIGNMENT_BYTES = 64  # of torch's own memory: the interpreter copies what is less aligned
 MESSAGE_CHARACTERS = 3000  # of an error; the wire allows 4096
 
@@ -433,7 +434,7 @@ def _encoded(
             digest.update(repr(value).encode())
             leaves.append(value)
     sent_bytes = sum(blob.size for blob in blobs)
-    if sent_bytes > limit_bytes:
+    if sent_bytes + HEADER_BYTES > limit_bytes:
         raise InputMismatchError(
             f"the stage's output takes {sent_bytes:,} bytes, a message {limit_bytes:,}: use a smaller batch"
         )

@@ -55,10 +55,10 @@ from adapt.runtime.executor import Begun, Cancelled, Crashed, Done, Event, Execu
 from adapt.runtime.link import LinkEvent, LinkReceived, LinkRefused, PeerLink, SessionLost, SessionOpened
 from adapt.runtime.stages import ResidentStages
 from adapt.scheduling.holdings import Answer, Holdings, Kept, Verdict
+from adapt.version import VERSION
 
 log = logging.getLogger(__name__)
 
-SOFTWARE = "adapt"
 FIRST_HEARTBEAT_S = 0.5  # until a `Welcome` says how often
 OVERLOADED_RETRY_S = 0.1
 INTERRUPTED_STATUS = 130
@@ -226,7 +226,7 @@ class Worker:
             worker_id=self._config.name,
             incarnation=self._incarnation,
             highest_term=highest_term,
-            software=SOFTWARE,
+            software=f"adapt {VERSION}",
             device=self._facts,
             stage_budget_bytes=self._config.memory_limit_bytes,
             credit=self._config.credit,
