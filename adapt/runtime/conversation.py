@@ -1,7 +1,11 @@
-"""A client's conversation with its dispatcher, on one asyncio loop: what `Client` and `AsyncClient` are doors to.
+"""A client's conversation with its dispatcher, on one asyncio loop: what `Client` is a door to, and `AsyncClient` will be.
 
-Requests and calls come from any thread through a queue; one wake-up of the loop serves a whole burst of them. Outcomes leave as
-results of `concurrent.futures.Future`s.
+    any thread ──submit, call, cancel──▶ inbox ──one wake-up for a whole burst──▶ loop: Outcomes decides ──▶ link
+               ◀──results of futures── loop, or for large answers the decoding thread
+               ◀──callbacks, progress── a thread of their own: nothing that a user's function does stops sockets or answers
+
+Which answer counts is decided in scheduling/outcome.py. Calls (deploy, undeploy, status) are asked again in every new session, under a
+new number: the dispatcher has given up what it did for the earlier one.
 """
 
 from __future__ import annotations
@@ -12,20 +16,24 @@ import itertools
 import logging
 import os
 import secrets
+import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from adapt.clock import Clock, monotonic
-from adapt.errors import AdaptError, ConnectError, DeadlineExceededError
+from adapt.errors import AdaptError, ConfigError, ConnectError, UnknownModelError, WireError
 from adapt.protocol import messages as msg
+from adapt.protocol import wire
 from adapt.protocol.ids import ClientId, Digest, RequestId
 from adapt.protocol.wire import Blob
 from adapt.runtime.link import LinkEvent, LinkReceived, LinkRefused, PeerLink, SessionLost, SessionOpened
-from adapt.scheduling.outcome import Outcomes, Pending
+from adapt.runtime.threads import SerialThread
+from adapt.scheduling.outcome import Action, Outcomes, Question, Resolve, Say
 from adapt.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -33,6 +41,8 @@ log = logging.getLogger(__name__)
 LIMIT_BYTES = 1 << 30  # of one answer
 INLINE_BYTES = 64 << 10  # answers up to this size are decoded on the loop itself
 GOODBYE_S = 0.2  # how long the last messages may take to leave
+
+Decode = Callable[[list[msg.Leaf], tuple[Blob, ...]], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,55 +59,93 @@ class Outcome:
 
 
 class InferFuture(Future[Any]):
-    """The answer to one request, to come. `cancel()` reaches the cluster. `outcome` tells more once there is a result."""
+    """The answer to one request, to come.
 
-    outcome: Outcome | None = None
+    `cancel()` reaches the cluster. Callbacks are called on a thread of the client's own, one after the other, unless the future is done or
+    cancelled by the thread that adds them or cancels it.
+
+    Attributes:
+        request_id: what logs call the request.
+        outcome: attempts and numeric classes; None until there is a result.
+    """
+
+    def __init__(self, request_id: RequestId, deliver: Callable[[Callable[[], None]], None]) -> None:
+        super().__init__()
+        self.request_id = request_id
+        self.outcome: Outcome | None = None
+        self._deliver = deliver
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        def done(future: Future[Any]) -> None:
+            def call() -> None:
+                fn(future)
+
+            self._deliver(call)
+
+        super().add_done_callback(done)
+
+    def on_cancel(self, tell: Callable[[RequestId], None]) -> None:
+        """For the conversation: `tell` is called by the cancelling thread."""
+
+        def done(future: Future[Any]) -> None:
+            if future.cancelled():
+                future.set_running_or_notify_cancel()  # else `concurrent.futures.wait` would never see it
+                tell(self.request_id)
+
+        super().add_done_callback(done)
 
 
 @dataclass(slots=True)
 class Submission:
-    """A request on its way: what has to be said, and how its answer becomes the user's."""
+    """A request on its way: what is asked, and how its answer becomes the user's."""
 
-    deployment: str
-    numerics: str
-    leaves: list[msg.Leaf]
-    blobs: tuple[Blob, ...]
-    deadline: float
-    budget_s: float
-    finish: Callable[[list[msg.Leaf], tuple[Blob, ...]], Any]
-    future: InferFuture = field(default_factory=InferFuture)
-    request_id: RequestId | None = None
+    question: Question
+    decode: Decode
+    future: InferFuture
 
 
-@dataclass(slots=True)
 class Call:
-    """A question that is answered once: a deployment, a status."""
+    """A question that is answered once: a deployment, a status. `message.call` is given when it is asked."""
 
-    message: msg.Deploy | msg.Undeploy | msg.StatusQuery
-    future: Future[Any]
-    progress: Callable[[str], None] | None = None
-    offered: tuple[Digest, Path] | None = None  # a program that the dispatcher may fetch meanwhile
+    def __init__(
+        self,
+        message: msg.Deploy | msg.Undeploy | msg.StatusQuery,
+        *,
+        progress: Callable[[str], None] | None = None,
+        offered: tuple[Digest, Path] | None = None,
+    ) -> None:
+        """`offered`: a program that the dispatcher may fetch until the answer has come."""
+        self.message, self.progress, self.offered = message, progress, offered
+        self.future: Future[Any] = Future()
+        self.times_asked = 0
 
 
 class Conversation:
-    """See the head of this file. Made and closed on its loop; `submit` and `call` are for any thread."""
+    """See the head of this file. Made, opened and closed on its loop; `submit`, `call` and `withdraw` are for any thread.
+
+    Raises:
+        ConfigError: the address is none.
+    """
 
     def __init__(self, address: str, *, clock: Clock = monotonic) -> None:
         self.address = address
         self.client_id = ClientId(secrets.token_bytes(16))
-        self._clock, self._loop = clock, asyncio.get_running_loop()
+        self.max_budget_s: float | None = None  # longest deadline that the dispatcher allows; None until it was met
+        self._clock, self._loop, self._thread_id = clock, asyncio.get_running_loop(), threading.get_ident()
+        # Two, because a callback may wait for another answer.
+        self._decoding, self._callbacks = SerialThread("adapt-decode"), SerialThread("adapt-callbacks")
         self._incarnation = secrets.randbits(63)
-        self._inbox: deque[Submission | Call | RequestId] = deque()  # what users ask; a request id: cancel it
+        self._inbox: deque[Callable[[], None]] = deque()  # what users ask
         self._is_woken = False
         self._sequence = itertools.count(1)
-        self._calls_made = itertools.count(1)
+        self._call_numbers = itertools.count(1)
         self._outcomes = Outcomes()
         self._submissions: dict[RequestId, Submission] = {}
         self._calls: dict[int, Call] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._end: AdaptError | None = None  # what everything ends in from now on
+        self._is_closed = False
         self._opened = asyncio.Event()
-        self._refusal: AdaptError | None = None
-        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="adapt-decode")
         self._link = PeerLink(
             address,
             name=self.client_id.hex(),
@@ -124,22 +172,24 @@ class Conversation:
         except TimeoutError:
             reason = f"no answer within {timeout_s:g} s; is an adapt-dispatcher running there?"
             raise ConnectError(self.address, reason) from None
-        if self._refusal is not None:
-            raise self._refusal
+        if self._end is not None:
+            raise self._end
 
     async def close(self) -> None:
-        """Cancel what is open, say goodbye, disconnect."""
-        for request_id, _ in self._outcomes:
-            self._cancel(request_id)
-        for submission in self._submissions.values():
+        """Cancel what is open, say goodbye, disconnect. Whatever is asked from now on ends in ConnectError."""
+        self._serve()
+        for submission in list(self._submissions.values()):
             submission.future.cancel()
-        for call in self._calls.values():
-            _fail(call.future, ConnectError(self.address, "this client was closed"))
+        self._serve()
+        self._give_up(ConnectError(self.address, "this client was closed"))
         self._link.send(msg.Goodbye(reason="the client was closed"))
         if self._timer is not None:
             self._timer.cancel()
-        await self._link.close(linger_s=GOODBYE_S)
-        self._decoding.shutdown(wait=False, cancel_futures=True)
+        self._is_closed = True
+        self._decoding.close()
+        self._callbacks.close()
+        with contextlib.suppress(RuntimeError):  # the interpreter is ending: there are no threads to wait on any more
+            await self._link.close(linger_s=GOODBYE_S)
 
     def _hello(self, highest_term: int) -> msg.ClientHello:
         return msg.ClientHello(
@@ -152,68 +202,83 @@ class Conversation:
 
     # ── what users ask, from any thread ──────────────────────────────────────────────────────────────────────────────
 
-    def submit(self, submission: Submission) -> InferFuture:
-        submission.request_id = request_id = RequestId(self.client_id, next(self._sequence))
-        submission.future.add_done_callback(lambda future: self._ask(request_id) if future.cancelled() else None)
-        self._ask(submission)
-        return submission.future
+    def submit(self, question: Question, decode: Decode) -> InferFuture:
+        """Ask for an inference.
+
+        Raises:
+            ConfigError: the dispatcher allows no such budget.
+        """
+        if self.max_budget_s is not None and question.budget_s > self.max_budget_s:
+            raise ConfigError(f"deadline_s={question.budget_s:g}: expected at most {self.max_budget_s:g}, the dispatcher's --max-budget")
+        request_id = RequestId(self.client_id, next(self._sequence))
+        future = InferFuture(request_id, self._deliver)
+        future.on_cancel(lambda request_id: self._ask(lambda: self._cancel(request_id)))
+        submission = Submission(question, decode, future)
+        self._ask(lambda: self._submit(submission))
+        return future
 
     def call(self, call: Call) -> Future[Any]:
-        """Ask; the answer comes as the future's result. The message's own `call` number is given here."""
-        call.message = replace(call.message, call=next(self._calls_made))
-        self._ask(call)
+        """Ask; the answer comes as the future's result, after all that was told to `progress`.
+
+        Raises:
+            ConfigError: the question is none: a field is of a wrong type, or out of range.
+        """
+        try:
+            wire.decode(wire.encode(call.message, session=0, term=0), limit_bytes=LIMIT_BYTES)
+        except (WireError, TypeError, ValueError, OverflowError) as error:
+            raise ConfigError(f"{type(call.message).__name__.lower()}: {error}") from None
+        self._ask(lambda: self._begin_call(call))
         return call.future
 
-    def _ask(self, item: Submission | Call | RequestId) -> None:
+    def withdraw(self, call: Call) -> None:
+        """Nobody waits for this call any more."""
+        self._ask(lambda: self._forget_call(call))
+
+    def _ask(self, item: Callable[[], None]) -> None:
         self._inbox.append(item)
         if not self._is_woken:
             self._is_woken = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and everything with it
+            with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._serve)
+        if self._is_closed:  # looked at last: either the loop has seen the item or we see this. All there is to do is to end in an error
+            self._serve()
 
     def _serve(self) -> None:
-        self._is_woken = False
-        while self._inbox:
-            match self._inbox.popleft():
-                case Submission() as submission:
-                    self._take(submission)
-                case Call() as call:
-                    self._calls[call.message.call] = call
-                    if self._refusal is not None:
-                        _fail(call.future, self._refusal)
-                    self._link.send(call.message)
-                case request_id:
-                    self._cancel(request_id)
-        self._arm_timer()
+        self._is_woken = False  # before the inbox is emptied: what comes later wakes us again
+        while True:
+            try:
+                item = self._inbox.popleft()
+            except IndexError:
+                break
+            item()
+        self._end_turn()
 
-    def _take(self, submission: Submission) -> None:
-        if self._refusal is not None:
-            _fail(submission.future, self._refusal)
-            return
+    def _submit(self, submission: Submission) -> None:
         if submission.future.cancelled():
             return
-        assert submission.request_id is not None, "given by submit"
-        self._submissions[submission.request_id] = submission
-        self._say(submission, self._outcomes.submitted(submission.request_id, submission.deadline))
-
-    def _say(self, submission: Submission, pending: Pending) -> None:
-        """Send the request, if there is a session; else it is said when there is one."""
-        assert submission.request_id is not None
-        request = msg.InferRequest(
-            request_id=submission.request_id,
-            deployment=submission.deployment,
-            version=pending.version,
-            program=pending.program,
-            budget_s=max(pending.deadline - self._clock(), 0.0),
-            numerics=submission.numerics,
-            leaves=submission.leaves,
-        )
-        self._link.send(request, submission.blobs)
+        request_id = submission.future.request_id
+        self._submissions[request_id] = submission
+        self._act(self._outcomes.submit(request_id, submission.question, self._clock()))
 
     def _cancel(self, request_id: RequestId) -> None:
-        if self._outcomes.cancelled(request_id):
-            self._submissions.pop(request_id, None)
-            self._link.send(msg.CancelRequest(request_id=request_id))
+        self._submissions.pop(request_id, None)
+        self._act(self._outcomes.cancel(request_id))
+
+    def _begin_call(self, call: Call) -> None:
+        if self._end is not None:
+            _fail(call.future, self._end)
+            return
+        self._say_call(call)
+
+    def _say_call(self, call: Call) -> None:
+        number = next(self._call_numbers)
+        self._calls[number] = call
+        call.message = replace(call.message, call=number)
+        if self._link.send(call.message):
+            call.times_asked += 1
+
+    def _forget_call(self, call: Call) -> None:
+        self._calls.pop(call.message.call, None)
 
     # ── what the dispatcher says ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -221,104 +286,137 @@ class Conversation:
         match event:
             case LinkReceived(message=message, blobs=blobs):
                 self._understand(message, blobs)
-            case SessionOpened():
+            case SessionOpened(welcome=welcome, term=term):
+                self.max_budget_s = welcome.max_budget_s
+                self._act(self._outcomes.opened(term, limit_bytes=welcome.max_message_bytes, now=self._clock()))
+                calls, self._calls = list(self._calls.values()), {}
+                for call in calls:
+                    self._say_call(call)
                 self._opened.set()
-                for request_id, pending in self._outcomes:
-                    self._say(self._submissions[request_id], pending)
-                for call in self._calls.values():
-                    self._link.send(call.message)
             case SessionLost(reason=reason):
+                self._outcomes.lost()
                 log.info("session lost", extra={"address": self.address, "reason": reason})
             case LinkRefused(error=error):
-                self._refused(error)
-        self._arm_timer()
+                self._give_up(error)
+                self._opened.set()
+        self._end_turn_soon()
 
     def _understand(self, message: msg.Message, blobs: tuple[Blob, ...]) -> None:
         match message:
-            case msg.Accepted():
-                self._outcomes.accepted(message.request_id, message.version, Digest(message.program))
             case msg.Reply():
-                if self._outcomes.answered(message.request_id):
-                    self._reply(self._submissions.pop(message.request_id), message, blobs)
+                self._act(self._outcomes.replied(message, blobs))
+            case msg.Accepted():
+                self._outcomes.accepted(message)
             case msg.RequestFailed():
-                if self._outcomes.answered(message.request_id):
-                    error = AdaptError.from_wire(message.code, message.message, message.fields)
-                    _fail(self._submissions.pop(message.request_id).future, error)
+                self._act(self._outcomes.failed(message, self._clock()))
             case msg.Fetch():
                 self._serve_piece(message)
             case msg.Progress():
                 call = self._calls.get(message.call)
                 if call is not None and call.progress is not None:
-                    call.progress(message.step)
+                    told = call.progress
+                    self._callbacks.post(lambda: told(message.step))
             case msg.Deployed() | msg.StatusReport() | msg.CallDone():
-                call = self._calls.pop(message.call, None)
-                if call is not None:
-                    _settle(call.future, message)
+                if (call := self._calls.pop(message.call, None)) is not None:
+                    self._after_progress(call, partial(_settle, call.future, message))
             case msg.CallFailed():
-                call = self._calls.pop(message.call, None)
-                if call is not None:
-                    _fail(call.future, AdaptError.from_wire(message.code, message.message, message.fields))
+                if (call := self._calls.pop(message.call, None)) is not None:
+                    self._call_failed(call, AdaptError.from_wire(message.code, message.message, message.fields))
             case _:
                 log.debug("message passed over", extra={"kind": type(message).__name__})
 
-    def _reply(self, submission: Submission, reply: msg.Reply, blobs: tuple[Blob, ...]) -> None:
-        submission.future.outcome = Outcome(reply.attempts, tuple(reply.numeric_classes))
-
-        def finish() -> None:
-            try:
-                result = submission.finish(reply.leaves, blobs)
-            except AdaptError as error:
-                _fail(submission.future, error)
-            else:
-                _settle(submission.future, result)
-
-        if sum(blob.size for blob in blobs) <= INLINE_BYTES:
-            finish()
+    def _call_failed(self, call: Call, error: AdaptError) -> None:
+        was_done_before = isinstance(call.message, msg.Undeploy) and isinstance(error, UnknownModelError) and call.times_asked > 1
+        if was_done_before:  # only the answer was lost
+            _settle(call.future, msg.CallDone(call=call.message.call))
         else:
-            self._decoding.submit(finish)
+            self._after_progress(call, partial(_fail, call.future, error))
+
+    def _after_progress(self, call: Call, work: Callable[[], None]) -> None:
+        if call.progress is None:
+            work()
+        else:
+            self._callbacks.post(work)
 
     def _serve_piece(self, fetch: msg.Fetch) -> None:
         """Give a piece of a program that is being deployed."""
         for call in self._calls.values():
             if call.offered is not None and call.offered[0] == fetch.artifact:
-                with open(call.offered[1], "rb") as file:
+                with contextlib.suppress(OSError), open(call.offered[1], "rb") as file:
                     data = os.pread(file.fileno(), fetch.length, fetch.offset)
-                    size = os.fstat(file.fileno()).st_size
-                piece = msg.ArtifactPiece(artifact=fetch.artifact, offset=fetch.offset, file_bytes=size)
-                self._link.send(piece, (Blob.of(data),))
-                return
+                    piece = msg.ArtifactPiece(artifact=fetch.artifact, offset=fetch.offset, file_bytes=os.fstat(file.fileno()).st_size)
+                    self._link.send(piece, (Blob.of(data),))
+                    return
         self._link.send(msg.ArtifactMissing(artifact=fetch.artifact))
 
-    def _refused(self, error: AdaptError) -> None:
-        """The dispatcher will not have us: everything that is open ends in its reason."""
-        self._refusal = error
-        self._opened.set()
-        for request_id, _ in self._outcomes:
-            self._outcomes.cancelled(request_id)
-            _fail(self._submissions.pop(request_id).future, error)
-        for call in self._calls.values():
-            _fail(call.future, error)
-        self._calls.clear()
+    # ── what is decided is done ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _act(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Say(message=message, blobs=blobs):
+                    if not self._link.send(message, blobs) and isinstance(message, msg.InferRequest):
+                        self._outcomes.unsaid(message.request_id, self._clock())
+                case Resolve(outcome=msg.Reply() as reply):
+                    self._reply(self._submissions.pop(action.request_id), reply, action.blobs)
+                case Resolve(outcome=AdaptError() as error):
+                    submission = self._submissions.pop(action.request_id)
+                    if isinstance(error, UnknownModelError):
+                        error.add_note(f"It was there when this handle was made; client.model({submission.question.deployment!r}) gives a new one.")
+                    _fail(submission.future, error)
+
+    def _reply(self, submission: Submission, reply: msg.Reply, blobs: tuple[Blob, ...]) -> None:
+        def finish() -> None:
+            future = submission.future
+            if future.done():
+                return
+            try:
+                result = submission.decode(reply.leaves, blobs)
+            except AdaptError as error:
+                _fail(future, error)
+                return
+            future.outcome = Outcome(reply.attempts, tuple(reply.numeric_classes))
+            _settle(future, result)
+
+        if sum(blob.size for blob in blobs) <= INLINE_BYTES:
+            finish()
+        else:
+            self._decoding.post(finish)
+
+    def _give_up(self, error: AdaptError) -> None:
+        """There will be no session any more: everything that is open, and that comes, ends in this error."""
+        if self._end is None:
+            self._end = error
+            self._act(self._outcomes.give_up(error))
+            for call in self._calls.values():
+                _fail(call.future, error)
+            self._calls.clear()
+
+    def _deliver(self, work: Callable[[], None]) -> None:
+        """Call a user's function: here, unless here is the loop, which it might block."""
+        if threading.get_ident() == self._thread_id:
+            self._callbacks.post(work)
+        else:
+            work()
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _tick(self) -> None:
-        for request_id in self._outcomes.take_overdue(self._clock()):
-            submission = self._submissions.pop(request_id)
-            _fail(submission.future, DeadlineExceededError(submission.budget_s))
-            self._link.send(msg.CancelRequest(request_id=request_id))
-        self._arm_timer()
+    def _end_turn_soon(self) -> None:
+        """Once for all that has arrived together."""
+        if not self._is_woken:
+            self._is_woken = True
+            self._loop.call_soon(self._serve)
 
-    def _arm_timer(self) -> None:
-        """Also the moment at which acknowledgements leave, all of this turn of the loop in one message."""
-        if acks := self._outcomes.take_acks():
-            self._link.send(msg.ReplyAck(request_ids=acks))
+    def _end_turn(self) -> None:
+        """Do what is due, acknowledge what has come, and set the timer for what is next."""
+        self._act(self._outcomes.tick(self._clock()))
+        self._act(self._outcomes.take_acks())
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         due = self._outcomes.next_wakeup()
-        if due is not None:
-            self._timer = self._loop.call_later(max(due - self._clock(), 0.0), self._tick)
+        if due is not None and self._end is None:
+            self._timer = self._loop.call_later(max(due - self._clock(), 0.0), self._serve)
 
 
 def _settle(future: Future[Any], result: Any) -> None:

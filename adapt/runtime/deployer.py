@@ -106,7 +106,8 @@ class Deployer:
 
     async def _answer(self, client_id: ClientId, deploy: msg.Deploy) -> None:
         try:
-            record = await self._deploy(client_id, deploy)
+            with self._deployments.under_way():
+                record = await self._deploy(client_id, deploy)
         except AdaptError as error:
             log.warning("deployment failed", extra={"deployment": deploy.name, "reason": str(error)})
             self._fail(client_id, deploy, error)

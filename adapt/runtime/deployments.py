@@ -8,7 +8,8 @@ scheduler, touches the dispatcher's state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,18 +64,38 @@ class Deployments:
         self._state, self._store = state, store
         self._versions: dict[tuple[str, int], Version] = {}
         self._blueprints: dict[tuple[str, int], Blueprint] = {}
+        self._ready: set[tuple[str, int]] = set()  # versions that have taken requests
+        self._garbage: set[Digest] = set()  # artifacts that no version needs any more
+        self._under_way = 0  # deployments that may be about to need them again
         self._numbers: dict[str, int] = {}  # deployment -> the highest number it ever had
 
     def restore(self) -> list[Version]:
-        """The versions of the last reign, oldest first. One whose artifacts are gone is dropped: it could serve nobody."""
+        """The newest version of each deployment that took requests in the last reign.
+
+        One whose artifacts are gone is dropped: it could serve nobody.
+        """
         record = self._state.read_deployments()
         self._numbers = dict(record.get("numbers", {}))
-        for plain in record.get("versions", []):
+        newest: dict[str, tuple[Version, Blueprint]] = {}
+        for plain in sorted(record.get("versions", []), key=lambda plain: int(plain.get("number", 0))):
             version, blueprint = _version_from_plain(plain)
-            if all(self._store.has(need.artifact) for need in version.plan.stages):
-                self._versions[version.deployment, version.number] = version
-                self._blueprints[version.deployment, version.number] = blueprint
+            if plain.get("is_ready") and all(self._store.has(need.artifact) for need in version.plan.stages):
+                newest[version.deployment] = (version, blueprint)
+        for version, blueprint in newest.values():
+            self._blueprints[version.deployment, version.number] = blueprint
+            self._versions[version.deployment, version.number] = version
+            self._ready.add((version.deployment, version.number))
         return list(self._versions.values())
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """While a deployment is prepared no artifact is removed: it may be about to need one that another has given up."""
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            self._collect()
 
     def next_number(self, deployment: str) -> int:
         """A number that no version of this deployment ever had."""
@@ -91,16 +112,30 @@ class Deployments:
             self._versions[key] = version
             self._write()
 
+    def ready(self, version: Version) -> None:
+        """The version takes requests, and does so again after a restart."""
+        self._ready.add((version.deployment, version.number))
+        self._write()
+
     def drop(self, version: Version) -> None:
         """Forget a version, and the artifacts that only it needed."""
         key = (version.deployment, version.number)
         self._versions.pop(key, None)
         self._blueprints.pop(key, None)
-        needed = {need.artifact for other in self._versions.values() for need in other.plan.stages}
-        needed |= {other.program for other in self._versions.values()}
-        for artifact in {version.program, *(need.artifact for need in version.plan.stages)} - needed:
-            self._store.path(artifact).unlink(missing_ok=True)
+        self._ready.discard(key)
+        self._garbage |= {version.program, *(need.artifact for need in version.plan.stages)}
         self._write()
+        self._collect()
+
+    def _collect(self) -> None:
+        """Remove what no version needs."""
+        if self._under_way:
+            return
+        needed = {need.artifact for version in self._versions.values() for need in version.plan.stages}
+        needed |= {version.program for version in self._versions.values()}
+        for artifact in self._garbage - needed:
+            self._store.path(artifact).unlink(missing_ok=True)
+        self._garbage.clear()
 
     def file_bytes(self, artifact: Digest) -> int:
         """Size of a stage's file. Raises KeyError for a stage of no version."""
@@ -131,7 +166,9 @@ class Deployments:
         )
 
     def _write(self) -> None:
-        versions = [_version_to_plain(version, self._blueprints[key]) for key, version in self._versions.items()]
+        versions = [
+            {**_version_to_plain(version, self._blueprints[key]), "is_ready": key in self._ready} for key, version in self._versions.items()
+        ]
         self._state.write_deployments({"numbers": self._numbers, "versions": versions})
 
 

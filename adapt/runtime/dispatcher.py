@@ -122,7 +122,7 @@ class Dispatcher:
             self._act(self._scheduler.handle(ev.WorkerExpected(worker_id=worker_id), now))
         for version in versions:
             log.info("deployment restored", extra={"deployment": version.deployment, "version": version.number})
-            self._act(self._scheduler.handle(ev.VersionDeployed(version=version), now))
+            self._act(self._scheduler.handle(ev.VersionDeployed(version=version, is_restored=True), now))
         self._arm_timer()
 
     def _signalled(self, number: int) -> None:
@@ -494,6 +494,7 @@ class Dispatcher:
                 log.info("plan changed", extra={"deployment": version.deployment, "epoch": version.plan.epoch})
                 self._deployments.put(version)
             case ev.VersionReady(version=version):
+                self._deployments.ready(version)
                 self._deployer.settled(version, None)
             case ev.VersionFailed(version=version, error=error):
                 self._deployer.settled(version, error)
@@ -600,6 +601,8 @@ class Dispatcher:
             counters[f"link_raw_bytes.{header.codec}"] += math.prod(header.shape) * DTYPES[header.dtype].itemsize
 
     def _status(self, call: int) -> msg.StatusReport:
+        for gone in [worker_id for worker_id in self._last_hello if worker_id not in self._scheduler.roster]:
+            del self._last_hello[gone]
         records = [self._deployments.record(version) for version, _ in self._scheduler.versions()]
         counters = {name: float(value) for name, value in sorted(self._scheduler.counters.items())}
         counters |= {

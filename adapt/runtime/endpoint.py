@@ -98,8 +98,16 @@ class WatchedSocket:
         self._monitor.close(linger=0)
         self.socket.close(linger=int(1000 * linger_s))
 
+    def expect(self, address: str) -> None:
+        """Prepare for an address. Raises ValueError for a TCP port that libzmq would take for another: 99999 for 34463."""
+        port = address.rpartition(":")[2]
+        if address.startswith("tcp://") and port.lstrip("-").isdigit() and not 0 <= int(port) <= 65535:
+            raise ValueError("a port is a number from 0 to 65535")
+        self.socket.set(zmq.IPV6, int("[" in address))  # not always: where there is none, it costs IPv4 as well
+
     def connect(self, address: str) -> None:
-        """Raises zmq.ZMQError for what is no address."""
+        """Raises zmq.ZMQError or ValueError for what is no address."""
+        self.expect(address)
         self.socket.connect(address)
         self.read_soon()
 
@@ -243,10 +251,12 @@ class RouterEndpoint:
         self._watched.socket.set(zmq.ROUTER_MANDATORY, 1)  # without it a message to a stuck peer vanishes
         self._watched.socket.set(zmq.ROUTER_HANDOVER, 1)  # a peer that comes back is heard, though its old connection lingers
         try:
+            self._watched.expect(address)
             self._watched.socket.bind(address)
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, ValueError) as error:
             self.close()
-            reason = "it is in use; stop the other process or choose another --listen" if error.errno == errno.EADDRINUSE else str(error)
+            is_taken = isinstance(error, zmq.ZMQError) and error.errno == errno.EADDRINUSE
+            reason = "it is in use; stop the other process or choose another --listen" if is_taken else str(error)
             raise ConfigError(f"listen={address}: cannot be bound: {reason}") from None
         self.address = self._watched.socket.get_string(zmq.LAST_ENDPOINT)
 

@@ -128,7 +128,7 @@ class PeerLink:
             socket.set(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
         try:
             watched.connect(self.address)
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, ValueError) as error:
             raise ConfigError(f"dispatcher={self.address!r}: not an address: {error}; expected tcp://HOST:PORT") from None
         return watched
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from adapt.errors import InputMismatchError
 from adapt.protocol.codecs import TensorHeader, decode, encode
 from adapt.protocol.messages import Leaf
-from adapt.protocol.wire import Blob
+from adapt.protocol.wire import MAX_BLOBS, Blob
 
 
 def is_torch(value: Any) -> bool:
@@ -19,8 +20,18 @@ def is_torch(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def to_wire(values: Sequence[Any], *, codec: str, tolerance: float | None) -> tuple[list[Leaf], tuple[Blob, ...]]:
-    """The leaves of a call as headers and bytes. Nothing of the result shares memory with the values."""
+def to_wire(values: Sequence[Any], *, codec: str) -> tuple[list[Leaf], tuple[Blob, ...]]:
+    """The leaves of a call as headers and bytes. Nothing of the result shares memory with the values.
+
+    Args:
+        values: numpy arrays, torch tensors on any device, plain numbers.
+        codec: a lossless one.
+
+    Raises:
+        InputMismatchError: a value cannot travel, or there are too many.
+    """
+    if len(values) > MAX_BLOBS:
+        raise InputMismatchError(f"{len(values)} tensors in one call; at most {MAX_BLOBS} can be sent")
     leaves: list[Leaf] = []
     blobs = []
     for value in values:
@@ -28,7 +39,7 @@ def to_wire(values: Sequence[Any], *, codec: str, tolerance: float | None) -> tu
             leaves.append(value)
             continue
         array, dtype = _as_array(value)
-        header, data = encode(array, codec=codec, tolerance=tolerance, dtype=dtype)
+        header, data = encode(array, codec=codec, dtype=dtype)
         if header.codec == "raw":  # the user may write to his array as soon as `submit` returns
             data = bytes(data)
         leaves.append(header)
@@ -37,7 +48,7 @@ def to_wire(values: Sequence[Any], *, codec: str, tolerance: float | None) -> tu
 
 
 def from_wire(leaves: Sequence[Leaf], blobs: Sequence[Blob], *, as_torch: bool, limit_bytes: int) -> list[Any]:
-    """The values that headers and bytes describe: torch tensors on the CPU, or numpy arrays.
+    """The values that headers and bytes describe: torch tensors on the CPU, or numpy arrays; writable, the user's own.
 
     numpy has no bfloat16: such a tensor becomes a float32 array, which holds every value of it exactly.
 
@@ -50,22 +61,25 @@ def from_wire(leaves: Sequence[Leaf], blobs: Sequence[Blob], *, as_torch: bool, 
 
 def _as_array(value: Any) -> tuple[np.ndarray[Any, Any], str | None]:
     if not is_torch(value):
-        return np.asarray(value), None
-    tensor = value.detach().cpu().contiguous()
+        array = np.asarray(value)
+        return (array.view(np.uint16), "bfloat16") if array.dtype.name == "bfloat16" else (array, None)  # of ml_dtypes
+    tensor = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
     if str(tensor.dtype) == "torch.bfloat16":
         return tensor.view(sys.modules["torch"].int16).numpy().view(np.uint16), "bfloat16"
     return tensor.numpy(), None
 
 
 def _from_tensor(header: TensorHeader, blob: Blob, as_torch: bool, limit_bytes: int) -> Any:
-    array = decode(header, blob.contiguous(), limit_bytes=limit_bytes)
-    if not array.flags.writeable or array.base is not None:
-        array = array.copy()  # the user's own, not a view into a received message
+    data = blob.contiguous() if len(blob.parts) == 1 else memoryview(bytearray().join(blob.parts))
+    array = decode(header, data, limit_bytes=limit_bytes)
+    if (len(blob.parts) == 1 and header.codec == "raw") or not array.flags.writeable:
+        array = array.copy()  # else a view into a received message
     if as_torch:
         torch = sys.modules["torch"]
         if header.dtype == "bfloat16":
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
     if header.dtype == "bfloat16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
+        wide: np.ndarray[Any, Any] = np.left_shift(array, 16, dtype=np.uint32)
+        return np.asarray(wide).view(np.float32)
     return array

@@ -199,9 +199,12 @@ class OutcomeAcknowledged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionDeployed:
-    """A version takes the requests of its deployment from now on. Its stages are made resident."""
+    """A version's stages are made resident; when they are, it takes the requests of its deployment.
+
+    `is_restored`: it did so already in an earlier reign, and does from now on; its workers may come back with its stages."""
 
     version: Version
+    is_restored: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

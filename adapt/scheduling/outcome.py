@@ -1,76 +1,261 @@
 """The client's one answer: for each request the first of reply, error, cancel and its own deadline, and no other. Pure.
 
-    submitted ──▶ pending ──reply, error, cancel, deadline: whichever is first──▶ decided
-                    │ ▲
-                    └─┘ said again in every new session, with what `Accepted` has pinned it to
+    state    event                                   to        does
+    -        submitted                               OPEN      says the request, if there is a session
+    OPEN     session opened                          OPEN      says it again, with what `Accepted` has pinned it to and the time left
+    OPEN     accepted                                OPEN      notes version and program
+    OPEN     small, and not accepted for a while     OPEN      says it again: an answer is lost if it finds half a session
+    OPEN     the socket took nothing                 OPEN      says it again in a moment
+    OPEN     overloaded, after it had been accepted  OPEN      says it again when asked to: another reign may not have known it
+    OPEN     reply, error                            -         resolves, acknowledges
+    OPEN     cancelled                               -         says so, if the request was ever said
+    OPEN     its deadline                            -         resolves with `DeadlineExceededError`, says cancel
+    OPEN     link refused, client closed             -         resolves with the error
+    -        reply, error (late, or a second one)    -         acknowledges, so that the dispatcher can forget it
 
-Whatever the dispatcher says of a decided request is acknowledged, so that it can forget it, and changes nothing.
+A cancel or an acknowledgement that finds no session waits for one; it is void under another term, which knows of neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
+from adapt.errors import AdaptError, DeadlineExceededError, InputMismatchError, OverloadedError
 from adapt.protocol.ids import Digest, RequestId
+from adapt.protocol.messages import Accepted, CancelRequest, InferRequest, Leaf, Reply, ReplyAck, RequestFailed
+from adapt.protocol.wire import Blob
 from adapt.scheduling.deadlines import Deadlines
+
+ACKS_PER_MESSAGE = 4096
+SMALL_BYTES = 64 << 10  # goes on control; what goes on bulk follows `Attach`, and may take long
+UNHEARD_PAUSE_S = 1.0  # doubled each time
+UNSAID_PAUSE_S = 0.05  # after the socket did not take a request
+RETRY_PAUSES_S = (0.01, 5.0)  # between these a dispatcher may ask for when it is overloaded
+
+# The dispatcher is told a little less than there is: its own error knows the attempts, and should come before our timer.
+LAST_WORD_SHARE, LAST_WORD_S = 0.02, 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked of the cluster. `deadline`: a moment on the clock of `now`; `budget_s`: as the user gave it."""
+
+    deployment: str
+    program: Digest | None  # None: whatever is deployed under this name
+    numerics: str
+    leaves: list[Leaf]
+    blobs: tuple[Blob, ...]
+    budget_s: float
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Action: send this. If the socket does not take an `InferRequest`, tell `unsaid`."""
+
+    message: InferRequest | CancelRequest | ReplyAck
+    blobs: tuple[Blob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    """Action: the request's one outcome, a reply with its blobs or an error. Cancelled requests have none: who cancels knows."""
+
+    request_id: RequestId
+    outcome: Reply | AdaptError
+    blobs: tuple[Blob, ...] = ()
+
+
+Action: TypeAlias = Say | Resolve
 
 
 @dataclass(slots=True)
-class Pending:
+class _Open:
     """A request that has no outcome yet."""
 
-    deadline: float
+    question: Question
     version: int = 0  # 0 until it was accepted
     program: Digest | None = None
+    was_said: bool = False  # in any session
+    patience_s: float = UNHEARD_PAUSE_S
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    kind: str  # "deadline", "again"
+    request_id: RequestId
 
 
 class Outcomes:
-    """See the head of this file. `now`: seconds, monotonic."""
+    """See the head of this file. `now`: seconds, monotonic, never going back."""
 
     def __init__(self) -> None:
-        self._pending: dict[RequestId, Pending] = {}
-        self._due: Deadlines[RequestId] = Deadlines()
-        self._acks: list[RequestId] = []
+        self._open: dict[RequestId, _Open] = {}  # in the order in which they were submitted
+        self._due: Deadlines[_Due] = Deadlines()
+        self._cancels: list[RequestId] = []  # not said yet
+        self._acks: list[RequestId] = []  # not said yet
+        self._term = 0
+        self._limit_bytes: int | None = None  # None: there is no session
+        self._end: AdaptError | None = None  # what everything ends in from now on
 
     def __len__(self) -> int:
-        return len(self._pending)
+        return len(self._open)
 
-    def __iter__(self) -> Iterator[tuple[RequestId, Pending]]:
-        """What has to be said (again), oldest first."""
-        return iter(list(self._pending.items()))
+    def __contains__(self, request_id: RequestId) -> bool:
+        return request_id in self._open
 
-    def submitted(self, request_id: RequestId, deadline: float) -> Pending:
-        self._pending[request_id] = pending = Pending(deadline)
-        self._due.set(request_id, deadline)
-        return pending
+    # ── what the user does ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def accepted(self, request_id: RequestId, version: int, program: Digest) -> None:
-        """The dispatcher has pinned the request; it is said again with this, so that no other version answers."""
-        pending = self._pending.get(request_id)
-        if pending is not None:
-            pending.version, pending.program = version, program
+    def submit(self, request_id: RequestId, question: Question, now: float) -> list[Action]:
+        """A new request. Its id was never used before."""
+        if self._end is not None:
+            return [Resolve(request_id, self._end)]
+        self._open[request_id] = _Open(question, program=question.program)
+        self._due.set(_Due("deadline", request_id), question.deadline)
+        return self._say(request_id, now)
 
-    def answered(self, request_id: RequestId) -> bool:
-        """A reply or an error has come. Whether it decides; it is acknowledged in any case."""
-        self._acks.append(request_id)
-        return self._decide(request_id)
+    def cancel(self, request_id: RequestId) -> list[Action]:
+        """The user does not want it any more; nothing happens if it has its outcome already."""
+        request = self._close(request_id)
+        return self._say_cancel(request_id) if request is not None and request.was_said else []
 
-    def cancelled(self, request_id: RequestId) -> bool:
-        """The user does not want it any more. Whether that decides: then the dispatcher must be told."""
-        return self._decide(request_id)
+    # ── what happens to the connection ───────────────────────────────────────────────────────────────────────────────
 
-    def take_overdue(self, now: float) -> list[RequestId]:
-        """The requests that their deadline has just decided; the dispatcher must be told to cancel them."""
-        return [request_id for request_id in self._due.take_due(now) if self._decide(request_id)]
+    def opened(self, term: int, *, limit_bytes: int, now: float) -> list[Action]:
+        """A session has begun, with a dispatcher that takes messages up to `limit_bytes`: say what it may not know."""
+        if term != self._term:
+            self._cancels.clear()
+            self._acks.clear()
+        self._term, self._limit_bytes = term, limit_bytes
+        actions: list[Action] = [Say(CancelRequest(request_id=request_id)) for request_id in self._cancels]
+        self._cancels.clear()
+        for request_id, request in list(self._open.items()):
+            request.patience_s = UNHEARD_PAUSE_S
+            actions += self._say(request_id, now)
+        return actions
 
-    def take_acks(self) -> list[RequestId]:
+    def lost(self) -> None:
+        """The session is over."""
+        self._limit_bytes = None
+
+    def unsaid(self, request_id: RequestId, now: float) -> None:
+        """The socket did not take the request."""
+        if request_id in self._open:
+            self._due.set(_Due("again", request_id), now + UNSAID_PAUSE_S)
+
+    def give_up(self, error: AdaptError) -> list[Action]:
+        """There will be no session any more: what is open, and what comes, ends in this error."""
+        self._end, self._limit_bytes = error, None
+        resolved: list[Action] = [Resolve(request_id, error) for request_id in list(self._open)]
+        for request_id in list(self._open):
+            self._close(request_id)
+        return resolved
+
+    # ── what the dispatcher says ─────────────────────────────────────────────────────────────────────────────────────
+
+    def accepted(self, message: Accepted) -> None:
+        """The request is pinned; it is said again with this, so that no other version answers."""
+        request = self._open.get(message.request_id)
+        if request is None:
+            return
+        self._due.clear(_Due("again", message.request_id))
+        if not request.version:
+            request.version, request.program = message.version, Digest(message.program)
+
+    def replied(self, message: Reply, blobs: tuple[Blob, ...]) -> list[Action]:
+        self._acks.append(message.request_id)
+        is_first = self._close(message.request_id) is not None
+        return [Resolve(message.request_id, message, blobs)] if is_first else []
+
+    def failed(self, message: RequestFailed, now: float) -> list[Action]:
+        error = AdaptError.from_wire(message.code, message.message, message.fields)
+        request = self._open.get(message.request_id)
+        if request is not None and request.version and isinstance(error, OverloadedError):
+            pause_s = _retry_pause_s(error)
+            if now + pause_s < request.question.deadline:
+                self._due.set(_Due("again", message.request_id), now + pause_s)
+                return []
+        self._acks.append(message.request_id)
+        if self._close(message.request_id) is None or request is None:
+            return []
+        if isinstance(error, DeadlineExceededError):  # said of the budget that it was told of
+            attempts = message.fields.get("attempts")
+            error = DeadlineExceededError(request.question.budget_s, attempts=attempts if isinstance(attempts, list) else None)
+        return [Resolve(message.request_id, error)]
+
+    def take_acks(self) -> list[Action]:
+        """The acknowledgements of what has come, for the end of a turn of the loop; none while there is no session."""
+        if self._limit_bytes is None or not self._acks:
+            return []
         acks, self._acks = self._acks, []
-        return acks
+        batches = [acks[start : start + ACKS_PER_MESSAGE] for start in range(0, len(acks), ACKS_PER_MESSAGE)]
+        return [Say(ReplyAck(request_ids=batch)) for batch in batches]
+
+    # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def tick(self, now: float) -> list[Action]:
+        """Do what has fallen due."""
+        actions: list[Action] = []
+        for due in self._due.take_due(now):
+            request = self._open.get(due.request_id)
+            if request is None:  # its other moment was due as well
+                continue
+            if due.kind == "again":
+                actions += self._say(due.request_id, now)
+                continue
+            actions.append(Resolve(due.request_id, DeadlineExceededError(request.question.budget_s)))
+            actions += self.cancel(due.request_id)
+        return actions
 
     def next_wakeup(self) -> float | None:
+        """The moment of the next `tick`; after `tick(now)` it is later than `now`."""
         return self._due.next_wakeup()
 
-    def _decide(self, request_id: RequestId) -> bool:
-        self._due.clear(request_id)
-        return self._pending.pop(request_id, None) is not None
+    # ── the parts ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _say(self, request_id: RequestId, now: float) -> list[Action]:
+        """Say an open request, if there is a session and time left for an answer."""
+        request = self._open[request_id]
+        question = request.question
+        budget_s = question.deadline - now - min(LAST_WORD_SHARE * question.budget_s, LAST_WORD_S)
+        self._due.clear(_Due("again", request_id))
+        if self._limit_bytes is None or budget_s <= 0:
+            return []
+        size_bytes = sum(blob.size for blob in question.blobs)
+        if size_bytes > self._limit_bytes:
+            self._close(request_id)
+            reason = f"the inputs take {size_bytes} bytes, and the dispatcher accepts messages of up to {self._limit_bytes}; send fewer at a time"
+            return [Resolve(request_id, InputMismatchError(reason))]
+        if size_bytes <= SMALL_BYTES:
+            self._due.set(_Due("again", request_id), now + request.patience_s)
+            request.patience_s *= 2
+        request.was_said = True
+        message = InferRequest(
+            request_id=request_id,
+            deployment=question.deployment,
+            version=request.version,
+            program=request.program,
+            budget_s=budget_s,
+            numerics=question.numerics,
+            leaves=question.leaves,
+        )
+        return [Say(message, question.blobs)]
+
+    def _say_cancel(self, request_id: RequestId) -> list[Action]:
+        if self._limit_bytes is None:
+            self._cancels.append(request_id)
+            return []
+        return [Say(CancelRequest(request_id=request_id))]
+
+    def _close(self, request_id: RequestId) -> _Open | None:
+        """The request is open no more; None if it was not."""
+        self._due.clear(_Due("deadline", request_id))
+        self._due.clear(_Due("again", request_id))
+        return self._open.pop(request_id, None)
+
+
+def _retry_pause_s(error: OverloadedError) -> float:
+    wish = getattr(error, "retry_after_s", None)  # it came over a wire
+    least, most = RETRY_PAUSES_S
+    return min(max(least, wish), most) if isinstance(wish, (int, float)) else least  # in this order a NaN becomes the least

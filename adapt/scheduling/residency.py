@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from adapt.errors import AdaptError, UnknownModelError
+from adapt.errors import AdaptError, UnknownModelError, WorkerLostError
 from adapt.planning.placement import Plan, StageNeed, WorkerOffer, relief, substitute
 from adapt.protocol.ids import Digest, WorkerId
 from adapt.scheduling import events as ev
@@ -100,8 +100,8 @@ class Residency:
 
     # ── versions come and go ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def deploy(self, version: ev.Version, now: float) -> None:
-        live = LiveVersion(version)
+    def deploy(self, version: ev.Version, now: float, *, is_restored: bool = False) -> None:
+        live = LiveVersion(version, is_ready=is_restored)
         self._versions[live.key] = live
         self._current.setdefault(version.deployment, version.number)
         for need, workers in zip(version.plan.stages, version.plan.places, strict=True):
@@ -178,11 +178,14 @@ class Residency:
             member.loading.discard(artifact)
             self._due.clear((member.worker_id, artifact))
 
-    def left(self, member: Member) -> None:
-        """The worker is out of every plan."""
+    def left(self, member: Member, now: float) -> None:
+        """The worker is out of every plan. A version that was not ready yet needs another in its place at once."""
         member.resident.clear()
-        for live in self._versions.values():
+        for live in list(self._versions.values()):
+            orphans = [stage for stage, workers in enumerate(live.plan.places) if workers == (member.worker_id,)]
             self._replan(live, live.plan.removed(member.worker_id))
+            for stage in orphans if not live.is_ready else ():
+                self._replace_or_fail(live, stage, WorkerLostError(member.worker_id, "it left while it was loading a stage"), now)
         self._woken()
 
     # ── stages come and go ───────────────────────────────────────────────────────────────────────────────────────────
@@ -233,6 +236,8 @@ class Residency:
         self._woken()
 
     def _replace_or_fail(self, live: LiveVersion, stage: int, error: AdaptError, now: float) -> None:
+        if live.key not in self._versions:  # it has failed already, for another stage
+            return
         spare = [m for m in self._roster if m.is_ready and live.plan.stages[stage].artifact not in m.refused]
         if self._substitute(live, stage, spare, now) or live.plan.places[stage]:
             return

@@ -220,7 +220,7 @@ class Scheduler:
                 self._due.clear(_Due("client", event.client_id))
                 self._client_gone(event.client_id, now)
             case ev.VersionDeployed():
-                self._residency.deploy(event.version, now)
+                self._residency.deploy(event.version, now, is_restored=event.is_restored)
             case ev.Undeployed():
                 self._residency.undeploy(event.deployment)
             case ev.DrainBegun():
@@ -716,7 +716,7 @@ class Scheduler:
 
     def _lost(self, member: Member, now: float) -> None:
         """Out of every plan, and forgotten after a while."""
-        self._residency.left(member)
+        self._residency.left(member, now)
         self._due.set(_Due("member", member.worker_id), now + MEMBER_MEMORY_S)
 
 

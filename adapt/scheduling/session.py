@@ -32,6 +32,7 @@ from adapt.protocol.wire import Envelope
 GREETING_TIMEOUT_S = 2.0  # after which a hello counts as lost
 RENEWAL_S = 0.2  # pause before the hello that replaces a torn session: often the control connection is about to close as well
 RENEWAL_MAX_S = 5.0
+MET_LIMIT = 100_000  # processes that a dispatcher remembers to have welcomed
 SETTLED_S = 10.0  # a session that lasted so long was a good one; before, each torn session doubles the pause
 
 
@@ -58,6 +59,7 @@ class Sessions:
         self._by_name: dict[tuple[str, str], Session] = {}
         self._by_route: dict[RoutingId, Session] = {}  # both connections
         self._last = 0
+        self._met: dict[tuple[str, str, int], None] = {}  # who was ever welcomed, the latest last
 
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._sessions.values()))
@@ -70,11 +72,22 @@ class Sessions:
         for earlier in (self._by_name.get((role, name)), self._by_route.get(routing_id)):
             if earlier is not None:
                 self.end(earlier.number)
+        self._remember((role, name, incarnation))
         self._last += 1
         session = Session(SessionId(self._last), routing_id, role, name, Incarnation(incarnation))
         self._sessions[session.number] = self._by_name[role, name] = session
         self._by_route[routing_id] = self._by_route[bulk_of(routing_id)] = session
         return session
+
+    def has_met(self, role: str, name: str, incarnation: int) -> bool:
+        """Whether this process was ever welcomed here; of very many, only the latest are remembered. See `Reign.hello`."""
+        return (role, name, incarnation) in self._met
+
+    def _remember(self, peer: tuple[str, str, int]) -> None:
+        self._met.pop(peer, None)
+        self._met[peer] = None
+        if len(self._met) > MET_LIMIT:
+            del self._met[next(iter(self._met))]
 
     def attach(self, routing_id: RoutingId, number: int) -> None:
         """The bulk connection stands. Raises KeyError for a session that is over, or of another connection."""

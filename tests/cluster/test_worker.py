@@ -12,7 +12,7 @@ import torch
 from adapt.errors import AdaptError
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import routing_ids
-from tests.cluster.scripted import ANSWERS, WAIT_S, Scene, attempt, export_net, output, run
+from tests.cluster.scripted import ANSWERS, BATCH, WAIT_S, Scene, attempt, export_net, output, run
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,8 @@ def test_a_download_goes_on_in_the_next_session(scene, exported, tmp_path):
             dispatcher.answers_left = 10**9
             dispatcher.send(msg.LoadStage(artifact=digest, file_bytes=big.stat().st_size))
             await dispatcher.take(msg.LoadFailed)  # whole, but no stage
-            assert dispatcher.of(msg.Fetch)[0].offset == asked[3].offset
+            # The third answer may have come without having been written yet.
+            assert dispatcher.of(msg.Fetch)[0].offset in (asked[2].offset, asked[3].offset)
             assert not part.exists() and (scene.directory / "cache" / f"{digest}.safetensors").exists()
 
     run(test)

@@ -14,6 +14,7 @@ EXAMPLES: list[AdaptError] = [
     AdaptError("something"),
     errors.ConfigError("listen='x': expected tcp://HOST:PORT"),
     errors.WireError("frame 3: expected 8 bytes, got 7"),
+    errors.VersionError(9, ours=1),
     errors.ConnectError("tcp://127.0.0.1:5570", "connection refused"),
     errors.InputMismatchError("expected float32, got int64"),
     errors.UnknownModelError("resnet05", suggestions=["resnet50"]),

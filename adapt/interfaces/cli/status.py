@@ -10,15 +10,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from adapt.config import format_size
 from adapt.interfaces.cli import clients
 from adapt.interfaces.cli.doors import OK
-from adapt.protocol.messages import DeploymentRecord, StatusReport
+from adapt.interfaces.tables import print_table
+from adapt.protocol.messages import DeploymentRecord, StatusReport, WorkerRecord
 
 PLAIN_WIDTH = 120
 DIGEST_SHOWN = 12
+WORKER_COLUMNS = ("name", "state", "device", "stages", "running>", "memory>", "budget>", "tasks>", "failed>", "computing>")
 STATE_STYLES = {"ready": "green", "suspect": "yellow", "draining": "yellow", "lost": "red"}
 
 
@@ -56,41 +57,31 @@ def render(report: StatusReport, console: Console) -> None:
     ready = sum(worker.state == "ready" for worker in report.workers)
     console.print(f"term {report.term}, up {_duration(report.uptime_s)}, {ready} of {len(report.workers)} workers ready", highlight=False)
     if report.workers:
-        console.print(_workers(report))
+        rows = [_worker(worker, report.deployments) for worker in report.workers]
+        print_table(console, "workers", WORKER_COLUMNS, rows)
     for deployment in report.deployments:
-        console.print(_deployment(deployment))
+        _print_deployment(deployment, console)
     if not report.deployments:
         console.print("no deployments", style="dim")
-    counters = {name: value for name, value in report.counters.items() if value}
-    if counters:
-        console.print(_counters(counters))
+    if counters := {name: value for name, value in report.counters.items() if value}:
+        rows = [(escape(name), format_size(int(value)) if name.endswith("_bytes") else f"{value:.15g}") for name, value in counters.items()]
+        print_table(console, "counters since this dispatcher started", ("name", "value>"), rows)
 
 
-def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2), header_style="dim")
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left")
-    return table
-
-
-def _workers(report: StatusReport) -> Table:
-    numbers = ("running", "memory", "budget", "tasks", "failed", "computing")
-    table = _table("workers", "name", "state", "device", "stages", *numbers, right=numbers)
-    for worker in report.workers:
-        style = STATE_STYLES.get(worker.state, "white")
-        table.add_row(
-            escape(worker.worker_id),
-            f"[{style}]{escape(worker.state)}[/{style}]",
-            escape(f"{worker.device.device} x{worker.device.threads}"),
-            _stages_of(worker.resident, report.deployments),
-            f"{worker.running} of {worker.credit}",
-            f"{worker.memory_percent:.0f} %",
-            _megabytes(worker.stage_budget_bytes),
-            str(worker.tasks_done),
-            str(worker.tasks_failed),
-            f"{worker.compute_s:.1f} s",
-        )
-    return table
+def _worker(worker: WorkerRecord, deployments: list[DeploymentRecord]) -> tuple[str, ...]:
+    style = STATE_STYLES.get(worker.state, "white")
+    return (
+        escape(worker.worker_id),
+        f"[{style}]{escape(worker.state)}[/{style}]",
+        escape(f"{worker.device.device} x{worker.device.threads}"),
+        _stages_of(worker.resident, deployments),
+        f"{worker.running} of {worker.credit}",
+        f"{worker.memory_percent:.0f} %",
+        _megabytes(worker.stage_budget_bytes),
+        str(worker.tasks_done),
+        str(worker.tasks_failed),
+        f"{worker.compute_s:.1f} s",
+    )
 
 
 def _stages_of(resident: list[str], deployments: list[DeploymentRecord]) -> str:
@@ -103,29 +94,23 @@ def _stages_of(resident: list[str], deployments: list[DeploymentRecord]) -> str:
     return escape("; ".join(found)) or "-"
 
 
-def _deployment(deployment: DeploymentRecord) -> Table:
+def _print_deployment(deployment: DeploymentRecord, console: Console) -> None:
     tolerance = "" if deployment.tolerance is None else f", tolerance {deployment.tolerance:g}"
     title = (
         f"{deployment.name} version {deployment.version}: program {deployment.program[:DIGEST_SHOWN]}, plan {deployment.epoch}, "
         f"codec {deployment.codec}{tolerance}, numerics {deployment.numerics}"
     )
-    table = _table(escape(title), "stage", "workers", "artifact", "size", "predicted", right=("stage", "size", "predicted"))
-    for number, stage in enumerate(deployment.stages, start=1):
-        table.add_row(
+    rows = [
+        (
             str(number),
             escape(", ".join(stage.workers)) or "[red]none[/red]",
             stage.artifact[:DIGEST_SHOWN],
             _megabytes(stage.file_bytes),
             f"{stage.cost_s * 1e3:.1f} ms",
         )
-    return table
-
-
-def _counters(counters: dict[str, float]) -> Table:
-    table = _table("counters since this dispatcher started", "name", "value", right=("value",))
-    for name, value in counters.items():
-        table.add_row(escape(name), format_size(int(value)) if name.endswith("_bytes") else f"{value:.15g}")
-    return table
+        for number, stage in enumerate(deployment.stages, start=1)
+    ]
+    print_table(console, title, ("stage>", "workers", "artifact", "size>", "predicted>"), rows)
 
 
 def _megabytes(size_bytes: int) -> str:

@@ -24,8 +24,8 @@ class Verdict:
 
     Attributes:
         equal: bit for bit, shape and type included.
-        wrong: answers that are not what they should be. Lossless: not equal. Lossy: not finite, of another shape, or not the bits
-            that the same stages and codec give in a process of their own.
+        wrong: answers that are not what they should be. Lossless: not equal. Lossy: not the bits that the same stages and codec give in
+            a process of their own.
         same_top1: answers whose most likely class is the reference's.
         largest_difference: of any value of any answer from the reference.
     """
@@ -134,7 +134,8 @@ class Figures:
         if verdict.failed:
             found.append(f"{verdict.failed} of {self.requested} requests failed")
         if verdict.wrong:
-            found.append(f"{verdict.wrong} answers are wrong")
+            truth = "what these stages and this codec give" if self.links else "the eager model's"
+            found.append(f"{verdict.wrong} answers are wrong: not {truth}, bit for bit")
         if verdict.duplicated:
             found.append(f"{verdict.duplicated} answers came more than once")
         if self.workers_lost != self.workers_expected_lost:

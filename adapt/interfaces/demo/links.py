@@ -24,7 +24,7 @@ REPLAYED_FILE = "replayed.npy"
 
 @dataclass(slots=True)
 class Link:
-    """All tensors that left one stage (0: the client, with the images), over all images. Errors are absolute, in the units of the tensors.
+    """All tensors that left one stage (counted from 1), over all images. Errors are absolute, in the units of the tensors.
 
     `worst_share`: the largest error as a share of the bound that was promised for that very tensor; `worst_error` and `worst_bound`
     belong to that tensor. `worst_std_share`: the largest error as a share of its tensor's standard deviation, as the tolerance is given.
@@ -67,7 +67,7 @@ class Replay:
 async def replay(
     stages: Sequence[Path], *, codec: str, tolerance: float | None, count: int, threads: int, directory: Path, progress: Progress
 ) -> Replay:
-    """Run `count` images of the reference's directory through the stages, with the codec before and after each, in a new process.
+    """Run `count` images of the reference's directory through the stages, with the codec after each, in a new process.
 
     Args:
         stages: the files that the workers ran, in order.
@@ -97,11 +97,11 @@ def _replay(request: dict[str, Any], say: Progress) -> dict[str, Any]:
     directory, count = Path(request["directory"]), request["count"]
     images = np.load(directory / IMAGES_FILE)
     stages = [Stage.load(path) for path in request["stages"]]
-    links = [Link(stage) for stage in range(len(stages) + 1)]
+    links = [Link(number) for number in range(1, len(stages) + 1)]
     outputs = []
     for index in range(count):
-        leaves = [_over_the_link(torch.from_numpy(images[index]), links[0], request)]
-        for stage, link in zip(stages, links[1:], strict=True):
+        leaves: list[Any] = [torch.from_numpy(images[index])]  # clients send inputs lossless
+        for stage, link in zip(stages, links, strict=True):
             leaves = [_over_the_link(leaf, link, request) for leaf in stage.run(leaves)]
         outputs.append(leaves[0].numpy())
         say(f"image {index + 1} of {count}", (index + 1) / count)

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from adapt.interfaces.demo.figures import Figures, WorkerFigures
 from adapt.interfaces.demo.links import Link
+from adapt.interfaces.tables import print_table
 
 PLAIN_WIDTH = 110
 NAME_WIDTH = 11
@@ -79,16 +79,23 @@ class Screen:
             f"  [bold]{name:<{NAME_WIDTH}}[/bold] {escape(step.result)}  [dim]({elapsed_s:.1f} s)[/dim]", highlight=False, soft_wrap=True
         )
 
+    def _table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        print_table(self._console, title, columns, rows, indent=2)
+        self.line()
+
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def report(self, figures: Figures) -> None:
         """The tables."""
         self.line()
-        self._console.print(_speed(figures))
-        self._console.print(_workers(figures.workers))
-        self._console.print(_codecs(figures))
+        self._table("speed", ("", "images/s>", "latency p50>", "latency p99>"), _speed(figures))
+        self._table("workers", ("name", "pid>", "stages", "tasks>", "computing>", "state"), [_worker(worker) for worker in figures.workers])
+        codecs = [(row.codec, _megabytes(row.raw_bytes), _megabytes(row.sent_bytes), f"{row.ratio:.2f}") for row in figures.codecs]
+        self._table("tensors between dispatcher and workers, by codec", ("codec", "before>", "sent>", "ratio>"), codecs)
         if figures.links:
-            self._console.print(_links(figures))
+            title = f"error on each link, every tensor measured; promised: {figures.tolerance:g} of the tensor's standard deviation"
+            columns = ("from", "travelled as", "ratio>", "largest error>", "its bound>", "share>", "in std>")
+            self._table(title, columns, [_link(link) for link in figures.links])
         self.line(
             f"  retries {figures.retries}, evictions {figures.evictions}, late answers dropped {figures.late_answers}, "
             f"workers lost {figures.workers_lost} of {len(figures.workers)}"
@@ -104,7 +111,6 @@ class Screen:
     def verdict(self, figures: Figures) -> None:
         """The last lines: what the check against the eager model says."""
         verdict, requested = figures.verdict, figures.requested
-        self.line()
         if figures.links:
             worst = max(link.worst_share for link in figures.links)
             self.line(f"  top-1 agreement with the eager model: {verdict.same_top1} of {verdict.answered}")
@@ -123,87 +129,35 @@ class Screen:
 
     def labels(self, names: Sequence[str], labels: Sequence[str]) -> None:
         """What the model sees in each photograph: its most frequent label over the crops."""
-        table = Table(title="labels", title_justify="left", box=None, padding=(0, 2), title_style="bold")
-        table.add_column("photograph")
-        table.add_column("label")
-        table.add_column("crops", justify="right")
+        rows = []
         photographs = list(dict.fromkeys(names))
         for photograph in photographs[:LABELS_SHOWN]:
             seen = Counter(label for name, label in zip(names, labels, strict=True) if name == photograph)
             label, count = seen.most_common(1)[0]
-            table.add_row(escape(photograph), escape(label), f"{count} of {seen.total()}")
-        self.line()
-        self._console.print(table)
+            rows.append((escape(photograph), escape(label), f"{count} of {seen.total()}"))
+        self._table("labels", ("photograph", "label", "crops>"), rows)
         if len(photographs) > LABELS_SHOWN:
             self.line(f"  and {len(photographs) - LABELS_SHOWN} more")
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2), header_style="dim")
-
-
-def _speed(figures: Figures) -> Table:
-    table = _table("speed")
-    table.add_column("")
-    table.add_column("images/s", justify="right")
-    table.add_column("latency p50", justify="right")
-    table.add_column("latency p99", justify="right")
-    alone_s = 1 / figures.single_process_images_per_s
-    table.add_row("one process, eager", f"{figures.single_process_images_per_s:.1f}", f"{alone_s:.3f} s", "")
+def _speed(figures: Figures) -> list[tuple[str, ...]]:
+    alone = figures.single_process_images_per_s
+    rows = [("one process, eager", f"{alone:.1f}", f"{1 / alone:.3f} s", "")]
     if figures.images_per_s_before_faults is not None:
-        table.add_row("cluster, until the first fault", f"{figures.images_per_s_before_faults:.1f}", "", "")
-    table.add_row(
-        f"cluster, {figures.in_flight} in flight" + (", faults included" if figures.workers_expected_lost else ""),
-        f"{figures.images_per_s:.1f}",
-        f"{figures.latency_p50_s:.3f} s",
-        f"{figures.latency_p99_s:.3f} s",
-    )
-    return table
+        rows.append(("cluster, until the first fault", f"{figures.images_per_s_before_faults:.1f}", "", ""))
+    whole = f"cluster, {figures.in_flight} in flight" + (", faults included" if figures.workers_expected_lost else "")
+    rows.append((whole, f"{figures.images_per_s:.1f}", f"{figures.latency_p50_s:.3f} s", f"{figures.latency_p99_s:.3f} s"))
+    return rows
 
 
-def _workers(workers: Sequence[WorkerFigures]) -> Table:
-    table = _table("workers")
-    table.add_column("name")
-    table.add_column("pid", justify="right")
-    table.add_column("stages")
-    table.add_column("tasks", justify="right")
-    table.add_column("computing", justify="right")
-    table.add_column("state")
-    for worker in workers:
-        state = f"[red]{escape(worker.state)}[/red]: {escape(worker.fault)}" if worker.fault else f"[green]{escape(worker.state)}[/green]"
-        stages = ", ".join(map(str, worker.stages)) or "none"
-        table.add_row(escape(worker.name), str(worker.pid), stages, str(worker.tasks), f"{worker.compute_s:.1f} s", state)
-    return table
+def _worker(worker: WorkerFigures) -> tuple[str, ...]:
+    state = f"[red]{escape(worker.state)}[/red]: {escape(worker.fault)}" if worker.fault else f"[green]{escape(worker.state)}[/green]"
+    stages = ", ".join(map(str, worker.stages)) or "none"
+    return (escape(worker.name), str(worker.pid), stages, str(worker.tasks), f"{worker.compute_s:.1f} s", state)
 
 
-def _codecs(figures: Figures) -> Table:
-    table = _table("bytes of tensors between dispatcher and workers, by codec")
-    table.add_column("codec")
-    table.add_column("before", justify="right")
-    table.add_column("sent", justify="right")
-    table.add_column("ratio", justify="right")
-    for row in figures.codecs:
-        table.add_row(row.codec, _megabytes(row.raw_bytes), _megabytes(row.sent_bytes), f"{row.ratio:.2f}")
-    return table
-
-
-def _links(figures: Figures) -> Table:
-    table = _table(f"error on each link, tolerance {figures.tolerance:g} of a tensor's standard deviation (every image measured)")
-    table.add_column("from")
-    table.add_column("travelled as")
-    table.add_column("ratio", justify="right")
-    table.add_column("largest error", justify="right")
-    table.add_column("its bound", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("in std", justify="right")
-    for link in figures.links:
-        table.add_row(
-            f"stage {link.stage}" if link.stage else "the client",
-            ", ".join(link.codecs),
-            f"{link.raw_bytes / max(link.sent_bytes, 1):.2f}",
-            *_errors(link),
-        )
-    return table
+def _link(link: Link) -> tuple[str, ...]:
+    return (f"stage {link.stage}", ", ".join(link.codecs), f"{link.raw_bytes / max(link.sent_bytes, 1):.2f}", *_errors(link))
 
 
 def _errors(link: Link) -> tuple[str, str, str, str]:

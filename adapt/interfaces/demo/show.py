@@ -32,7 +32,8 @@ from adapt.runtime.local import LocalCluster, LocalProcess
 
 THREADS = 1  # of every process that computes: results of other counts may differ in their last bits
 DEADLINE_S = 60.0
-LOST_WITHIN_S = 20.0  # the settings of the cluster are the defaults: a lost worker is given up within 4 s or so
+LEASE_TTL_S = 4.0  # shorter than the default, so that the demo need not wait long until the stopped worker is given up
+LOST_WITHIN_S = 20.0
 POLL_S = 0.1
 
 
@@ -100,7 +101,12 @@ class _Show:
         reference = self._reference()
         with screen.step("cluster") as step:
             step.update("starting a dispatcher and workers", None)
-            cluster = LocalCluster(workers=wishes.workers, device="cpu", threads=THREADS)  # on the CPU, where the reference is
+            cluster = LocalCluster(
+                workers=wishes.workers,
+                device="cpu",  # where the reference is computed
+                threads=THREADS,
+                dispatcher={"lease_ttl": LEASE_TTL_S},
+            )
             cluster.start()
             step.result = f"1 dispatcher, {wishes.workers} workers, {THREADS} thread each, at {cluster.address}"
         try:
@@ -160,8 +166,8 @@ class _Show:
                 progress=lambda words: step.update(words, None),
             )
             deployment = model.record
-            sizes = ", ".join(f"{stage.file_bytes / 1e6:.0f}" for stage in deployment.stages)
-            step.result = f"{len(deployment.stages)} stages of {sizes} MB"
+            sizes = ", ".join(f"{stage.file_bytes / 1e6:.1f}" for stage in deployment.stages)
+            step.result = f"{len(deployment.stages)} stages of {sizes} MB" if len(deployment.stages) > 1 else f"1 stage of {sizes} MB"
         return model
 
     def _faults(self, cluster: LocalCluster, deployment: DeploymentRecord) -> list[Fault]:
@@ -169,7 +175,7 @@ class _Show:
         count, by_name = self._wishes.count, {worker.name: worker for worker in cluster.workers}
         holders = list(dict.fromkeys(name for stage in deployment.stages for name in stage.workers))
         victims = [by_name[name] for name in [*holders[1:], *holders[:1], *(by_name.keys() - set(holders))]][: len(by_name) - 1]
-        plans = zip(victims, (("killed (SIGKILL)", count // 4), ("stopped (SIGSTOP)", count // 2)), strict=False)
+        plans = zip(victims, (("killed (SIGKILL)", max(count // 4, 1)), ("stopped (SIGSTOP)", max(count // 2, 1))), strict=False)
         faults = []
         for worker, (words, after) in plans:
 
@@ -179,7 +185,7 @@ class _Show:
                 held = ", ".join(map(str, sorted(fig.stages_of(deployment, worker.name)))) or "none"
                 self._notes.note(f"after {after} answers: {worker.name} {words}; it held stage {held}")
 
-            faults.append(Fault(max(after, 1), act))
+            faults.append(Fault(after, act))
         return faults
 
     def _stream(self, model: Model, reference: Reference, faults: Sequence[Fault]) -> list[Answer]:
@@ -199,13 +205,21 @@ class _Show:
 
     def _settled(self, client: Client) -> StatusReport:
         """The dispatcher's report, once it has given up every worker that was killed or stopped, if it does so in time."""
-        until = time.monotonic() + LOST_WITHIN_S
-        while True:
-            status = client.status()
-            states = {record.worker_id: record.state for record in status.workers}
-            if all(states.get(name) == "lost" for name in self._done_to) or time.monotonic() > until:
-                return status
-            time.sleep(POLL_S)
+        if not self._done_to:
+            return client.status()
+        began = time.monotonic()
+        with self._screen.step("membership") as step:
+            step.update("waiting until the lost workers are given up", None)
+            while True:
+                status = client.status()
+                lost = [record.worker_id for record in status.workers if record.state == "lost"]
+                if self._done_to.keys() <= set(lost) or time.monotonic() - began > LOST_WITHIN_S:
+                    break
+                time.sleep(POLL_S)
+            step.result = (
+                f"given up: {', '.join(lost) or 'nobody'} (lease {LEASE_TTL_S:g} s); {len(status.workers) - len(lost)} workers left"
+            )
+        return status
 
     def _note_stages(self, deployment: DeploymentRecord) -> None:
         for stage in deployment.stages:

@@ -247,7 +247,10 @@ def test_json_without_any_answer_is_still_json():
     ("changes", "problem"),
     [
         ({"verdict": fig.judge(made_answers(OUTPUTS[:5]), 6, OUTPUTS, OUTPUTS)}, "1 of 6 requests failed"),
-        ({"verdict": fig.judge(made_answers(OUTPUTS[::-1]), 6, OUTPUTS, OUTPUTS)}, "6 answers are wrong"),
+        (
+            {"verdict": fig.judge(made_answers(OUTPUTS[::-1]), 6, OUTPUTS, OUTPUTS)},
+            "6 answers are wrong: not the eager model's, bit for bit",
+        ),
         ({"workers_lost": 2}, "2 workers were given up, 1 had been killed or stopped"),
         ({"tolerance": 0.01, "links": [links.Link(1, worst_share=1.01)]}, "link from stage 1: error above its bound"),
     ],
@@ -329,7 +332,6 @@ def test_plain_steps_are_lines():
 def test_labels_are_told_by_photograph():
     stream = io.StringIO()
     screen.Screen(Console(file=stream)).labels(["cat", "cat", "cup"], ["tabby", "tabby", "espresso"])
-    assert [line.split() for line in stream.getvalue().splitlines()][-2:] == [
-        ["cat", "tabby", "2", "of", "2"],
-        ["cup", "espresso", "1", "of", "1"],
-    ]
+    lines = [line.split() for line in stream.getvalue().splitlines()]
+    assert ["cat", "tabby", "2", "of", "2"] in lines
+    assert ["cup", "espresso", "1", "of", "1"] in lines

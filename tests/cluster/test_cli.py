@@ -1,0 +1,117 @@
+"""The commands against real processes: ready lines, exit statuses, signals, `adapt deploy` and `adapt status`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from adapt.runtime.local import LocalCluster
+
+TIMEOUT_S = 60.0
+SMALL = "torchvision/squeezenet1_1"
+
+
+def adapt(*argv, address=None):
+    """The finished process of `adapt ARGV`."""
+    environ = os.environ | ({"ADAPT_DISPATCHER": address} if address else {})
+    return subprocess.run(
+        [sys.executable, "-m", "adapt.interfaces.cli.main", *argv], capture_output=True, text=True, env=environ, timeout=TIMEOUT_S
+    )
+
+
+@pytest.fixture
+def started(tmp_path):
+    """Starts a door as a process and gives it with its ready line; ends it afterwards."""
+    processes = []
+
+    def start(door, *argv):
+        command = [sys.executable, "-m", f"adapt.interfaces.cli.{door}", *argv]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(process)
+        return process, process.stdout.readline()
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def start_dispatcher(started, tmp_path, *argv):
+    process, ready = started("dispatcher", "--listen", "tcp://127.0.0.1:0", "--state-dir", str(tmp_path / "state"), *argv)
+    fields = dict(word.split("=", 1) for word in ready.split()[2:])
+    return process, ready, fields
+
+
+def test_a_dispatcher_says_that_it_is_ready_and_drains(started, tmp_path):
+    process, ready, fields = start_dispatcher(started, tmp_path)
+    assert ready.startswith("adapt-dispatcher ready listen=tcp://127.0.0.1:")
+    assert fields["pid"] == str(process.pid)
+    assert fields["term"] == "1"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(TIMEOUT_S) == 0
+    assert start_dispatcher(started, tmp_path)[2]["term"] == "2"
+
+
+def test_a_taken_port_and_a_taken_state_directory_are_status_2(started, tmp_path):
+    _, _, fields = start_dispatcher(started, tmp_path)
+    for argv, words in (
+        (["--listen", fields["listen"], "--state-dir", str(tmp_path / "other")], "in use"),
+        (["--listen", "tcp://127.0.0.1:0", "--state-dir", str(tmp_path / "state")], "another dispatcher uses it"),
+    ):
+        process, ready = started("dispatcher", *argv)
+        assert process.wait(TIMEOUT_S) == 2
+        error = process.stderr.read()
+        assert ready == ""
+        assert error.startswith("adapt-dispatcher: ") and words in error and error.count("\n") == 1
+
+
+def test_a_worker_says_that_it_is_ready_and_drains(started, tmp_path):
+    _, _, fields = start_dispatcher(started, tmp_path)
+    flags = ["--dispatcher", fields["listen"], "--name", "w1", "--cache-dir", str(tmp_path / "cache"), "--memory-limit", "64MiB"]
+    process, ready = started("worker", *flags)
+    words = dict(word.split("=", 1) for word in ready.split()[2:])
+    assert ready.startswith("adapt-worker ready name=w1 dispatcher=")
+    assert words["stage_budget_bytes"] == str(64 << 20)
+    assert int(words["floor_bytes"]) > 0
+    assert words["pid"] == str(process.pid)
+    report = json.loads(adapt("status", "--json", address=fields["listen"]).stdout)
+    assert [(worker["worker_id"], worker["state"]) for worker in report["workers"]] == [("w1", "ready")]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(TIMEOUT_S) == 0
+
+
+def test_nobody_at_the_address_is_status_1():
+    result = adapt("status", "--timeout", "0.5", address="tcp://127.0.0.1:9")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("adapt: ") and "tcp://127.0.0.1:9" in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_model_is_deployed_and_seen():
+    with LocalCluster(workers=2) as cluster:
+        deployed = adapt("deploy", SMALL, "--seed", "0", "--name", "small", address=cluster.address)
+        assert deployed.returncode == 0, deployed.stderr
+        assert deployed.stdout.startswith("deployed small version 1 in 2 stages (1: w")
+        assert "exporting torchvision/squeezenet1_1 ..." in deployed.stderr
+
+        seen = adapt("status", address=cluster.address)
+        assert seen.returncode == 0
+        assert "2 of 2 workers ready" in seen.stdout and "small version 1" in seen.stdout
+
+        for argv, status, words in (
+            (["squeezenet"], 1, "did you mean torchvision/squeezenet"),
+            ([SMALL, "--stages", "4000"], 1, "stages"),
+            ([SMALL, "--weights", "secret.pth"], 2, "--models-dir"),
+            ([SMALL, "--codec", "zfp"], 2, "needs a tolerance"),
+        ):
+            refused = adapt("deploy", *argv, address=cluster.address)
+            error = refused.stderr.splitlines()[-1]
+            assert (refused.returncode, refused.stdout) == (status, ""), refused.stderr
+            assert error.startswith("adapt: ") and words in error

@@ -1,0 +1,468 @@
+"""The dispatcher's socket against real connections: good ones, bad ones, garbage, and those that end in every way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import re
+import signal
+import socket
+import time
+
+import pytest
+import zmq
+
+from adapt.errors import ConfigError, VersionError
+from adapt.protocol import messages as msg
+from adapt.protocol.ids import RoutingId, routing_ids
+from adapt.protocol.pieces import split
+from adapt.protocol.wire import Blob, encode, encode_head
+from adapt.runtime import endpoint as endpoint_module
+from adapt.runtime.endpoint import DRAIN_LIMIT, MAX_PARTS, Disconnected, Malformed, Received, RouterEndpoint
+from tests.cluster.ends import LIMIT_BYTES, PIECE_BYTES, Echo, calling, echoing, on_loop, process
+
+CLIENT = bytes(range(16))
+
+
+def _has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as plug:
+        plug.bind(("::1", 0))
+        return True
+    return False
+
+
+def hello(incarnation: int = 1, **changes) -> msg.ClientHello:
+    facts = {"protocol_version": msg.PROTOCOL_VERSION, "client_id": CLIENT, "incarnation": incarnation, "highest_term": 0, "software": "test"}
+    return msg.ClientHello(**facts | changes)
+
+
+@contextlib.contextmanager
+def dealer(address: str, identity: bytes = b""):
+    """A bare socket that sends what it likes."""
+    context = zmq.Context()
+    plug = context.socket(zmq.DEALER)
+    plug.set(zmq.LINGER, 0)
+    if identity:
+        plug.set(zmq.IDENTITY, identity)
+    plug.connect(address)
+    try:
+        yield plug
+    finally:
+        context.destroy(linger=0)
+
+
+def greet(plug, incarnation: int = 1) -> None:
+    plug.send_multipart(encode(hello(incarnation), session=0, term=0))
+
+
+CONTROL, BULK = routing_ids(CLIENT.hex(), 1)
+
+
+# ── binding ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@on_loop
+async def test_the_address_is_the_one_that_was_really_bound():
+    async with echoing("tcp://127.0.0.1:*") as echo:
+        port = int(re.fullmatch(r"tcp://127\.0\.0\.1:(\d+)", echo.address)[1])
+        assert port > 0
+        async with echoing("tcp://127.0.0.1:0") as other:
+            assert other.address not in (echo.address, "tcp://127.0.0.1:0")
+
+
+@on_loop
+async def test_a_taken_port_is_named():
+    async with echoing() as echo:
+        with pytest.raises(ConfigError, match=re.escape(f"listen={echo.address}: cannot be bound: it is in use")):
+            Echo(echo.address)
+        async with calling(echo.address) as caller:
+            await caller.echo(10)
+
+
+@pytest.mark.parametrize("address", ["", "tcp://", "tcp://127.0.0.1", "tcp://127.0.0.1:port", "tcp://127.0.0.1:99999", "tcp://127.0.0.1:-1", "http://127.0.0.1:80", "127.0.0.1:80"])
+@on_loop
+async def test_what_is_no_address_is_named(address):
+    with pytest.raises(ConfigError, match=re.escape(f"listen={address}: cannot be bound")):
+        Echo(address)
+
+
+@on_loop
+async def test_a_closed_endpoint_leaves_its_port():
+    async with echoing() as echo:
+        address = echo.address
+    async with echoing(address), calling(address) as caller:
+        await caller.echo(10)
+
+
+@pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6 loopback")
+@on_loop
+async def test_an_address_of_the_other_internet_protocol_serves_as_well():
+    async with echoing("tcp://[::1]:*") as echo:
+        assert re.fullmatch(r"tcp://\[::1\]:\d+", echo.address)
+        async with calling(echo.address) as caller:
+            await caller.echo(300_000)
+
+
+@on_loop
+async def test_a_socket_of_the_file_system_serves_as_well(tmp_path):
+    async with echoing(f"ipc://{tmp_path}/s") as echo, calling(echo.address) as caller:
+        await caller.echo(300_000)
+        await caller.link.close()
+        await echo.until(lambda: echo.all(Disconnected))
+
+
+# ── sending ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@on_loop
+async def test_sending_to_nobody_is_refused():
+    async with echoing() as echo:
+        nobody = RoutingId(b"nobody.c")
+        assert not echo.endpoint.send(nobody, msg.SayHello(), session=1, term=1)
+        big = msg.ArtifactPiece(artifact="a" * 64, offset=0, file_bytes=1)
+        assert not echo.endpoint.send(nobody, big, session=1, term=1, blobs=(Blob.of(b"x"),))
+
+
+@on_loop
+async def test_sending_to_a_peer_that_does_not_read_is_refused_and_others_are_served(monkeypatch):
+    monkeypatch.setattr(endpoint_module, "SEND_QUEUE", 10)
+    async with echoing() as echo:
+        context = zmq.Context()
+        plug = context.socket(zmq.DEALER)
+        plug.set(zmq.IDENTITY, CONTROL)
+        plug.set(zmq.RCVHWM, 1)
+        plug.set(zmq.LINGER, 0)
+        plug.connect(echo.address)
+        try:
+            greet(plug)
+            await echo.until(lambda: echo.messages(msg.ClientHello))
+            accepted = 0
+            while echo.endpoint.send(CONTROL, msg.Goodbye(reason="x" * 4000), session=1, term=1):
+                accepted += 1
+                assert accepted < 20_000
+                if accepted % 10 == 0:
+                    await asyncio.sleep(0)  # its queue empties into the buffers of the system, until they are full
+            async with calling(echo.address) as caller:
+                await caller.echo(10)
+                await caller.echo(200_000)
+        finally:
+            context.destroy(linger=0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 60_000, 65_536, 65_537, 1_000_000, 5 * PIECE_BYTES])
+@on_loop
+async def test_a_message_of_any_size_comes_back_the_same(size):
+    async with echoing() as echo, calling(echo.address) as caller:
+        await echo.attached()
+        await caller.echo(size)
+        assert not echo.all(Malformed)
+
+
+@on_loop
+async def test_small_messages_are_not_held_up_by_big_ones():
+    async with echoing() as echo, calling(echo.address) as caller:
+        await echo.attached()
+        requests = [caller.send(20_000_000), *(caller.send(100) for _ in range(3))]
+        assert all(sent for sent, _, _ in requests)
+        await caller.until(lambda: all(caller.reply(sequence) for _, sequence, _ in requests))
+        order = [event.message.request_id.sequence for event in caller.events[1:]]
+        assert order == [2, 3, 4, 1]
+
+
+@on_loop
+async def test_what_arrived_in_parts_is_forwarded_in_parts():
+    async with echoing() as echo, calling(echo.address) as caller:
+        await echo.attached()
+        await caller.echo(10 * PIECE_BYTES + 5)
+        request = next(arrival.envelope for arrival in echo.arrivals if isinstance(getattr(arrival, "envelope", None).message, msg.InferRequest))
+        assert [len(part) for part in request.blobs[0].parts] == [PIECE_BYTES] * 10 + [5]
+
+
+@on_loop
+async def test_bulk_messages_wait_for_the_bulk_connection():
+    async with echoing() as echo:
+        with dealer(echo.address, CONTROL) as plug:
+            greet(plug)
+            await echo.until(lambda: echo.messages(msg.ClientHello))
+            piece = msg.ArtifactPiece(artifact="a" * 64, offset=0, file_bytes=1)
+            assert not echo.endpoint.send(CONTROL, piece, session=1, term=1, blobs=(Blob.of(b"x"),))
+
+
+# ── what is no message ───────────────────────────────────────────────────────────────────────────────────────────────
+
+GOOD = encode(msg.StatusQuery(call=1), session=1, term=1)
+HUGE = encode_head(msg.StatusQuery(call=1), session=1, term=1)[0]
+BAD = {
+    "empty": ([b""], "2 to 258 frames, this one 1"),
+    "one frame": ([GOOD[0]], "this one 1"),
+    "a delimiter first": ([b"", *GOOD], "first frame has 0 bytes"),
+    "too many frames": ([*GOOD, *[b"x"] * MAX_PARTS], f"message of {MAX_PARTS + 2} frames"),
+    "very many frames": ([*GOOD, *[b"x"] * 200_001], "message of 200003 frames"),
+    "a spoilt header": ([GOOD[0], GOOD[1][:-1] + b"\xff"], "checksum"),
+    "an unknown kind": ([b"??" + GOOD[0][2:], GOOD[1]], "checksum"),
+    "surplus payload": ([*GOOD, b"x"], "names 0 payload frames, 1 came"),
+    "a piece of nothing": ([b"PI"], "a piece has 3 or 4 frames"),
+    "a spoilt piece": ([b"PI" + bytes(8), b"\x80", b""], "checksum"),
+    "another version": (encode(hello(protocol_version=99), session=0, term=0), "protocol version 99 was spoken, this side speaks 1"),
+    "another's hello": (encode(hello(client_id=bytes(16)), session=0, term=0), "does not come from the control connection"),
+    "another life's hello": (encode(hello(incarnation=2), session=0, term=0), "does not come from the control connection"),
+    "attach on control": (encode(msg.Attach(), session=1, term=1), "should come over the bulk connection"),
+}
+
+
+@pytest.mark.parametrize("frames, told", BAD.values(), ids=BAD)
+@on_loop
+async def test_a_bad_message_is_told_once_and_disturbs_nobody(frames, told):
+    async with echoing() as echo, calling(echo.address) as caller:
+        await caller.echo(10)
+        with dealer(echo.address, CONTROL) as plug:
+            plug.send_multipart(frames)
+            await echo.until(lambda: echo.all(Malformed))
+            (malformed,) = echo.all(Malformed)
+            assert malformed.routing_id == CONTROL
+            assert re.search(told, str(malformed.error))
+            assert isinstance(malformed.error, VersionError) == ("version" in told)
+            greet(plug)  # the connection itself is as good as before
+            await echo.until(lambda: len(echo.messages(msg.ClientHello)) == 2)
+        await caller.echo(10)
+        await caller.echo(300_000)
+        assert len(echo.all(Malformed)) == 1
+
+
+@on_loop
+async def test_a_hello_over_the_bulk_connection_is_none():
+    async with echoing() as echo:
+        with dealer(echo.address, BULK) as plug:
+            greet(plug)
+            await echo.until(lambda: echo.all(Malformed))
+            assert echo.messages(msg.ClientHello) == []
+
+
+@on_loop
+async def test_a_frame_beyond_the_limit_ends_its_connection_and_no_other():
+    async with echoing() as echo, calling(echo.address) as caller:
+        await caller.echo(10)
+        with dealer(echo.address, CONTROL) as plug:
+            greet(plug)
+            await echo.until(lambda: len(echo.messages(msg.ClientHello)) == 2)
+            plug.send_multipart([*GOOD, bytes(LIMIT_BYTES + 1)])
+            await echo.until(lambda: Disconnected(CONTROL) in echo.arrivals)
+            greet(plug)  # libzmq connects again
+            await echo.until(lambda: len(echo.messages(msg.ClientHello)) == 3)
+        await caller.echo(10)
+        assert not echo.all(Malformed)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\xff" * 100,
+        bytes(100),
+        random.Random(1).randbytes(5000),
+        random.Random(2).randbytes(5000),
+        b"\x03\x00ab" + b"\x02\x00x" * 50,
+        b"\xff\0\0\0\0\0\0\0\x01\x7f\x03",
+        b"",
+    ],
+    ids=["http", "ones", "zeros", "random", "more random", "first protocol of zmq", "half a greeting", "nothing"],
+)
+@on_loop
+async def test_garbage_on_the_port_reaches_nobody(garbage):
+    """What does not begin with 0xff may be ZMTP 1.0, an identity and frames, and so come as far as being malformed."""
+    async with echoing() as echo, calling(echo.address) as caller:
+        await caller.echo(10)
+        plugs = [socket.create_connection(("127.0.0.1", int(echo.address.rsplit(":", 1)[1]))) for _ in range(5)]
+        for plug in plugs:
+            plug.sendall(garbage)
+        await caller.echo(10)
+        for plug in plugs:
+            plug.close()
+        await caller.echo(100_000)
+        ours = routing_ids(caller.client_id.hex(), 9)
+        assert {arrival.routing_id for arrival in echo.arrivals if isinstance(arrival, Received)} == set(ours)
+        assert not {arrival.routing_id for arrival in echo.all(Malformed)} & set(ours)
+        assert not echo.all(Disconnected)
+
+
+@on_loop
+async def test_a_stranger_without_a_name_is_heard_and_not_mistaken():
+    async with echoing() as echo:
+        with dealer(echo.address) as plug:
+            greet(plug)
+            await echo.until(lambda: echo.all(Malformed))
+            plug.send_multipart(GOOD)
+            await echo.until(lambda: echo.messages(msg.StatusQuery))
+
+
+@on_loop
+async def test_pieces_before_any_hello_are_answered_and_not_put_together():
+    """A dispatcher that has just been started hears the rest of what its predecessor was sent."""
+    async with echoing() as echo:
+        blob = Blob.of(bytes(3 * PIECE_BYTES))
+        piece = msg.ArtifactPiece(artifact="a" * 64, offset=0, file_bytes=1)
+        with dealer(echo.address, CONTROL) as control, dealer(echo.address, BULK) as bulk:
+            control.send_multipart(encode(msg.StatusQuery(call=1), session=4, term=1))  # its answer says that the route stands
+            assert await asyncio.to_thread(control.poll, 5000)
+            control.recv_multipart()
+            for frames in split(piece, session=4, term=1, blobs=(blob,), transfer=1, piece_bytes=PIECE_BYTES):
+                bulk.send_multipart(frames)
+            await echo.until(lambda: echo.messages(msg.Piece))
+            assert len(echo.arrivals) == 2
+            assert await asyncio.to_thread(control.poll, 5000)
+            assert control.recv_multipart()[0][:2] == msg.SayHello.KIND
+            assert not echo.all(Malformed)
+
+
+@on_loop
+async def test_an_error_of_whoever_is_told_makes_nobody_deaf():
+    errors = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context["exception"]))
+    async with echoing() as echo:
+        tell, heard = echo.endpoint._receive, []
+
+        def stumble(arrival):
+            heard.append(arrival)
+            if len(heard) == 1:
+                raise KeyError("a bug")
+            tell(arrival)
+
+        echo.endpoint._receive = stumble
+        with dealer(echo.address, CONTROL) as plug:
+            for _ in range(5):
+                plug.send_multipart(GOOD)
+            await echo.until(lambda: len(heard) == 5)
+    assert [repr(error) for error in errors] == ["KeyError('a bug')"]
+
+
+# ── many messages ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@on_loop
+async def test_everything_is_read_though_the_descriptor_tells_but_once():
+    async with echoing() as echo:
+        with dealer(echo.address, CONTROL) as plug:
+            for number in range(20 * DRAIN_LIMIT):
+                plug.send_multipart(encode(msg.StatusQuery(call=number), session=1, term=1))
+            await echo.until(lambda: len(echo.messages(msg.StatusQuery)) == 20 * DRAIN_LIMIT)
+        assert [query.call for query in echo.messages(msg.StatusQuery)] == list(range(20 * DRAIN_LIMIT))
+
+
+@on_loop
+async def test_others_have_their_turn_while_much_arrives():
+    async with echoing() as echo:
+        turns = [0]
+
+        def turn():
+            turns.append(len(echo.arrivals))
+            asyncio.get_running_loop().call_soon(turn)
+
+        with dealer(echo.address, CONTROL) as plug:
+            for _ in range(10 * DRAIN_LIMIT):
+                plug.send_multipart(GOOD)
+            turn()
+            await echo.until(lambda: len(echo.arrivals) == 10 * DRAIN_LIMIT)
+        assert max(later - earlier for earlier, later in zip(turns, turns[1:], strict=False)) <= DRAIN_LIMIT
+
+
+@on_loop
+async def test_a_loop_that_was_late_can_read_everything_at_once():
+    async with echoing() as echo:
+        with dealer(echo.address, CONTROL) as plug:
+            greet(plug)
+            await echo.until(lambda: echo.messages(msg.ClientHello))
+            for _ in range(10 * DRAIN_LIMIT):
+                plug.send_multipart(GOOD)
+            limit = time.monotonic() + 10.0
+            while len(echo.arrivals) < 1 + 10 * DRAIN_LIMIT and time.monotonic() < limit:
+                before = len(echo.arrivals)
+                echo.endpoint.drain()  # without a turn of the loop between
+                if len(echo.arrivals) == before:
+                    time.sleep(0.01)  # the network is another thread's work
+            assert len(echo.arrivals) == 1 + 10 * DRAIN_LIMIT
+
+
+# ── connections that end ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@on_loop
+async def test_the_end_of_a_greeted_control_connection_is_told_once_and_of_no_other():
+    async with echoing() as echo:
+        for incarnation in range(1, 30):  # descriptors are used again at once
+            control, bulk = routing_ids(CLIENT.hex(), incarnation)
+            with dealer(echo.address, control) as plug, dealer(echo.address, bulk) as other, dealer(echo.address, b"silent") as silent:
+                silent.send_multipart(GOOD)
+                other.send_multipart(encode(msg.Attach(), session=1, term=1))
+                greet(plug, incarnation)
+                await echo.until(lambda count=incarnation: len(echo.messages(msg.ClientHello)) == count)
+                await echo.until(lambda count=incarnation: len(echo.messages(msg.Attach)) == count)
+            await echo.until(lambda count=incarnation: len(echo.all(Disconnected)) == count)
+            assert echo.all(Disconnected)[-1] == Disconnected(control)
+
+
+@on_loop
+async def test_a_peer_that_came_back_over_a_new_connection_is_not_ended_by_the_old_one():
+    async with echoing() as echo:
+        with dealer(echo.address, CONTROL) as first:
+            greet(first)
+            await echo.until(lambda: len(echo.messages(msg.ClientHello)) == 1)
+            with dealer(echo.address, CONTROL) as second:
+                greet(second)
+                await echo.until(lambda: len(echo.messages(msg.ClientHello)) == 2)
+                first.close()
+                with dealer(echo.address, routing_ids(CLIENT.hex(), 5)[0]) as third:  # once this one's end is told, that one's was long ago
+                    greet(third, 5)
+                    await echo.until(lambda: len(echo.messages(msg.ClientHello)) == 3)
+                await echo.until(lambda: echo.all(Disconnected))
+                assert echo.all(Disconnected) == [Disconnected(routing_ids(CLIENT.hex(), 5)[0])]
+                assert echo.endpoint.send(CONTROL, msg.SayHello(), session=1, term=1)
+                assert await asyncio.to_thread(second.poll, 5000)
+            await echo.until(lambda: Disconnected(CONTROL) in echo.arrivals)
+
+
+@on_loop
+async def test_a_killed_process_is_noticed_at_once():
+    async with echoing() as echo:
+        with process("client", echo.address) as client:
+            session = await echo.attached()
+            await client.told("opened")
+            killed = time.monotonic()
+            client.signal(signal.SIGKILL)
+            await echo.until(lambda: echo.all(Disconnected))
+            assert time.monotonic() - killed < 1.0
+            assert echo.all(Disconnected) == [Disconnected(session.routing_id)]
+            assert len(echo.sessions) == 0
+
+
+@pytest.mark.slow
+@on_loop
+async def test_a_stopped_process_is_noticed_and_greets_again_when_it_goes_on():
+    async with echoing() as echo:
+        with process("client", echo.address) as client:
+            await echo.attached()
+            await client.told("opened 1")
+            stopped = time.monotonic()
+            client.signal(signal.SIGSTOP)
+            await echo.until(lambda: echo.all(Disconnected))
+            assert time.monotonic() - stopped < 4.0  # heartbeats end after 1.5 s
+            client.signal(signal.SIGCONT)
+            await client.told("lost")
+            await client.told("opened 2")
+            await echo.attached(2)
+        assert not echo.all(Malformed)
+
+
+@on_loop
+async def test_closing_with_much_to_send_takes_no_time(monkeypatch):
+    endpoint = RouterEndpoint("tcp://127.0.0.1:*", receive=lambda arrival: None, limit_bytes=LIMIT_BYTES, piece_bytes=PIECE_BYTES)
+    with dealer(endpoint.address, CONTROL) as plug:
+        greet(plug)
+        limit = time.monotonic() + 10.0
+        while not endpoint.send(CONTROL, msg.SayHello(), session=1, term=1) and time.monotonic() < limit:
+            await asyncio.sleep(0.01)
+        for _ in range(1000):
+            endpoint.send(CONTROL, msg.Goodbye(reason="x" * 4000), session=1, term=1)
+        began = time.monotonic()
+        endpoint.close()
+        assert time.monotonic() - began < 2.0

@@ -1,0 +1,459 @@
+"""Versions, their plans, and what is loaded where: without requests, the scheduler is not needed for it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapt.errors import AdaptError, UnknownModelError
+from adapt.planning.placement import Plan, StageNeed
+from adapt.protocol.ids import Digest, Epoch, WorkerId
+from adapt.scheduling import events as ev
+from adapt.scheduling.liveness import Verdict
+from adapt.scheduling.residency import Residency
+from adapt.scheduling.roster import Member, Roster
+
+LOAD_TIMEOUT_S = 10
+DISK_FULL = AdaptError("disk full")
+
+
+class House:
+    """A residency with its surroundings. Stages are named `model.stage`; each takes 10 bytes and a second."""
+
+    def __init__(self, *workers: str, budget_bytes: int = 100) -> None:
+        self.roster, self.actions, self.wakes, self.now = Roster(), [], 0, 0
+        self.residency = Residency(self.roster, self.actions, woken=self.woken, load_timeout_s=LOAD_TIMEOUT_S)
+        for name in workers:
+            self.join(name, budget_bytes=budget_bytes)
+        self.taken()
+
+    def woken(self) -> None:
+        self.wakes += 1
+
+    def taken(self) -> list[ev.Action]:
+        """The actions since the last look."""
+        actions = list(self.actions)
+        self.actions.clear()
+        return actions
+
+    def member(self, name: str) -> Member:
+        return self.roster.member(WorkerId(name))
+
+    def join(self, name: str, *resident: str, budget_bytes: int = 100) -> None:
+        member = self.member(name)
+        member.join(numeric_class="x", stage_budget_bytes=budget_bytes, credit=2, resident=frozenset(map(Digest, resident)))
+        member.verdict = Verdict.READY
+        self.residency.joined(member, self.now)
+
+    def deploy(self, number: int, *places: str, model: str = "m", deployment: str = "d") -> ev.Version:
+        """A version with one stage per place; a place lists its workers, separated by blanks."""
+        version = ev.Version(
+            deployment=deployment,
+            number=number,
+            program=Digest(model),
+            codec="raw",
+            tolerance=None,
+            exact=False,
+            plan=Plan(
+                program=Digest(model),
+                epoch=Epoch(1),
+                stages=tuple(StageNeed(artifact=Digest(f"{model}.{i}"), memory_bytes=10, cost_s=1.0) for i in range(len(places))),
+                places=tuple(tuple(map(WorkerId, place.split())) for place in places),
+            ),
+        )
+        self.residency.deploy(version, self.now)
+        return version
+
+    def load(self, name: str, artifact: str) -> None:
+        assert artifact in self.member(name).loading
+        self.residency.resident(self.member(name), Digest(artifact))
+
+    def refuse(self, name: str, artifact: str) -> None:
+        self.residency.refused(self.member(name), Digest(artifact), DISK_FULL, self.now)
+
+    def is_coming(self, deployment: str, stage: int, suits=lambda member: True) -> bool:
+        return self.residency.is_coming(self.residency.find(deployment, 0, None), stage, suits, self.now)
+
+    def places(self, deployment: str = "d", number: int = 0) -> tuple:
+        return self.residency.find(deployment, number, None).plan.places
+
+
+def loads(*pairs: tuple[str, str]) -> list[ev.Load]:
+    return [ev.Load(worker_id=WorkerId(worker), artifact=Digest(artifact)) for worker, artifact in pairs]
+
+
+# ── versions come and go ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_version_is_ready_once_when_every_stage_is_resident_somewhere():
+    house = House("w1", "w2")
+    version = house.deploy(1, "w1 w2", "w2")
+    assert house.taken() == loads(("w1", "m.0"), ("w2", "m.0"), ("w2", "m.1"))
+    house.load("w2", "m.1")
+    assert house.taken() == []
+    house.load("w1", "m.0")
+    assert house.taken() == [ev.VersionReady(version=version)]
+    house.load("w2", "m.0")
+    assert house.taken() == []
+    assert house.wakes >= 3, "whoever waits is told of each"
+
+
+def test_what_a_worker_has_is_not_sent_again():
+    """Regression: the published system sent the weights with every task."""
+    house = House("w1")
+    first = house.deploy(1, "w1")
+    house.load("w1", "m.0")
+    house.taken()
+    second = house.deploy(2, "w1")  # the same model anew
+    assert house.taken() == [ev.VersionReady(version=second), ev.VersionReleased(version=first)]
+    house.join("w1", "m.0")  # and after a new session
+    assert house.taken() == []
+
+
+def test_a_new_version_takes_over_only_when_it_is_ready():
+    house = House("w1")
+    first = house.deploy(1, "w1", model="old")
+    house.load("w1", "old.0")
+    house.deploy(2, "w1", model="new")
+    assert house.residency.find("d", 0, None).version.number == 1
+    house.taken()
+    house.load("w1", "new.0")
+    assert house.residency.find("d", 0, None).version.number == 2
+    ready, unload, released = house.taken()
+    assert ready.version.number == 2
+    assert unload == ev.Unload(worker_id=WorkerId("w1"), artifact=Digest("old.0"))
+    assert released == ev.VersionReleased(version=first)
+    assert "old.0" not in house.member("w1").resident
+
+
+def test_a_replaced_version_stays_until_its_last_request_has_ended():
+    house = House("w1")
+    first = house.deploy(1, "w1", model="old")
+    house.load("w1", "old.0")
+    for _ in range(2):
+        house.residency.request_began(house.residency.live(first))
+    house.deploy(2, "w1", model="new")
+    house.load("w1", "new.0")
+    house.residency.request_ended(first)
+    assert house.residency.find("d", 1, None).version.number == 1, "by its number it is found still"
+    house.taken()
+    house.residency.request_ended(first)
+    assert house.taken()[-1] == ev.VersionReleased(version=first)
+    with pytest.raises(UnknownModelError):
+        house.residency.find("d", 1, None)
+    assert house.residency.places(("d", 1, 0)) == ()
+
+
+def test_stages_that_another_version_shares_are_kept():
+    house = House("w1")
+    house.deploy(1, "w1", "w1", deployment="one")
+    house.deploy(1, "w1", "w1", deployment="two")
+    for artifact in ("m.0", "m.1"):
+        house.load("w1", artifact)
+    house.taken()
+    house.residency.undeploy("one")
+    assert [type(action) for action in house.taken()] == [ev.VersionReleased]
+    house.residency.undeploy("two")
+    assert [type(action) for action in house.taken()] == [ev.Unload, ev.Unload, ev.VersionReleased]
+    assert house.member("w1").resident == set()
+
+
+def test_a_stage_that_is_still_loading_is_unloaded_too():
+    house = House("w1")
+    house.deploy(1, "w1")
+    house.taken()
+    house.residency.undeploy("d")
+    assert ev.Unload(worker_id=WorkerId("w1"), artifact=Digest("m.0")) in house.taken()
+    assert house.residency.next_wakeup() is None
+
+
+def test_an_unknown_name_and_another_program_are_refused_with_a_hint():
+    house = House("w1")
+    house.deploy(1, "w1")
+    with pytest.raises(UnknownModelError, match="did you mean d"):
+        house.residency.find("e", 0, None)
+    with pytest.raises(UnknownModelError, match="with program other"):
+        house.residency.find("d", 1, Digest("other"))
+    with pytest.raises(UnknownModelError):
+        house.residency.find("d", 2, None)
+    assert house.residency.find("d", 0, Digest("m")).version.number == 1
+
+
+def test_a_version_that_outlives_a_failed_one_takes_over_when_it_is_ready():
+    house = House("w1")
+    house.deploy(1, "w1", model="bad")
+    house.deploy(2, "w1", model="good")
+    house.refuse("w1", "bad.0")
+    house.load("w1", "good.0")
+    assert any(isinstance(action, ev.VersionReady) and action.version.number == 2 for action in house.taken())
+    assert house.residency.find("d", 0, None).version.number == 2
+
+
+def test_what_is_undeployed_while_it_loads_does_not_come_back():
+    house = House("w1")
+    house.deploy(1, "w1", model="old")
+    house.load("w1", "old.0")
+    house.deploy(2, "w1", model="new")
+    house.residency.undeploy("d")
+    released = [action.version.number for action in house.taken() if isinstance(action, ev.VersionReleased)]
+    assert sorted(released) == [1, 2]
+    assert house.member("w1").loading == set()
+    with pytest.raises(UnknownModelError):
+        house.residency.find("d", 0, None)
+
+
+# ── loads that fail ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_refused_load_goes_to_another_worker_and_never_back():
+    house = House("w1", "w2")
+    house.deploy(1, "w1")
+    house.taken()
+    house.refuse("w1", "m.0")
+    assert house.places() == (("w2",),)
+    assert loads(("w2", "m.0"))[0] in house.taken()
+    house.refuse("w2", "m.0")
+    failed = [action for action in house.taken() if isinstance(action, ev.VersionFailed)]
+    assert [action.error for action in failed] == [DISK_FULL]
+    with pytest.raises(UnknownModelError):
+        house.residency.find("d", 0, None)
+    assert house.residency.loads_failed == 2
+
+
+def test_a_version_with_another_replica_does_not_fail():
+    house = House("w1", "w2")
+    house.deploy(1, "w1 w2")
+    house.refuse("w1", "m.0")
+    assert not any(isinstance(action, ev.VersionFailed) for action in house.taken())
+    assert house.places() == (("w2",),)
+
+
+def test_a_version_that_was_ready_never_fails():
+    house = House("w1")
+    house.deploy(1, "w1")
+    house.load("w1", "m.0")
+    house.refuse("w1", "m.0")
+    assert not any(isinstance(action, ev.VersionFailed) for action in house.taken())
+    assert house.places() == ((),)
+    assert not house.is_coming("d", 0)
+    house.join("w1")  # a new session: it may have room now
+    assert house.is_coming("d", 0)
+
+
+def test_a_load_that_makes_progress_is_not_given_up():
+    house = House("w1")
+    house.deploy(1, "w1")
+    house.residency.progressed(house.member("w1"), Digest("m.0"), 6)
+    assert house.residency.tick(LOAD_TIMEOUT_S) == []
+    assert house.residency.next_wakeup() == 6 + LOAD_TIMEOUT_S
+    assert house.residency.tick(6 + LOAD_TIMEOUT_S) == [("w1", "m.0")]
+
+
+def test_progress_of_a_load_that_nobody_asked_for_sets_no_alarm():
+    house = House("w1")
+    house.residency.progressed(house.member("w1"), Digest("m.0"), 0)
+    assert house.residency.next_wakeup() is None
+
+
+def test_a_stage_that_is_resident_needs_no_progress_any_more():
+    house = House("w1")
+    house.deploy(1, "w1")
+    house.load("w1", "m.0")
+    assert house.residency.next_wakeup() is None
+
+
+def test_a_stage_that_turns_out_absent_is_loaded_if_somebody_needs_it():
+    house = House("w1")
+    house.deploy(1, "w1")
+    house.load("w1", "m.0")
+    house.taken()
+    house.residency.absent(house.member("w1"), Digest("m.0"), 0)
+    house.residency.absent(house.member("w1"), Digest("foreign"), 0)
+    assert house.taken() == loads(("w1", "m.0"))
+
+
+# ── workers come and go ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_newcomer_relieves_the_busiest_where_it_has_room():
+    house = House("w1")
+    house.deploy(1, "w1", "w1")
+    house.join("early")
+    assert house.places() == (("w1",), ("w1",)), "not before the version is ready: it would wait for two loads instead of one"
+    for artifact in ("m.0", "m.1"):
+        house.load("w1", artifact)
+    house.taken()
+    house.join("small", budget_bytes=9)
+    assert house.taken() == []
+    house.join("w2")
+    changed, load = house.taken()
+    assert changed.version.plan.places == (("w1", "w2"), ("w1",)) and changed.version.plan.epoch == 2
+    assert load == loads(("w2", "m.0"))[0]
+
+
+def test_a_newcomer_that_has_a_stage_already_runs_it():
+    house = House("w1")
+    house.deploy(1, "w1")
+    house.load("w1", "m.0")
+    house.taken()
+    house.join("w2", "m.0")
+    assert house.places() == (("w1", "w2"),)
+    assert [type(action) for action in house.taken()] == [ev.PlanChanged]
+
+
+def test_a_worker_that_comes_back_gets_what_the_plan_has_for_it():
+    house = House("w1")
+    house.deploy(1, "w1", "w1")
+    house.load("w1", "m.0")
+    house.residency.session_ended(house.member("w1"))
+    assert house.residency.next_wakeup() is None, "it loads for nobody now"
+    house.taken()
+    house.join("w1", "m.0")
+    assert house.taken() == loads(("w1", "m.1"))
+
+
+def test_a_worker_that_is_not_ready_is_asked_for_nothing_until_it_joins():
+    house = House("w1")
+    house.member("w1").verdict = Verdict.SUSPECT
+    house.deploy(1, "w1")
+    assert house.taken() == []
+    house.join("w1")
+    assert house.taken() == loads(("w1", "m.0"))
+
+
+def test_a_lost_worker_is_out_of_every_plan_and_its_stages_are_moved_when_somebody_waits():
+    house = House("w1", "w2")
+    house.deploy(1, "w1", deployment="one")
+    house.deploy(1, "w1", deployment="two", model="n")
+    house.load("w1", "m.0")
+    lost = house.member("w1")
+    lost.verdict = Verdict.LOST
+    wakes = house.wakes
+    house.residency.left(lost, house.now)
+    assert house.wakes > wakes
+    assert house.places("one") == house.places("two") == ((),)
+    assert lost.resident == set()
+    house.taken()
+    assert house.is_coming("one", 0)
+    assert house.taken()[-1:] == loads(("w2", "m.0"))
+    assert house.is_coming("one", 0)
+    assert house.taken() == [], "it was asked for already"
+    assert house.residency.stages_moved == 1
+
+
+def test_a_stage_is_moved_only_to_a_worker_that_suits_and_has_room():
+    house = House("w1", "w2", budget_bytes=10)
+    house.deploy(1, "w1")
+    house.deploy(1, "w2", deployment="other", model="n")  # w2 is full
+    house.member("w1").verdict = Verdict.LOST
+    house.residency.left(house.member("w1"), house.now)
+    assert not house.is_coming("d", 0)
+    house.join("w3", budget_bytes=10)
+    assert not house.is_coming("d", 0, lambda member: member.worker_id == "w2")
+    assert house.is_coming("d", 0, lambda member: member.worker_id == "w3")
+
+
+def test_a_load_by_a_worker_that_does_not_suit_is_no_help():
+    house = House("w1")
+    house.deploy(1, "w1")
+    assert house.is_coming("d", 0)
+    assert not house.is_coming("d", 0, lambda member: False)
+    house.member("w1").verdict = Verdict.SUSPECT
+    assert not house.is_coming("d", 0)
+
+
+def test_a_stage_that_another_version_has_resident_on_a_worker_is_used_at_once():
+    """Versions of one model share artifacts: nothing has to be loaded, so nothing will tell the waiting to look again."""
+    house = House("w1", "w2")
+    house.deploy(1, "w1", deployment="one")
+    house.deploy(1, "w2", deployment="two")
+    house.load("w1", "m.0")
+    house.load("w2", "m.0")
+    house.member("w2").verdict = Verdict.LOST
+    house.residency.left(house.member("w2"), house.now)
+    house.taken()
+    wakes = house.wakes
+    assert house.is_coming("two", 0)
+    assert house.places("two") == (("w1",),)
+    assert not any(isinstance(action, ev.Load) for action in house.taken())
+    assert house.wakes > wakes
+
+
+def test_an_offer_counts_a_shared_stage_once():
+    house = House("w1")
+    house.deploy(1, "w1", "w1", deployment="one")
+    house.deploy(1, "w1", "w1", deployment="two")
+    offer = house.residency.offer(house.member("w1"))
+    assert (offer.free_bytes, offer.load_s) == (80, 4.0)
+
+
+# ── any order ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+WORKERS = ["w1", "w2", "w3"]
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["deploy", "undeploy", "join", "join", "lose", "load", "load", "load", "refuse", "wait", "need"]),
+        st.sampled_from(WORKERS),
+        st.integers(0, 2),
+    ),
+    max_size=40,
+)
+
+
+@given(STEPS)
+def test_in_any_order_loads_are_wanted_watched_and_within_memory(steps):
+    house, number = House(*WORKERS, budget_bytes=30), 0
+    live: dict[int, bool] = {}  # versions that are not released, and whether they are ready
+    for step, name, stage in steps:
+        member = house.member(name)
+        match step:
+            case "deploy" if (ready := [m for m in WORKERS if house.member(m).is_ready]):
+                number += 1
+                live[number] = False
+                house.deploy(number, ready[0], ready[-1], model=f"m{number % 3}")
+            case "undeploy":
+                house.residency.undeploy("d")
+            case "join":
+                house.residency.session_ended(member)
+                house.join(name, *sorted(member.resident), budget_bytes=30)
+            case "lose":
+                house.residency.session_ended(member)
+                member.verdict = Verdict.LOST
+                house.residency.left(member, house.now)
+            case "load" if member.loading:
+                house.load(name, min(member.loading))
+            case "refuse" if member.loading:
+                house.refuse(name, max(member.loading))
+            case "wait":
+                house.now += 3
+                for worker_id, artifact in house.residency.tick(house.now):
+                    assert artifact in house.member(worker_id).loading
+                    house.refuse(worker_id, artifact)
+            case "need" if any(version.deployment == "d" for version in (v.version for v in house.residency.current())):
+                house.is_coming("d", min(stage, 1))
+        for action in house.taken():
+            match action:
+                case ev.VersionReady(version=version):
+                    assert live[version.number] is False, "ready once"
+                    live[version.number] = True
+                case ev.VersionReleased(version=version):
+                    del live[version.number]
+                case ev.VersionFailed(version=version):
+                    assert live[version.number] is False, "what was ready does not fail"
+        wanted = {need.artifact for v in house.residency._versions.values() for need in v.plan.stages}
+        assert {version.number for version in (v.version for v in house.residency._versions.values())} == set(live)
+        for one in house.roster:
+            assert not one.loading & one.resident
+            assert one.loading <= wanted
+            assert all((one.worker_id, artifact) in house.residency._due for artifact in one.loading), "every load is watched"
+        assert len(house.residency._due) == sum(len(one.loading) for one in house.roster), "and nothing else"
+        for v in house.residency._versions.values():
+            for need, workers in zip(v.plan.stages, v.plan.places, strict=True):
+                assert len(set(workers)) == len(workers)
+                for worker_id in workers:
+                    assert house.member(worker_id).verdict is not Verdict.LOST
+                    assert need.artifact in house.member(worker_id).loading | house.member(worker_id).resident, "no place is empty"
+        ready = [n for n, is_ready in live.items() if is_ready]
+        current = [v.version.number for v in house.residency.current()]
+        assert len(current) <= 1 and len(ready) <= 1, "a newer version replaces the older"
