@@ -45,7 +45,7 @@ from adapt.version import VERSION
 log = logging.getLogger(__name__)
 
 LAST_ACKS_S = 2.0  # how long a draining dispatcher waits for clients to acknowledge the last answers
-MALFORMED_LIMIT = 3  # unreadable messages of one session after which it is refused
+MALFORMED_LIMIT, MALFORMED_WINDOW_S = 3, 10.0  # so many unreadable messages of one peer within so long, and it is refused
 LAG_S = 0.25  # a loop that comes this late reads its sockets before it judges anybody
 
 
@@ -54,7 +54,6 @@ class _Peer:
     """What the dispatcher remembers of a session besides what the session table does."""
 
     hello: msg.WorkerHello | msg.ClientHello
-    malformed: int = 0
     heartbeat: msg.Heartbeat | None = None
 
 
@@ -72,6 +71,7 @@ class Dispatcher:
         self._sessions = Sessions()
         self._reign = Reign()
         self._peers: dict[int, _Peer] = {}  # by session
+        self._spoilt: dict[str, list[float]] = {}  # moments at which a peer's messages could not be read, lately
         self._acks: dict[WorkerId, list[AttemptId]] = {}  # of this turn of the loop
         self._last_hello: dict[WorkerId, msg.WorkerHello] = {}  # also of workers that are gone, while the roster remembers them
         self._inbox: deque[Arrival | ev.Event] = deque()
@@ -185,6 +185,14 @@ class Dispatcher:
     def _drive(self) -> None:
         """Handle what is in the inbox, then what is due; after a lag of the loop the sockets are read first."""
         self._is_driven = False
+        try:
+            self._turn_over()
+        finally:  # a bug in one event must not stop the clock for all
+            self._flush_acks()
+            self._arm_timer()
+            self._turned.set()
+
+    def _turn_over(self) -> None:
         self._empty_inbox()
         now = self._clock()
         due = self._next_wakeup()
@@ -197,9 +205,6 @@ class Dispatcher:
             self._empty_inbox()
             self._act(self._scheduler.tick(self._clock()))
             self._empty_inbox()
-        self._flush_acks()
-        self._arm_timer()
-        self._turned.set()
 
     def _empty_inbox(self) -> None:
         while self._inbox:
@@ -251,7 +256,7 @@ class Dispatcher:
 
     def _hello(self, routing_id: RoutingId, hello: msg.WorkerHello | msg.ClientHello, role: str, name: str) -> None:
         """Open a session; another living process of the same name keeps its own."""
-        if self._reign.hello(hello.highest_term):
+        if self._reign.hello(hello.highest_term, has_met_us=self._sessions.has_met(role, name, hello.incarnation)):
             self._registry.raise_term(self._reign.term)
             log.warning("a peer has met a later term; ours is raised", extra={"term": self._reign.term})
             for session in list(self._sessions):
@@ -281,7 +286,11 @@ class Dispatcher:
 
     def _attached(self, routing_id: RoutingId, session: Session) -> None:
         """Both connections stand: the peer takes part from now on."""
-        self._sessions.attach(routing_id, session.number)
+        try:
+            self._sessions.attach(routing_id, session.number)
+        except KeyError:
+            self._out_of_place(session, msg.Attach())
+            return
         hello = self._peers[session.number].hello
         if isinstance(hello, msg.ClientHello):
             self._handle(ev.ClientArrived(client_id=ClientId(hello.client_id)))
@@ -306,16 +315,17 @@ class Dispatcher:
         self._scheduler.counters["malformed_messages"] += 1
         log.warning("message dropped", extra={"sender": bytes(arrival.routing_id).hex(), "reason": str(arrival.error)})
         session = self._sessions.routed(arrival.routing_id)
-        peer = None if session is None else self._peers.get(session.number)
-        if session is None or peer is None:
+        if session is None:
             self._refuse(arrival.routing_id, arrival.error)
             return
-        peer.malformed += 1
-        if peer.malformed >= MALFORMED_LIMIT:
+        now = self._clock()
+        self._spoilt = {name: moments for name, moments in self._spoilt.items() if moments[-1] > now - MALFORMED_WINDOW_S}
+        moments = self._spoilt.setdefault(session.name, [])
+        moments.append(now)
+        self._end_session(session, f"a message could not be read: {arrival.error}")
+        if len(moments) >= MALFORMED_LIMIT:
             self._refuse(session.routing_id, arrival.error)
-            self._end_session(session, f"its messages cannot be read: {arrival.error}")
         else:
-            self._end_session(session, f"a message could not be read: {arrival.error}")
             self._say_hello(session.routing_id, session.number, self._reign.term)
 
     def _disconnected(self, routing_id: RoutingId) -> None:

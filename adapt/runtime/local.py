@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,55 +20,83 @@ from typing import Self
 from adapt.errors import AdaptError, ConfigError
 
 READY_TIMEOUT_S = 60.0  # importing torch on a busy small board takes its time
-STOP_TIMEOUT_S = 15.0
+STOP_TIMEOUT_S = 10.0
 LOG_TAIL = 2000
+MAX_WORKERS = 256
 
 
 class LocalProcess:
-    """One process of a cluster. Its standard error goes to a log file in the cluster's directory."""
+    """One process of a cluster. Its standard error goes to a log file in the cluster's directory.
+
+    Attributes:
+        name: of the worker, or "dispatcher".
+        log: the file; a restart goes on in it.
+        ready: its ready line.
+    """
 
     def __init__(self, name: str, command: Sequence[str], directory: Path, reaper: Reaper) -> None:
         self.name, self._command, self._reaper = name, list(command), reaper
         self.log = directory / f"{name}.log"
-        self.ready = ""  # its ready line
-        self._process: subprocess.Popen[str] | None = None
-        self.start()
+        self.ready = ""
+        self._process = self._start()
 
-    def start(self) -> None:
-        """Start it (again); `wait_ready` tells when it can be used."""
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("ADAPT_")}  # flags say it all
         with open(self.log, "ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", *self._command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True
+            process = subprocess.Popen(
+                [sys.executable, "-m", *self._command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                process_group=0,  # Ctrl-C in the terminal is for the user's program, which may want to go on
             )
-        self._reaper.add(self._process.pid)
+        self._reaper.add(process.pid)
+        return process
 
-    @property
-    def process(self) -> subprocess.Popen[str]:
-        assert self._process is not None, "started in the constructor"
-        return self._process
+    def __repr__(self) -> str:
+        state = "alive" if self.is_alive else f"ended with status {self._process.returncode}"
+        return f"<adapt process {self.name}: pid {self.pid}, {state}>"
 
     @property
     def pid(self) -> int:
-        return self.process.pid
+        return self._process.pid
 
     @property
     def is_alive(self) -> bool:
-        return self.process.poll() is None
+        """Whether the process exists, stopped or not."""
+        return self._process.poll() is None
 
     def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Wait for its ready line. Raises AdaptError with the end of its log if it dies first or takes too long."""
-        assert self.process.stdout is not None
+        line = self._read_line(timeout_s)
+        if line is None:
+            raise AdaptError(f"{self.name} was not ready within {timeout_s:g} s; its log ends with:\n{self._log_tail()}")
+        if " ready " not in line:
+            with contextlib.suppress(TimeoutError):
+                self.wait(timeout_s=STOP_TIMEOUT_S)
+            status = "alive" if self.is_alive else f"with status {self._process.returncode}"
+            raise AdaptError(f"{self.name} ended {status} before it was ready; its log ends with:\n{self._log_tail()}")
+        self.ready = line
+
+    def _read_line(self, timeout_s: float) -> str | None:
+        """Its first line of output, an unfinished one if it ended; None if nothing comes in time."""
+        pipe, line = self._process.stdout, b""
+        assert pipe is not None
+        limit = time.monotonic() + timeout_s
         with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdout, selectors.EVENT_READ)
-            if not selector.select(timeout_s):
-                raise AdaptError(f"{self.name} was not ready within {timeout_s:g} s; its log ends with:\n{self._log_tail()}")
-        self.ready = self.process.stdout.readline().strip()
-        if " ready " not in self.ready:
-            status = self.wait(timeout_s=5.0)
-            raise AdaptError(f"{self.name} ended with status {status} before it was ready; its log ends with:\n{self._log_tail()}")
+            selector.register(pipe, selectors.EVENT_READ)
+            while not line.endswith(b"\n"):
+                if not selector.select(max(limit - time.monotonic(), 0.0)):
+                    return None
+                data = os.read(pipe.fileno(), 1)  # no more than this line; it is short
+                if not data:
+                    break
+                line += data
+        return line.decode(errors="replace").strip()
 
     def kill(self) -> None:
-        """SIGKILL: it dies at once, as by a pulled plug."""
+        """SIGKILL: it dies at once, as by a pulled plug. Waits for that."""
         self._signal(signal.SIGKILL)
         self.wait()
 
@@ -86,43 +115,58 @@ class LocalProcess:
     def wait(self, timeout_s: float | None = STOP_TIMEOUT_S) -> int:
         """Wait for its end; returns its exit status, negative for a signal. Raises TimeoutError."""
         try:
-            status = self.process.wait(timeout_s)
+            status = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"{self.name} has not ended within {timeout_s} s") from None
         self._reaper.remove(self.pid)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
         return status
 
     def restart(self) -> None:
-        """End it, if it lives, and start it anew with the same settings."""
-        if self.is_alive:
-            self.terminate()
-        self.wait()
-        self.start()
+        """End it, if it lives, and start it anew with the same settings; a dispatcher comes back at its address."""
+        self.end()
+        self._process = self._start()
         self.wait_ready()
 
+    def end(self, *, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """End it however that can be done: SIGTERM, after `timeout_s` SIGKILL."""
+        self.resume()
+        self.terminate()
+        try:
+            self.wait(timeout_s)
+        except TimeoutError:
+            self.kill()
+
     def _signal(self, number: signal.Signals) -> None:
-        if self.is_alive:
-            self.process.send_signal(number)
+        self._process.send_signal(number)  # does nothing for one that has ended
 
     def _log_tail(self) -> str:
-        return self.log.read_text(errors="replace")[-LOG_TAIL:].strip() or "(nothing)"
+        with contextlib.suppress(OSError):
+            return self.log.read_text(errors="replace")[-LOG_TAIL:].strip() or "(nothing)"
+        return "(it cannot be read)"
 
 
 class Reaper:
-    """Sees to it that no process outlives this one; see reaper.py."""
+    """Sees to it that no process outlives this one, even if this one is killed; see reaper.py.
+
+    A process rather than PR_SET_PDEATHSIG: that signal comes when the thread ends which started the child.
+    """
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, "-m", "adapt.runtime.reaper"], stdin=subprocess.PIPE, text=True)
+        # Run as a file, without site-packages: it needs nothing of ADAPT, and should cost nothing. In a group of its own, so that what
+        # kills ours spares it.
+        command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("reaper.py"))]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0)
 
     def add(self, pid: int) -> None:
-        self._tell(f"+{pid}")
+        self._tell(f"+{pid}\n")
 
     def remove(self, pid: int) -> None:
-        self._tell(f"-{pid}")
+        self._tell(f"-{pid}\n")
 
     def close(self) -> None:
+        """End it; whatever is still listed dies with it."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -130,23 +174,30 @@ class Reaper:
 
     def _tell(self, line: str) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError, ValueError):
-            self._process.stdin.write(line + "\n")
+        with contextlib.suppress(OSError, ValueError):  # it is gone: somebody was thorough
+            self._process.stdin.write(line.encode())
             self._process.stdin.flush()
 
 
 class LocalCluster:
-    """A dispatcher and workers on this machine, for notebooks, demos and tests. Use it as a context manager.
+    """A dispatcher and workers on this machine, for notebooks, demos and tests. Use it as a context manager, or `start` and `close` it.
+
+    Nothing of it outlives this process, however that ends.
 
     Args:
         workers: how many to begin with; they are called w1, w2, ...
         threads: of each worker, within one operator.
-        memory_limit: stage budget of each worker, as "512MiB"; by default a share of this machine's memory.
+        memory_limit: stage budget of each worker, as "512MiB" or in bytes; by default a share of this machine's memory.
         device: of each worker: "cpu", "cuda:0", "auto".
         models_dir: where the dispatcher looks for weights that are named.
         dispatcher: further settings of adapt-dispatcher, as {"lease_ttl": 2}.
         worker: further settings of adapt-worker.
         directory: for state, caches and logs; by default a temporary one that goes with the cluster.
+
+    Attributes:
+        address: for `Client`.
+        dispatcher, workers: the processes; also workers that have ended stay in the list.
+        directory: where state, caches and logs are.
 
     Raises:
         AdaptError: a process ended or hung before it was ready; the message has the end of its log.
@@ -157,20 +208,20 @@ class LocalCluster:
         workers: int = 3,
         *,
         threads: int = 1,
-        memory_limit: str | None = None,
+        memory_limit: str | int | None = None,
         device: str = "cpu",
         models_dir: str | os.PathLike[str] | None = None,
         dispatcher: Mapping[str, object] | None = None,
         worker: Mapping[str, object] | None = None,
         directory: str | os.PathLike[str] | None = None,
     ) -> None:
-        if workers < 0:
-            raise ConfigError(f"workers={workers}: expected 0 or more")
+        if isinstance(workers, bool) or not isinstance(workers, int) or not 0 <= workers <= MAX_WORKERS:
+            raise ConfigError(f"workers={workers!r}: expected a number from 0 to {MAX_WORKERS}")
         self._count = workers
         self._dispatcher_settings = {"models_dir": models_dir, **(dispatcher or {})}
         self._worker_settings = {"threads": threads, "memory_limit": memory_limit, "device": device, **(worker or {})}
         self._given_directory = None if directory is None else Path(directory)
-        self._is_started = False
+        self._finalizer: weakref.finalize[[], LocalCluster] | None = None
         self.workers: list[LocalProcess] = []
 
     def __enter__(self) -> Self:
@@ -180,20 +231,27 @@ class LocalCluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        if self._finalizer is None or not self._finalizer.alive:
+            return "<adapt local cluster, not running>"
+        return f"<adapt local cluster at {self.address}: {sum(worker.is_alive for worker in self.workers)} of {len(self.workers)} workers alive>"
+
     def start(self) -> None:
         """Start everything and wait until it is ready. Entering the context manager does this."""
-        if self._is_started:
+        if self._finalizer is not None:
             return
-        self._is_started = True
         self.directory = self._given_directory or Path(tempfile.mkdtemp(prefix="adapt-cluster-"))
         self._reaper = Reaper()
+        self._processes: list[LocalProcess] = []  # all, in the order in which they are to end
+        goes_with_us = None if self._given_directory else self.directory
+        self._finalizer = weakref.finalize(self, _end, self._processes, self._reaper, goes_with_us)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            settings = {"listen": "tcp://127.0.0.1:0", "state_dir": self.directory / "state", **self._dispatcher_settings}
+            settings = {"listen": "tcp://127.0.0.1:0", "state_dir": self._state_directory, **self._dispatcher_settings}
             self.dispatcher = self._launch("dispatcher", settings, name="dispatcher")
             self.dispatcher.wait_ready()
             self.address = _field(self.dispatcher.ready, "listen")
-            self.dispatcher._command += ["--listen", self.address]  # a restart comes back where it was
+            self.dispatcher._command += ["--listen", self.address]  # a restart comes back where it was: the last flag counts
             for _ in range(self._count):
                 self._begin_worker()
             for process in self.workers:
@@ -210,26 +268,16 @@ class LocalCluster:
 
     def artifact(self, digest: str) -> Path:
         """Where the dispatcher keeps the file of a stage or program."""
-        return self.directory / "state" / "artifacts" / f"{digest}.safetensors"
+        return self._state_directory / "artifacts" / f"{digest}.safetensors"
 
     def close(self) -> None:
         """End every process, first by SIGTERM. Closing twice is nothing."""
-        if not self._is_started:
-            return
-        self._is_started = False
-        processes = [*self.workers, *([self.dispatcher] if hasattr(self, "dispatcher") else [])]
-        for process in processes:
-            process.resume()
-            process.terminate()
-        limit = time.monotonic() + STOP_TIMEOUT_S
-        for process in processes:
-            try:
-                process.wait(timeout_s=max(limit - time.monotonic(), 0.1))
-            except TimeoutError:
-                process.kill()
-        self._reaper.close()
-        if self._given_directory is None:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        if self._finalizer is not None:
+            self._finalizer()
+
+    @property
+    def _state_directory(self) -> Path:
+        return Path(str(self._dispatcher_settings.get("state_dir", self.directory / "state")))
 
     def _begin_worker(self, name: str | None = None, **settings: object) -> LocalProcess:
         name = name or f"w{len(self.workers) + 1}"
@@ -239,10 +287,35 @@ class LocalCluster:
         return process
 
     def _launch(self, door: str, settings: Mapping[str, object], *, name: str) -> LocalProcess:
-        flags = [
-            part for key, value in settings.items() if value is not None for part in (f"--{key.replace('_', '-')}", str(value))
-        ]
-        return LocalProcess(name, [f"adapt.interfaces.cli.{door}", "--log-level", "info", *flags], self.directory, self._reaper)
+        command = [f"adapt.interfaces.cli.{door}", "--log-level", "info", *_flags(settings)]
+        process = LocalProcess(name, command, self.directory, self._reaper)
+        self._processes.append(process)
+        return process
+
+
+def _end(processes: Sequence[LocalProcess], reaper: Reaper, directory: Path | None) -> None:
+    """Also called for a cluster that was forgotten, at the latest when the interpreter ends."""
+    for process in processes:
+        process.resume()
+        process.terminate()
+    limit = time.monotonic() + STOP_TIMEOUT_S
+    for process in processes:
+        process.end(timeout_s=max(limit - time.monotonic(), 0.1))
+    reaper.close()
+    if directory is not None:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _flags(settings: Mapping[str, object]) -> list[str]:
+    """{"lease_ttl": 2, "insecure": True} as --lease-ttl 2 --insecure; None and False are left out."""
+    flags: list[str] = []
+    for key, value in settings.items():
+        if value is None or value is False:
+            continue
+        flags.append(f"--{key.replace('_', '-')}")
+        if value is not True:
+            flags.append(str(value))
+    return flags
 
 
 def _field(line: str, key: str) -> str:

@@ -228,6 +228,7 @@ class Proxy(Watched):
         self._target = int(target.rsplit(":", 1)[1])
         self._tasks: set[asyncio.Task[None]] = set()
         self._pairs: list[dict[str, Any]] = []
+        self._writers: list[asyncio.StreamWriter] = []
         self.bytes_per_s: dict[str, float] = {}  # by the last letter of the routing id, from peer to dispatcher
         self.passed = {"c": 0, "b": 0}
 
@@ -241,14 +242,20 @@ class Proxy(Watched):
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for writer in self._writers:
+            writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             onward = await asyncio.open_connection("127.0.0.1", self._target)
         except OSError:
+            self._writers.append(writer)
             writer.close()
             return
         pair = {"writers": [writer, onward[1]], "kind": ""}
+        self._writers += pair["writers"]
         self._pairs.append(pair)
         for source, sink, is_up in ((reader, onward[1], True), (onward[0], writer, False)):
             task = asyncio.get_running_loop().create_task(self._pass(source, sink, pair, is_up), name="proxy")

@@ -20,7 +20,7 @@ from adapt.protocol.pieces import split
 from adapt.protocol.wire import Blob, encode, encode_head
 from adapt.runtime import endpoint as endpoint_module
 from adapt.runtime.endpoint import DRAIN_LIMIT, MAX_PARTS, Disconnected, Malformed, Received, RouterEndpoint
-from tests.cluster.ends import LIMIT_BYTES, PIECE_BYTES, Echo, calling, echoing, on_loop, process
+from tests.cluster.ends import LIMIT_BYTES, PIECE_BYTES, Echo, calling, echoing, on_loop, process, proxied
 
 CLIENT = bytes(range(16))
 
@@ -438,10 +438,13 @@ async def test_a_killed_process_is_noticed_at_once():
 @pytest.mark.slow
 @on_loop
 async def test_a_stopped_process_is_noticed_and_greets_again_when_it_goes_on():
-    async with echoing() as echo:
-        with process("client", echo.address) as client:
+    """By its heartbeats, from its first one on, which comes half a second after it has connected: that one says how long to wait for the next."""
+    async with echoing() as echo, proxied(echo.address) as proxy:
+        with process("client", proxy.address) as client:
             await echo.attached()
             await client.told("opened 1")
+            passed = proxy.passed["c"]
+            await proxy.until(lambda: proxy.passed["c"] > passed)
             stopped = time.monotonic()
             client.signal(signal.SIGSTOP)
             await echo.until(lambda: echo.all(Disconnected))

@@ -327,6 +327,7 @@ def test_a_lost_worker_is_out_of_every_plan_and_its_stages_are_moved_when_somebo
     house.deploy(1, "w1", deployment="one")
     house.deploy(1, "w1", deployment="two", model="n")
     house.load("w1", "m.0")
+    house.load("w1", "n.0")
     lost = house.member("w1")
     lost.verdict = Verdict.LOST
     wakes = house.wakes
@@ -342,9 +343,58 @@ def test_a_lost_worker_is_out_of_every_plan_and_its_stages_are_moved_when_somebo
     assert house.residency.stages_moved == 1
 
 
+def test_a_version_that_loses_a_worker_while_it_loads_gets_another_or_fails():
+    house = House("w1", "w2")
+    house.deploy(1, "w1", "w1")
+    house.load("w1", "m.0")
+    for name in ("w1", "w2"):
+        house.taken()
+        house.residency.session_ended(house.member(name))
+        house.member(name).verdict = Verdict.LOST
+        house.residency.left(house.member(name), house.now)
+        if name == "w1":
+            assert house.places() == (("w2",), ("w2",))
+    assert [type(action) for action in house.taken()][-2:] == [ev.VersionFailed, ev.VersionReleased]
+
+
+def test_a_version_that_is_overtaken_while_it_loads_is_said_to_have_failed():
+    """Somebody waits until it is ready."""
+    house = House("w1")
+    for number in (1, 2, 3):
+        house.deploy(number, "w1", model=f"m{number}")
+    house.load("w1", "m2.0")
+    assert [(type(a), a.version.number) for a in house.taken() if not isinstance(a, (ev.Load, ev.Unload))] == [
+        (ev.VersionReady, 2), (ev.VersionFailed, 1), (ev.VersionReleased, 1)
+    ]  # fmt: skip
+    house.load("w1", "m3.0")
+    assert [type(a) for a in house.taken()] == [ev.VersionReady, ev.Unload, ev.VersionReleased]
+    assert house.member("w1").resident == {"m3.0"} and house.member("w1").loading == set()
+
+
+def test_a_replica_is_named_once():
+    house = House("w1", "w2", "w3")
+    house.deploy(1, "w1 w2")
+    house.refuse("w1", "m.0")
+    assert sorted(house.places()[0]) == ["w2", "w3"]
+
+
+def test_a_load_that_was_given_up_and_came_after_all_is_used():
+    house = House("w1")
+    house.deploy(1, "w1")
+    house.load("w1", "m.0")
+    house.residency.absent(house.member("w1"), Digest("m.0"), 0)
+    assert house.residency.tick(LOAD_TIMEOUT_S) == [("w1", "m.0")]
+    house.refuse("w1", "m.0")
+    assert not house.is_coming("d", 0)
+    house.residency.resident(house.member("w1"), Digest("m.0"))
+    assert house.is_coming("d", 0)
+    assert house.places() == (("w1",),)
+
+
 def test_a_stage_is_moved_only_to_a_worker_that_suits_and_has_room():
     house = House("w1", "w2", budget_bytes=10)
     house.deploy(1, "w1")
+    house.load("w1", "m.0")
     house.deploy(1, "w2", deployment="other", model="n")  # w2 is full
     house.member("w1").verdict = Verdict.LOST
     house.residency.left(house.member("w1"), house.now)
