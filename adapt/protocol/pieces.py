@@ -25,9 +25,7 @@ CONTROL_BYTES = 64 << 10  # messages up to this size travel whole, on control
 _NEVER_IN_PIECES = (*HELLOS, Attach, Piece)  # what they say is about the connection that they come from
 
 
-def split(
-    message: Message, *, session: int, term: int, blobs: Sequence[Blob], transfer: int, piece_bytes: int
-) -> Iterator[list[Buffer]]:
+def split(message: Message, *, session: int, term: int, blobs: Sequence[Blob], transfer: int, piece_bytes: int) -> Iterator[list[Buffer]]:
     """The frames of each piece, in order.
 
     Args:

@@ -394,7 +394,7 @@ def _export(
 
 
 def _is_local_file(weights: str | os.PathLike[str] | None) -> bool:
-    return weights is not None and Path(weights).is_file()
+    return weights is not None and os.path.isfile(weights)  # False also for what is no path
 
 
 def _stage_count(stages: int | str) -> int:

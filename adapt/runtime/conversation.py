@@ -393,8 +393,8 @@ class Conversation:
             self._calls.clear()
 
     def _deliver(self, work: Callable[[], None]) -> None:
-        """Call a user's function: here, unless here is the loop, which it might block."""
-        if threading.get_ident() == self._thread_id:
+        """Call a user's function: here, if here is a thread of the user's; it might block ours."""
+        if threading.get_ident() == self._thread_id or self._decoding.is_current:
             self._callbacks.post(work)
         else:
             work()

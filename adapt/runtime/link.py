@@ -112,9 +112,7 @@ class PeerLink:
         self._control = self._connect(self._routing_ids[0], read=self._read_control, noticed=self._noticed, beats=True)
         self._bulk = self._connect(self._routing_ids[1], read=self._read_bulk, noticed=self._noticed_on_bulk, beats=False)
 
-    def _connect(
-        self, identity: bytes, *, read: Callable[[], None], noticed: Callable[[int, int], None], beats: bool
-    ) -> WatchedSocket:
+    def _connect(self, identity: bytes, *, read: Callable[[], None], noticed: Callable[[int, int], None], beats: bool) -> WatchedSocket:
         assert self._context is not None
         watched = WatchedSocket(self._context, zmq.DEALER, read=read, noticed=noticed, limit_bytes=self._limit_bytes)
         self._sockets.append(watched)
@@ -221,6 +219,7 @@ class PeerLink:
                     assert envelope is not None
                     self._receive(LinkReceived(envelope.message, envelope.blobs))
                 case Step.LOST:
+                    self._renew_bulk()  # now: libzmq would go on with the rest of what it had, as soon as it has connected again
                     said_goodbye = envelope is not None and isinstance(envelope.message, Goodbye)
                     self._receive(SessionLost("the dispatcher said goodbye" if said_goodbye else self._reason))
                 case Step.GIVE_UP:
@@ -233,7 +232,7 @@ class PeerLink:
     def _attach(self, welcome: Welcome) -> None:
         session, term = self._session.session, self._session.term
         self._piece_bytes = welcome.piece_bytes
-        if self._assembler is not None:
+        if self._assembler is not None:  # once more: without heartbeats nobody knows whether it has outlived the time between
             self._renew_bulk()
         self._assembler = Assembler(session=session, term=term, limit_bytes=self._limit_bytes)
         self._reason = _RENEWED
@@ -241,7 +240,7 @@ class PeerLink:
         self._receive(SessionOpened(welcome, session, term))
 
     def _renew_bulk(self) -> None:
-        """What an earlier session had to say would only stand in the way, and without heartbeats nobody knows whether its connection lives."""
+        """A fresh connection, rid of all that an earlier session had to say."""
         self._bulk_stands = False
         self._bulk.events()
         self._bulk.reconnect()

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from adapt.errors import AdaptError, ConfigError
 
@@ -221,7 +221,7 @@ class LocalCluster:
         self._dispatcher_settings = {"models_dir": models_dir, **(dispatcher or {})}
         self._worker_settings = {"threads": threads, "memory_limit": memory_limit, "device": device, **(worker or {})}
         self._given_directory = None if directory is None else Path(directory)
-        self._finalizer: weakref.finalize[[], LocalCluster] | None = None
+        self._finalizer: weakref.finalize[Any, Any] | None = None
         self.workers: list[LocalProcess] = []
 
     def __enter__(self) -> Self:
@@ -238,8 +238,9 @@ class LocalCluster:
 
     def start(self) -> None:
         """Start everything and wait until it is ready. Entering the context manager does this."""
-        if self._finalizer is not None:
+        if self._finalizer is not None and self._finalizer.alive:
             return
+        self.workers.clear()
         self.directory = self._given_directory or Path(tempfile.mkdtemp(prefix="adapt-cluster-"))
         self._reaper = Reaper()
         self._processes: list[LocalProcess] = []  # all, in the order in which they are to end

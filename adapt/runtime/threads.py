@@ -23,6 +23,7 @@ class LoopThread:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=_run_loop, args=(self.loop,), name=name, daemon=True)
         self._thread.start()
+        self._is_closed = False
 
     @property
     def is_current(self) -> bool:
@@ -38,9 +39,13 @@ class LoopThread:
             raise
 
     def close(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work`, then end the thread. Waits for that, unless it is called on that thread."""
+        """Run `work`, then end the thread. Waits for that, unless it is called on that thread. Closing twice is nothing."""
+        if self._is_closed:
+            work.close()
+            return
+        self._is_closed = True
         task = asyncio.run_coroutine_threadsafe(work, self.loop)
-        task.add_done_callback(lambda _: self.loop.stop())  # on the loop
+        task.add_done_callback(lambda _: self.loop.call_soon_threadsafe(self.loop.stop))  # called on whichever thread
         if not self.is_current:
             self._thread.join(JOIN_S)
 
@@ -65,15 +70,19 @@ class SerialThread:
         self._name = name
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._lock = threading.Lock()
-        self._is_started = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_current(self) -> bool:
+        return threading.current_thread() is self._thread
 
     def post(self, work: Callable[[], None]) -> None:
         """Call `work` soon, on that thread."""
         self._queue.put(work)
         with self._lock:
-            if not self._is_started:
-                self._is_started = True
-                threading.Thread(target=_work_off, args=(self._queue,), name=self._name, daemon=True).start()
+            if self._thread is None:
+                self._thread = threading.Thread(target=_work_off, args=(self._queue,), name=self._name, daemon=True)
+                self._thread.start()
 
     def close(self) -> None:
         """End the thread when it has called what it was given. Does not wait for it: a callback may be what closes the client."""

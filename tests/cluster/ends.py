@@ -81,7 +81,11 @@ class Echo(Watched):
         self.endpoint.close()
 
     def messages(self, kind: type) -> list[Any]:
-        return [arrival.envelope.message for arrival in self.arrivals if isinstance(arrival, Received) and isinstance(arrival.envelope.message, kind)]
+        return [
+            arrival.envelope.message
+            for arrival in self.arrivals
+            if isinstance(arrival, Received) and isinstance(arrival.envelope.message, kind)
+        ]
 
     def all(self, kind: type) -> list[Any]:
         return [arrival for arrival in self.arrivals if isinstance(arrival, kind)]
@@ -188,17 +192,19 @@ class Caller(Watched):
 
     async def echo(self, size: int) -> None:
         """Send and wait for the echo, again in every new session, as a client does. Asserts that it is the same."""
-        while True:
-            await self.until(lambda: self.link.is_open)
-            opened = len(self.all(SessionOpened))
-            sent, sequence, data = self.send(size)
-            if not sent:
-                await asyncio.sleep(0)
-                continue
-            await self.until(lambda: self.reply(sequence) or len(self.all(SessionOpened)) > opened)
-            if (reply := self.reply(sequence)) is not None:
-                assert b"".join(bytes(part) for part in reply.blobs[0].parts) == data
-                return
+        while not await self._echo_once(size):
+            pass
+
+    async def _echo_once(self, size: int) -> bool:
+        await self.until(lambda: self.link.is_open)
+        opened = len(self.all(SessionOpened))
+        sent, sequence, data = self.send(size)
+        assert sent
+        await self.until(lambda: self.reply(sequence) or len(self.all(SessionOpened)) > opened)
+        reply = self.reply(sequence)
+        if reply is not None:
+            assert b"".join(bytes(part) for part in reply.blobs[0].parts) == data
+        return reply is not None
 
 
 @contextlib.asynccontextmanager

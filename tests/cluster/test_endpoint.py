@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import re
+import selectors
 import signal
 import socket
 import time
@@ -20,7 +22,7 @@ from adapt.protocol.pieces import split
 from adapt.protocol.wire import Blob, encode, encode_head
 from adapt.runtime import endpoint as endpoint_module
 from adapt.runtime.endpoint import DRAIN_LIMIT, MAX_PARTS, Disconnected, Malformed, Received, RouterEndpoint
-from tests.cluster.ends import LIMIT_BYTES, PIECE_BYTES, Echo, calling, echoing, on_loop, process, proxied
+from tests.cluster.ends import LIMIT_BYTES, PIECE_BYTES, WAIT_S, Echo, calling, echoing, on_loop, process, proxied
 
 CLIENT = bytes(range(16))
 
@@ -33,7 +35,13 @@ def _has_ipv6() -> bool:
 
 
 def hello(incarnation: int = 1, **changes) -> msg.ClientHello:
-    facts = {"protocol_version": msg.PROTOCOL_VERSION, "client_id": CLIENT, "incarnation": incarnation, "highest_term": 0, "software": "test"}
+    facts = {
+        "protocol_version": msg.PROTOCOL_VERSION,
+        "client_id": CLIENT,
+        "incarnation": incarnation,
+        "highest_term": 0,
+        "software": "test",
+    }
     return msg.ClientHello(**facts | changes)
 
 
@@ -80,7 +88,19 @@ async def test_a_taken_port_is_named():
             await caller.echo(10)
 
 
-@pytest.mark.parametrize("address", ["", "tcp://", "tcp://127.0.0.1", "tcp://127.0.0.1:port", "tcp://127.0.0.1:99999", "tcp://127.0.0.1:-1", "http://127.0.0.1:80", "127.0.0.1:80"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "tcp://",
+        "tcp://127.0.0.1",
+        "tcp://127.0.0.1:port",
+        "tcp://127.0.0.1:99999",
+        "tcp://127.0.0.1:-1",
+        "http://127.0.0.1:80",
+        "127.0.0.1:80",
+    ],
+)
 @on_loop
 async def test_what_is_no_address_is_named(address):
     with pytest.raises(ConfigError, match=re.escape(f"listen={address}: cannot be bound")):
@@ -175,7 +195,9 @@ async def test_what_arrived_in_parts_is_forwarded_in_parts():
     async with echoing() as echo, calling(echo.address) as caller:
         await echo.attached()
         await caller.echo(10 * PIECE_BYTES + 5)
-        request = next(arrival.envelope for arrival in echo.arrivals if isinstance(getattr(arrival, "envelope", None).message, msg.InferRequest))
+        request = next(
+            arrival.envelope for arrival in echo.arrivals if isinstance(getattr(arrival, "envelope", None).message, msg.InferRequest)
+        )
         assert [len(part) for part in request.blobs[0].parts] == [PIECE_BYTES] * 10 + [5]
 
 
@@ -363,7 +385,9 @@ async def test_others_have_their_turn_while_much_arrives():
                 plug.send_multipart(GOOD)
             turn()
             await echo.until(lambda: len(echo.arrivals) == 10 * DRAIN_LIMIT)
-        assert max(later - earlier for earlier, later in zip(turns, turns[1:], strict=False)) <= DRAIN_LIMIT
+        assert (
+            max(later - earlier for earlier, later in itertools.pairwise(turns)) <= 3 * DRAIN_LIMIT
+        )  # told by the descriptor, the monitor, and itself
 
 
 @on_loop
@@ -374,12 +398,11 @@ async def test_a_loop_that_was_late_can_read_everything_at_once():
             await echo.until(lambda: echo.messages(msg.ClientHello))
             for _ in range(10 * DRAIN_LIMIT):
                 plug.send_multipart(GOOD)
-            limit = time.monotonic() + 10.0
-            while len(echo.arrivals) < 1 + 10 * DRAIN_LIMIT and time.monotonic() < limit:
-                before = len(echo.arrivals)
-                echo.endpoint.drain()  # without a turn of the loop between
-                if len(echo.arrivals) == before:
-                    time.sleep(0.01)  # the network is another thread's work
+            with selectors.DefaultSelector() as selector:  # the network is another thread's work, the loop stands still meanwhile
+                selector.register(echo.endpoint._watched.socket.fileno(), selectors.EVENT_READ)
+                echo.endpoint.drain()
+                while len(echo.arrivals) < 1 + 10 * DRAIN_LIMIT and selector.select(WAIT_S):
+                    echo.endpoint.drain()
             assert len(echo.arrivals) == 1 + 10 * DRAIN_LIMIT
 
 
@@ -457,13 +480,12 @@ async def test_a_stopped_process_is_noticed_and_greets_again_when_it_goes_on():
 
 
 @on_loop
-async def test_closing_with_much_to_send_takes_no_time(monkeypatch):
-    endpoint = RouterEndpoint("tcp://127.0.0.1:*", receive=lambda arrival: None, limit_bytes=LIMIT_BYTES, piece_bytes=PIECE_BYTES)
+async def test_closing_with_much_to_send_takes_no_time():
+    heard = asyncio.Event()
+    endpoint = RouterEndpoint("tcp://127.0.0.1:*", receive=lambda arrival: heard.set(), limit_bytes=LIMIT_BYTES, piece_bytes=PIECE_BYTES)
     with dealer(endpoint.address, CONTROL) as plug:
         greet(plug)
-        limit = time.monotonic() + 10.0
-        while not endpoint.send(CONTROL, msg.SayHello(), session=1, term=1) and time.monotonic() < limit:
-            await asyncio.sleep(0.01)
+        await heard.wait()
         for _ in range(1000):
             endpoint.send(CONTROL, msg.Goodbye(reason="x" * 4000), session=1, term=1)
         began = time.monotonic()

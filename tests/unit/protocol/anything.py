@@ -44,15 +44,21 @@ def of_type(declared: Any) -> st.SearchStrategy[Any]:
     if isinstance(declared, type) and issubclass(declared, tuple):  # a NamedTuple
         hints = typing.get_type_hints(declared, include_extras=True)
         return st.builds(declared, *(of_type(hints[name]) for name in declared._fields))
-    return {Any: FACTS, int: st.integers(-(2**63), 2**64 - 1), float: st.floats(allow_nan=False), str: TEXT, bytes: st.binary(max_size=8)}.get(
-        declared, st.booleans() if declared is bool else st.none()
-    )
+    return {
+        Any: FACTS,
+        int: st.integers(-(2**63), 2**64 - 1),
+        float: st.floats(allow_nan=False),
+        str: TEXT,
+        bytes: st.binary(max_size=8),
+    }.get(declared, st.booleans() if declared is bool else st.none())
 
 
 def _bounded(declared: Any, metas: list[msgspec.Meta]) -> st.SearchStrategy[Any]:
     bounds: dict[str, Any] = {}
     for meta in metas:
-        bounds |= {name: value for name in ("ge", "le", "pattern", "min_length", "max_length") if (value := getattr(meta, name)) is not None}
+        bounds |= {
+            name: value for name in ("ge", "le", "pattern", "min_length", "max_length") if (value := getattr(meta, name)) is not None
+        }
     longest = min(bounds.get("max_length", 8), max(8, bounds.get("min_length", 0)))
     if "pattern" in bounds:
         return st.from_regex(bounds["pattern"].replace("]*", "]{0,8}"))

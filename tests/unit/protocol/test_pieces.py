@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,7 +22,9 @@ SMALL = 4096  # the smallest piece there is
 SESSION, TERM = 5, 3
 ATTEMPT = AttemptId(RequestId(bytes(16), 7), 1, 0, 1)
 PIECES = [kind for kind in KINDS if kind not in _NEVER_IN_PIECES]
-PAYLOADS = st.builds(lambda seed, size: (seed * 8192)[:size], st.binary(min_size=1, max_size=3), st.sampled_from([0, 1, 4095, 4096, 4097, 8192, 20000]))
+PAYLOADS = st.builds(
+    lambda seed, size: (seed * 8192)[:size], st.binary(min_size=1, max_size=3), st.sampled_from([0, 1, 4095, 4096, 4097, 8192, 20000])
+)
 
 
 def assembler(limit_bytes: int = LIMIT_BYTES) -> Assembler:
@@ -77,7 +80,9 @@ def test_whatever_is_cut_is_whole_again(sent, piece_bytes):
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-@given(messages([msg.RunStage, msg.ArtifactPiece], PAYLOADS), st.lists(st.sampled_from([4096, 5000, 8192, 1 << 20]), min_size=1, max_size=4))
+@given(
+    messages([msg.RunStage, msg.ArtifactPiece], PAYLOADS), st.lists(st.sampled_from([4096, 5000, 8192, 1 << 20]), min_size=1, max_size=4)
+)
 def test_what_arrived_in_pieces_may_go_on_in_others(sent, hops):
     message, blobs = sent
     forwarded = blobs
@@ -92,7 +97,7 @@ def test_pieces_depend_on_the_bytes_alone_and_not_on_how_they_lie(cuts, piece_by
     data = bytes(range(250)) * 80
     whole = Blob.of(data)
     edges = sorted([0, *cuts, len(data)])
-    scattered = Blob(whole.size, whole.checksum, tuple(data[begin:end] for begin, end in zip(edges, edges[1:], strict=False)))
+    scattered = Blob(whole.size, whole.checksum, tuple(data[begin:end] for begin, end in itertools.pairwise(edges)))
     message = msg.ArtifactPiece(artifact="a" * 64, offset=0, file_bytes=1)
     assert pieces_of(message, (scattered,), piece_bytes=piece_bytes) == pieces_of(message, (whole,), piece_bytes=piece_bytes)
 
@@ -229,7 +234,9 @@ def test_a_piece_that_does_not_fit_is_named(pieces, told):
     assert contents(put_together(pieces_of(BIG, BIG_BLOBS, transfer=9), into).blobs) == contents(BIG_BLOBS)
 
 
-@pytest.mark.parametrize("facts", [{"piece_bytes": 4095}, {"piece_bytes": 0}, {"piece_bytes": (1 << 20) + 1}, {"index": -1}, {"transfer": -1}])
+@pytest.mark.parametrize(
+    "facts", [{"piece_bytes": 4095}, {"piece_bytes": 0}, {"piece_bytes": (1 << 20) + 1}, {"index": -1}, {"transfer": -1}]
+)
 def test_a_piece_has_bounds(facts):
     with pytest.raises(WireError, match=next(iter(facts))):
         decode_piece(piece_with([b"x"], **facts), assembler())

@@ -12,7 +12,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import RoutingId, bulk_of, routing_ids
 from adapt.protocol.wire import Envelope
-from adapt.scheduling.session import GREETING_TIMEOUT_S, RENEWAL_MAX_S, RENEWAL_S, SETTLED_S, PeerSession, PeerState, Sessions, Step
+from adapt.scheduling.session import (
+    GREETING_TIMEOUT_S,
+    RENEWAL_MAX_S,
+    RENEWAL_S,
+    SETTLED_S,
+    PeerSession,
+    PeerState,
+    Sessions,
+    Step,
+)
 from adapt.scheduling.term import Reign
 
 WELCOME = msg.Welcome(software="test", heartbeat_s=0.5, piece_bytes=4096, max_message_bytes=1 << 20, max_budget_s=60.0)
@@ -224,7 +233,9 @@ class Greeting(RuleBasedStateMachine):
         self.take(self.peer.received(envelope, self.now), cause=isinstance(envelope.message, msg.SayHello), envelope=envelope)
 
     @precondition(lambda self: self.is_connected)
-    @rule(session=st.integers(0, 6), term=st.integers(0, 6), message=st.sampled_from([NEWS, msg.SayHello(), WELCOME, msg.Goodbye(reason="")]))
+    @rule(
+        session=st.integers(0, 6), term=st.integers(0, 6), message=st.sampled_from([NEWS, msg.SayHello(), WELCOME, msg.Goodbye(reason="")])
+    )
     def hear_a_ghost(self, session, term, message):
         """Something from a dispatcher that reigns no more."""
         if term < self.reign.term:
