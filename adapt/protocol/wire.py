@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Generic, TypeAlias, TypeVar, get_args, get_type_hints
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 import msgspec
 import xxhash
 

@@ -165,9 +165,7 @@ class Client:
             if told is not None:
                 told("exporting the model in this process")
             uploaded, path = _export(model, example_inputs, source, Path(directory))
-            call = Call(
-                replace(order, named=None, uploaded=uploaded), progress=told, offered=(Digest(uploaded.program), path)
-            )
+            call = Call(replace(order, named=None, uploaded=uploaded), progress=told, offered=(Digest(uploaded.program), path))
             return Model(self, self._answer(call, timeout_s).deployment)
 
     def model(self, name: str) -> Model:
@@ -361,9 +359,7 @@ class _Item:
                 self.future = self._model._submit_item(self._value, max(self._deadline - monotonic(), 1e-3))
 
 
-def _export(
-    model: Any, example_inputs: Sequence[Any] | None, source: msg.NamedSource, directory: Path
-) -> tuple[msg.ProgramSource, Path]:
+def _export(model: Any, example_inputs: Sequence[Any] | None, source: msg.NamedSource, directory: Path) -> tuple[msg.ProgramSource, Path]:
     """Build if need be, and export into `directory`. The only place of this file that needs torch."""
     try:
         import torch
@@ -387,9 +383,7 @@ def _export(
     elif isinstance(example_inputs, torch.Tensor) or hasattr(example_inputs, "__array_interface__"):
         example_inputs = (example_inputs,)  # else its batch would be taken for the arguments
     exported = export_module(model, tuple(example_inputs), directory=directory)
-    uploaded = msg.ProgramSource(
-        program=exported.digest, file_bytes=exported.file_bytes, operator_costs_s=list(exported.operator_costs_s)
-    )
+    uploaded = msg.ProgramSource(program=exported.digest, file_bytes=exported.file_bytes, operator_costs_s=list(exported.operator_costs_s))
     return uploaded, Path(exported.path)
 
 

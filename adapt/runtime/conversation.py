@@ -362,7 +362,9 @@ class Conversation:
                 case Resolve(outcome=AdaptError() as error):
                     submission = self._submissions.pop(action.request_id)
                     if isinstance(error, UnknownModelError):
-                        error.add_note(f"It was there when this handle was made; client.model({submission.question.deployment!r}) gives a new one.")
+                        error.add_note(
+                            f"It was there when this handle was made; client.model({submission.question.deployment!r}) gives a new one."
+                        )
                     _fail(submission.future, error)
 
     def _reply(self, submission: Submission, reply: msg.Reply, blobs: tuple[Blob, ...]) -> None:

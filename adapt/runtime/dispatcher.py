@@ -22,7 +22,7 @@ import xxhash
 
 from adapt.clock import Clock, monotonic
 from adapt.config import DispatcherConfig
-from adapt.errors import AdaptError, ConnectError, UnknownModelError, WireError
+from adapt.errors import AdaptError, ConnectError, UnknownModelError, VersionError, WireError
 from adapt.planning.placement import WorkerOffer
 from adapt.protocol import messages as msg
 from adapt.protocol.codecs import DTYPES, TensorHeader
@@ -44,6 +44,7 @@ from adapt.version import VERSION
 
 log = logging.getLogger(__name__)
 
+GOODBYE_S = 0.5  # how long the last messages may take to leave
 LAST_ACKS_S = 2.0  # how long a draining dispatcher waits for clients to acknowledge the last answers
 MALFORMED_LIMIT, MALFORMED_WINDOW_S = 3, 10.0  # so many unreadable messages of one peer within so long, and it is refused
 LAG_S = 0.25  # a loop that comes this late reads its sockets before it judges anybody
@@ -161,7 +162,7 @@ class Dispatcher:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._endpoint.close()
+        self._endpoint.close(linger_s=GOODBYE_S)
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._state.close()
 
@@ -316,7 +317,8 @@ class Dispatcher:
         log.warning("message dropped", extra={"sender": bytes(arrival.routing_id).hex(), "reason": str(arrival.error)})
         session = self._sessions.routed(arrival.routing_id)
         if session is None:
-            self._refuse(arrival.routing_id, arrival.error)
+            if isinstance(arrival.error, VersionError):  # a damaged hello is said again; one of another version never will be right
+                self._refuse(arrival.routing_id, arrival.error)
             return
         now = self._clock()
         self._spoilt = {name: moments for name, moments in self._spoilt.items() if moments[-1] > now - MALFORMED_WINDOW_S}
@@ -657,6 +659,7 @@ def _settings(config: DispatcherConfig) -> SchedulerSettings:
         policy=config.policy,
         silence_s=config.silence_s,
         grace_s=config.grace_s,
+        client_grace_s=config.client_grace_s,
         attempt_timeout_s=config.attempt_timeout_s,
         load_timeout_s=config.load_timeout_s,
         max_budget_s=config.max_budget_s,

@@ -54,10 +54,18 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
         loop.run_forever()
-        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.run_until_complete(_end_tasks())
     finally:
         asyncio.set_event_loop(None)
         loop.close()
+
+
+async def _end_tasks() -> None:
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_default_executor()
 
 
 class SerialThread:
@@ -94,4 +102,4 @@ def _work_off(queue: SimpleQueue[Callable[[], None] | None]) -> None:
         try:
             work()
         except Exception:  # user code
-            log.exception("a callback failed", extra={"thread": threading.current_thread().name})
+            log.exception("a callback failed", extra={"on": threading.current_thread().name})

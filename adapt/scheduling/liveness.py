@@ -71,6 +71,15 @@ class Liveness:
         signs = self._signs.get(worker_id)
         return Verdict.LOST if signs is None else signs.verdict
 
+    def reason(self, worker_id: WorkerId) -> str:
+        """Why a worker is lost, in words."""
+        signs = self._signs.get(worker_id)
+        if signs is None:
+            return "it has left"
+        if signs.out_of_grace:
+            return f"it has had no connection for {self._grace_s:g} s"
+        return "its lease has ended, and it is silent"
+
     def expected(self, worker_id: WorkerId, now: float) -> None:
         """The worker belonged to an earlier reign; it has the grace to come back."""
         self._signs[worker_id] = _Signs(lease_live=True, heard=False, connected=False)

@@ -54,7 +54,7 @@ class Request:
     @property
     def is_choosy(self) -> bool:
         """Whether it may refuse a worker that the next request in its queue would take."""
-        return bool(self.attempts or self.exact)
+        return bool(self.attempts or self.failed_on or self.numeric_class)
 
     @property
     def task(self) -> TaskId:

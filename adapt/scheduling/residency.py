@@ -112,9 +112,8 @@ class Residency:
         self._check_ready(live)
 
     def undeploy(self, deployment: str) -> None:
-        number = self._current.pop(deployment, None)
-        if number is not None:
-            self._retire(self._versions[deployment, number])
+        if self._current.pop(deployment, None) is not None:
+            self._retire_below(deployment, None)
 
     def request_began(self, live: LiveVersion) -> None:
         live.requests += 1
@@ -126,23 +125,33 @@ class Residency:
 
     def _check_ready(self, live: LiveVersion) -> None:
         """When every stage is resident somewhere, the version takes over its deployment."""
-        if live.is_ready or not all(self._is_resident(live, stage) for stage in range(len(live.plan.stages))):
+        if live.is_ready or live.is_retired or not all(self._is_resident(live, stage) for stage in range(len(live.plan.stages))):
             return
         live.is_ready = True
         self._actions.append(ev.VersionReady(version=live.version))
         deployment, number = live.key
-        before = self._current.get(deployment, number)
-        if before < number:
-            self._current[deployment] = number
-            self._retire(self._versions[deployment, before])
+        self._current[deployment] = number
+        self._retire_below(deployment, number)
 
     def _is_resident(self, live: LiveVersion, stage: int) -> bool:
         artifact = live.plan.stages[stage].artifact
         members = (self._roster.get(worker_id) for worker_id in live.plan.places[stage])
         return any(member is not None and member.is_ready and artifact in member.resident for member in members)
 
-    def _retire(self, live: LiveVersion) -> None:
+    def _retire_below(self, deployment: str, number: int | None) -> None:
+        """Retire the versions of the deployment that are older than `number`, or all."""
+        for live in list(self._versions.values()):
+            if live.key[0] == deployment and (number is None or live.key[1] < number):
+                how = "undeployed" if number is None else f"replaced by version {number}"
+                self._retire(live, AdaptError(f"version {live.key[1]} of {deployment} was {how} before it was ready"))
+
+    def _retire(self, live: LiveVersion, error: AdaptError) -> None:
+        """The version takes no new requests. Whoever waits until it is ready is told why it never will be."""
+        if live.is_retired:
+            return
         live.is_retired = True
+        if not live.is_ready:
+            self._actions.append(ev.VersionFailed(version=live.version, error=error))
         self._release_if_done(live)
 
     def _release_if_done(self, live: LiveVersion) -> None:
@@ -171,6 +180,13 @@ class Residency:
                 self._load(member, live.plan.stages[stage_to_take].artifact, now)
             self._check_ready(live)
         self._woken()
+
+    def recovered(self, member: Member, now: float) -> None:
+        """A suspect has been heard again: give it what was planned for it meanwhile."""
+        for live in self._versions.values():
+            for need, workers in zip(live.plan.stages, live.plan.places, strict=True):
+                if member.worker_id in workers:
+                    self._load(member, need.artifact, now)
 
     def session_ended(self, member: Member) -> None:
         """Whatever it was loading, it does so for nobody now."""
@@ -208,6 +224,7 @@ class Residency:
         self._due.clear((member.worker_id, artifact))
         member.loading.discard(artifact)
         member.resident.add(artifact)
+        member.refused.pop(artifact, None)  # it was given up, and came after all
         for live in list(self._versions.values()):
             self._check_ready(live)
         self._woken()
@@ -236,23 +253,27 @@ class Residency:
         self._woken()
 
     def _replace_or_fail(self, live: LiveVersion, stage: int, error: AdaptError, now: float) -> None:
-        if live.key not in self._versions:  # it has failed already, for another stage
+        if live.is_retired:  # it has failed already, for another stage
             return
-        spare = [m for m in self._roster if m.is_ready and live.plan.stages[stage].artifact not in m.refused]
-        if self._substitute(live, stage, spare, now) or live.plan.places[stage]:
+        artifact, places = live.plan.stages[stage].artifact, live.plan.places[stage]
+        spare = [m for m in self._roster if m.is_ready and m.worker_id not in places and artifact not in m.refused]
+        if self._substitute(live, stage, spare, now) or places:
             return
-        self._actions.append(ev.VersionFailed(version=live.version, error=error))
         if self._current.get(live.version.deployment) == live.version.number:
             del self._current[live.version.deployment]
-        self._retire(live)
+        self._retire(live, error)
 
     def _substitute(self, live: LiveVersion, stage: int, spare: list[Member], now: float) -> bool:
         need = live.plan.stages[stage]
         chosen = substitute(need, [self.offer(member) for member in spare])
         if chosen is None:
             return False
+        member = self._roster.member(chosen)
         self._replan(live, live.plan.added(stage, chosen))
-        self._load(self._roster.member(chosen), need.artifact, now)
+        self._load(member, need.artifact, now)
+        if need.artifact in member.resident:  # because of another version: no `StageResident` will follow
+            self._check_ready(live)
+            self._woken()
         return True
 
     def _load(self, member: Member, artifact: Digest, now: float) -> None:

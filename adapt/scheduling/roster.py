@@ -74,6 +74,10 @@ class Member:
     def has_credit(self) -> bool:
         return len(self.slots) < self.credit
 
+    def backlog_s(self, now: float) -> float:
+        """Seconds until it has finished what it holds. If it should have finished already, it is expected to be late by as much again."""
+        return abs(self.busy_until - now) if self.slots else 0.0
+
     def join(self, *, numeric_class: str, stage_budget_bytes: int, credit: int, resident: frozenset[Digest]) -> None:
         """Begin a session. What was learnt of it stays."""
         self.numeric_class, self.stage_budget_bytes, self.credit = numeric_class, stage_budget_bytes, credit

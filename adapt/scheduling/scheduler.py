@@ -50,6 +50,7 @@ STORY_LENGTH = 200
 REMEMBER_S = 5.0  # how long beyond its deadline a request's id is remembered
 EARLY_CANCEL_S = 120.0  # how long a cancel that has overtaken its request is remembered
 MEMBER_MEMORY_S = 600.0  # how long a lost worker is shown
+LOOK_AGAIN_S = 0.01  # the least pause before looking whether a busy worker is still worth waiting for
 
 
 
@@ -74,7 +75,7 @@ class SchedulerSettings:
 class _Due:
     """What can fall due, as a key of the deadline heap."""
 
-    kind: str  # "deadline", "attempt", "forget", "client", "member"
+    kind: str  # "deadline", "attempt", "forget", "client", "member", "look"
     subject: RequestId | AttemptId | ClientId | WorkerId
 
 
@@ -131,6 +132,9 @@ class Scheduler:
             case "member", str() as worker_id:
                 self._liveness.forget(WorkerId(worker_id))
                 self.roster.forget(WorkerId(worker_id))
+            case "look", str() as worker_id:
+                if (member := self.roster.get(WorkerId(worker_id))) is not None:
+                    self._wake(member)
 
     def next_wakeup(self) -> float | None:
         """The moment of the next `tick`; after `tick(now)` it is later than `now`."""
@@ -318,6 +322,7 @@ class Scheduler:
         """Stop all work for a request and remember its id for a while."""
         del self._requests[request.request_id]
         request.ticket = 0
+        request.activation = ev.Activation((), ())  # its place in a queue may outlive it; the bytes are reserved no more
         self._due.clear(_Due("deadline", request.request_id))
         self._due.set(_Due("forget", request.request_id), request.deadline + REMEMBER_S)
         self._admission.release(request.request_id)
@@ -371,7 +376,6 @@ class Scheduler:
             self.counters["late_answers"] += 1
             return
         request.numeric_classes.add(member.numeric_class)
-        self._call_off(request)
         self.counters["tasks_done"] += 1
         if request.stage + 1 == len(request.version.plan.stages):
             answer = ev.Answer(
@@ -382,6 +386,7 @@ class Scheduler:
             )
             self._end(request, answer, now)
         else:
+            self._call_off(request)
             request.advance(event.output)
             self._admission.grow(request.request_id, event.output.size_bytes)
             self._enqueue(request)
@@ -513,13 +518,18 @@ class Scheduler:
                 break
             if not any(member.has_credit for member in eligible):
                 put_back.append(entry)
+                if request.is_choosy:
+                    continue
                 break
             chosen = self._choose(request, eligible, waiting_s, now)
             if chosen.has_credit:
                 self._dispatch(request, chosen, now)
             else:
                 put_back.append(entry)
-                waiting_s[chosen.worker_id] = waiting_s.get(chosen.worker_id, 0.0) + self._expect(request, chosen)[0]
+                service_s = self._expect(request, chosen)[0]
+                # It may be late; then look again whether it is still worth waiting for.
+                self._due.set(_Due("look", chosen.worker_id), now + max(chosen.backlog_s(now), service_s, LOOK_AGAIN_S))
+                waiting_s[chosen.worker_id] = waiting_s.get(chosen.worker_id, 0.0) + service_s
         self._queues.put_back(key, put_back)
 
     def _wait_for_worker(self, request: Request, now: float) -> bool:
@@ -532,7 +542,7 @@ class Scheduler:
                 attempt.is_expired = False
                 self._due.set(_Due("attempt", request.attempt_id(number)), now + attempt.timeout_s)
             return False
-        if request.exact and not any(member.verdict is not Verdict.LOST and self._suits(request, member) for member in self.roster):
+        if request.numeric_class and not any(member.verdict is not Verdict.LOST and self._suits(request, member) for member in self.roster):
             self._fail(request, PlanError(f"no worker of numeric class {request.numeric_class!r} is left"), now)
             return False
         return True
@@ -555,7 +565,7 @@ class Scheduler:
             service_s, transfer_s = self._expect(request, member)
             return Candidate(
                 worker_id=member.worker_id,
-                backlog_s=max(member.busy_until - now, 0.0) + waiting_s.get(member.worker_id, 0.0),
+                backlog_s=member.backlog_s(now) + waiting_s.get(member.worker_id, 0.0),
                 service_s=service_s,
                 transfer_s=transfer_s,
                 last_used=member.last_used,
@@ -613,6 +623,7 @@ class Scheduler:
     def _worker_joined(self, event: ev.WorkerJoined, now: float) -> None:
         member = self.roster.member(event.worker_id)
         lost = set(member.slots) - event.held - event.finished
+        self._residency.session_ended(member)
         member.join(
             numeric_class=event.numeric_class,
             stage_budget_bytes=event.stage_budget_bytes,
@@ -659,13 +670,15 @@ class Scheduler:
             return
         match member.verdict:
             case Verdict.READY:
+                if not member.is_draining:
+                    self._residency.recovered(member, now)
                 self._queues.wake_all()
             case Verdict.SUSPECT:
                 self.counters["workers_suspected"] += 1
                 self._doubt(member, now)
             case Verdict.LOST:
                 self.counters["evictions"] += 1
-                reason = f"no sign of life for {self.settings.grace_s:g} s"
+                reason = self._liveness.reason(member.worker_id)
                 self._session_ended(member.worker_id, reason, now)
                 self._lost(member, now)
                 self._actions.append(ev.Evict(worker_id=member.worker_id, reason=reason))

@@ -84,9 +84,7 @@ class SpeakingDispatcher:
                     self._send(self._greeting())
                 case msg.StatusQuery(call=call):
                     self._send(
-                        msg.StatusReport(
-                            call=call, term=self.term, uptime_s=1.0, workers=[], deployments=self.deployments, counters={}
-                        )
+                        msg.StatusReport(call=call, term=self.term, uptime_s=1.0, workers=[], deployments=self.deployments, counters={})
                     )
                 case msg.InferRequest():
                     self.inputs[message.request_id] = blobs

@@ -20,7 +20,6 @@ import pytest
 import adapt
 from adapt.models.structure import Leaf, Node
 from adapt.protocol import messages as msg
-from adapt.protocol.wire import Blob
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from speaking import PROGRAM, WAIT_S, SpeakingDispatcher, deployment, interface
@@ -88,16 +87,12 @@ def test_tensors_in_tensors_out(dispatcher, client, model):
     assert isinstance(y, torch.Tensor) and torch.equal(y, torch.from_numpy(2 * X))
 
 
-def test_bfloat16_is_kept_for_torch_and_widened_for_numpy(dispatcher, client):
+def test_bfloat16_goes_there_and_back_as_it_is(dispatcher, client):
     torch = pytest.importorskip("torch")
     dispatcher.deployments = [deployment("narrow", of=interface("bfloat16"))]
+    dispatcher.answer = lambda m, b: isinstance(m, msg.InferRequest) and dispatcher.reply(m, dispatcher.input(m), dtype="bfloat16")
     x = torch.randn(2, 4).to(torch.bfloat16)
-    model = client.model("narrow")
-    for as_torch in (True, False):
-        dispatcher.answer = lambda m, b: isinstance(m, msg.InferRequest) and dispatcher.reply(m, dispatcher.input(m), dtype="bfloat16")
-        assert torch.equal(model(x), x)
-        if as_torch:
-            break
+    assert torch.equal(client.model("narrow")(x), x)
     leaf = dispatcher.take(msg.InferRequest).leaves[0]
     assert (leaf.dtype, leaf.shape) == ("bfloat16", (2, 4))
 
@@ -336,8 +331,8 @@ def test_map_takes_no_more_inputs_than_it_needs_and_cancels_what_it_leaves(dispa
     outputs = model.map((taken.append(n) or X for n in range(100)), in_flight=4)
     next(outputs)
     assert len(taken) <= 5
-    requests = {request.request_id.sequence for request in dispatcher.until(lambda: dispatcher.of(msg.InferRequest)[3:] and dispatcher.got)
-                if isinstance(request, msg.InferRequest)}  # fmt: skip
+    dispatcher.take(msg.InferRequest, 4)
+    requests = {request.request_id.sequence for request in dispatcher.of(msg.InferRequest)}
     outputs.close()
     cancelled = dispatcher.until(lambda: len(dispatcher.of(msg.CancelRequest)) == len(requests) - 1 and dispatcher.of(msg.CancelRequest))
     assert {cancel.request_id.sequence for cancel in cancelled} == requests - {1}
@@ -358,7 +353,9 @@ def test_map_asks_an_overloaded_dispatcher_again(dispatcher, model):
     dispatcher.answer = answer
     for n, y in enumerate(model.map([X + n for n in range(5)], in_flight=2)):
         assert np.array_equal(y, 2 * (X + n))
-    dispatcher.answer = lambda m, b: isinstance(m, msg.InferRequest) and dispatcher.fail(m, adapt.OverloadedError("full", retry_after_s=0.2))
+    dispatcher.answer = lambda m, b: (
+        isinstance(m, msg.InferRequest) and dispatcher.fail(m, adapt.OverloadedError("full", retry_after_s=0.2))
+    )
     with pytest.raises(adapt.OverloadedError):
         list(model.map([X], deadline_s=0.5))
 
@@ -562,7 +559,8 @@ def test_a_module_is_exported_here_and_fetched_from_here(dispatcher, client):
     assert len(uploaded.operator_costs_s) >= 2
     assert dispatcher.take(msg.ArtifactMissing).artifact == "0" * 64
     pieces.clear()
-    assert client.deploy(module, input_shape=(1, 4)).name == "double" or order[-1].name == "Sequential"
+    client.deploy(module, input_shape=(1, 4))
+    assert order[-1].name == "Sequential"
     for wrong, options, error in (
         (module, {}, adapt.ExportError),
         (42, {}, adapt.ExportError),
@@ -640,4 +638,4 @@ def test_a_program_may_end_without_closing_anything(dispatcher):
 def test_nothing_of_this_needs_torch():
     script = "import sys, adapt; adapt.Client, adapt.LocalCluster; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
-    assert adapt.__version__ == "0.1.0" and Blob
+    assert adapt.__version__ == "0.1.0"

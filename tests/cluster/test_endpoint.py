@@ -21,7 +21,7 @@ from adapt.protocol.ids import RoutingId, routing_ids
 from adapt.protocol.pieces import split
 from adapt.protocol.wire import Blob, encode, encode_head
 from adapt.runtime import endpoint as endpoint_module
-from adapt.runtime.endpoint import DRAIN_LIMIT, MAX_PARTS, Disconnected, Malformed, Received, RouterEndpoint
+from adapt.runtime.endpoint import DRAIN_LIMIT, MAX_PARTS, Disconnected, Malformed, Received, RouterEndpoint, WatchedSocket
 from tests.cluster.ends import LIMIT_BYTES, PIECE_BYTES, WAIT_S, Echo, calling, echoing, on_loop, process, proxied
 
 CLIENT = bytes(range(16))
@@ -339,22 +339,23 @@ async def test_pieces_before_any_hello_are_answered_and_not_put_together():
 
 @on_loop
 async def test_an_error_of_whoever_is_told_makes_nobody_deaf():
-    errors = []
+    """Nothing else would make the socket look again: its descriptor has told already, and nothing new arrives here."""
+    errors, reads, looked_again = [], [], asyncio.Event()
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context["exception"]))
-    async with echoing() as echo:
-        tell, heard = echo.endpoint._receive, []
 
-        def stumble(arrival):
-            heard.append(arrival)
-            if len(heard) == 1:
-                raise KeyError("a bug")
-            tell(arrival)
+    def stumble():
+        reads.append(1)
+        if len(reads) == 1:
+            raise KeyError("a bug")
+        looked_again.set()
 
-        echo.endpoint._receive = stumble
-        with dealer(echo.address, CONTROL) as plug:
-            for _ in range(5):
-                plug.send_multipart(GOOD)
-            await echo.until(lambda: len(heard) == 5)
+    with zmq.Context() as context:
+        watched = WatchedSocket(context, zmq.ROUTER, read=stumble, noticed=lambda event, descriptor: None, limit_bytes=LIMIT_BYTES)
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await looked_again.wait()
+        finally:
+            watched.close()
     assert [repr(error) for error in errors] == ["KeyError('a bug')"]
 
 

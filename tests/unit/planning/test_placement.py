@@ -27,9 +27,7 @@ def offers_of(triples) -> list[WorkerOffer]:
 
 
 def plan_of(needs: list[StageNeed], places) -> Plan:
-    return Plan(
-        program=Digest("p"), epoch=Epoch(1), stages=tuple(needs), places=tuple(tuple(WorkerId(w) for w in at) for at in places)
-    )
+    return Plan(program=Digest("p"), epoch=Epoch(1), stages=tuple(needs), places=tuple(tuple(WorkerId(w) for w in at) for at in places))
 
 
 # ── place ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -30,9 +30,7 @@ def rid(number: int) -> RequestId:
 
 
 def question(deadline: float, *, now: float = 0, blob: Blob = BIG) -> Question:
-    return Question(
-        deployment="m", program=None, numerics="close", leaves=[], blobs=(blob,), budget_s=deadline - now, deadline=deadline
-    )
+    return Question(deployment="m", program=None, numerics="close", leaves=[], blobs=(blob,), budget_s=deadline - now, deadline=deadline)
 
 
 def reply(number: int) -> Reply:
@@ -231,7 +229,7 @@ def test_the_dispatchers_story_of_a_deadline_comes_before_our_own_timer():
     told = said(outcomes.submit(rid(1), question(2.0), 0), InferRequest)[0].budget_s
     assert 1.9 < told < 2.0
     story = [{"stage": 0, "attempt": 1, "worker": "w1", "outcome": "timeout"}]
-    (_, error), = resolved(outcomes.failed(failed(1, DeadlineExceededError(told, attempts=story)), told))
+    ((_, error),) = resolved(outcomes.failed(failed(1, DeadlineExceededError(told, attempts=story)), told))
     assert error.budget_s == 2.0 and error.attempts == story and str(error) == "no answer within 2 s"
 
 
@@ -274,7 +272,7 @@ def test_overload_is_told_to_who_submits_but_not_of_a_request_that_had_been_let_
     outcomes.opened(1, limit_bytes=LIMIT_BYTES, now=0)
     overloaded = OverloadedError("full", retry_after_s=2.0)
     outcomes.submit(rid(1), question(10), 0)
-    (_, error), = resolved(outcomes.failed(failed(1, overloaded), 0))
+    ((_, error),) = resolved(outcomes.failed(failed(1, overloaded), 0))
     assert isinstance(error, OverloadedError) and error.retry_after_s == 2.0
     outcomes.submit(rid(2), question(10), 0)
     outcomes.accepted(accepted(2))
@@ -313,7 +311,7 @@ def test_what_the_socket_did_not_take_is_said_again():
 def test_inputs_that_the_dispatcher_would_not_take_are_not_sent():
     outcomes = Outcomes()
     outcomes.submit(rid(1), question(30), 0)
-    (_, error), = resolved(outcomes.opened(1, limit_bytes=SMALL_BYTES, now=0))
+    ((_, error),) = resolved(outcomes.opened(1, limit_bytes=SMALL_BYTES, now=0))
     assert isinstance(error, InputMismatchError) and str(SMALL_BYTES) in str(error)
     assert len(outcomes) == 0 and outcomes.next_wakeup() is None
 

@@ -458,7 +458,7 @@ def test_in_any_order_loads_are_wanted_watched_and_within_memory(steps):
     for step, name, stage in steps:
         member = house.member(name)
         match step:
-            case "deploy" if (ready := [m for m in WORKERS if house.member(m).is_ready]):
+            case "deploy" if ready := [m for m in WORKERS if house.member(m).is_ready]:
                 number += 1
                 live[number] = False
                 house.deploy(number, ready[0], ready[-1], model=f"m{number % 3}")

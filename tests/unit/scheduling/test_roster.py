@@ -81,11 +81,7 @@ def test_a_stage_without_a_prediction_says_nothing_about_slowness():
     assert member.slowness == 1.0
 
 
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["take", "take", "free"]), st.integers(0, 5), st.integers(0, 3), st.integers(0, 3)), max_size=30
-    )
-)
+@given(st.lists(st.tuples(st.sampled_from(["take", "take", "free"]), st.integers(0, 5), st.integers(0, 3), st.integers(0, 3)), max_size=30))
 def test_slots_and_the_moment_at_which_all_is_done(steps):
     member, now = Member(WorkerId("w1"), credit=3), 0
     held: dict[AttemptId, int] = {}

@@ -329,7 +329,8 @@ def test_later_stages_go_first():
     second = cluster.submit(budget_s=50.0)  # more urgent, but at the beginning
     sent = cluster.the_one_sent()
     cluster.finish(sent)
-    assert (one := cluster.the_one_sent()).request == first and one.attempt.stage == 1
+    one = cluster.the_one_sent()
+    assert one.request == first and one.attempt.stage == 1
     cluster.finish(one)
     assert cluster.the_one_sent().request == second
 
@@ -1251,26 +1252,25 @@ def test_an_exact_request_that_has_met_no_worker_yet_waits_for_any():
 
 
 def test_an_exact_request_that_waits_for_its_class_does_not_hold_up_the_others():
+    """The head of the queue may only go to a2, which is full; b1 is free, and the next one may go there."""
     cluster = Cluster()
-    cluster.join("avx", numeric_class="avx", credit=1)
-    cluster.join("arm", numeric_class="arm", credit=1)
-    cluster.deploy("avx arm", "avx arm")
-    exact = cluster.submit(exact=True, budget_s=50.0)
-    pinned = cluster.the_one_sent()
-    assert pinned.worker == "arm"  # by name: nothing is known of either
-    on_avx = cluster.submit(exact=True)
-    at_avx = cluster.the_one_sent()
-    assert at_avx.worker == "avx"
-    cluster.finish(pinned)
-    second_stage = cluster.the_one_sent()
-    assert (second_stage.request, second_stage.worker, second_stage.attempt.stage) == (exact, "arm", 1)
-    third = cluster.submit(budget_s=90.0)
-    cluster.finish(at_avx)
-    assert (one := cluster.the_one_sent()).request == on_avx and one.worker == "avx", "later stages first"
-    cluster.fail(second_stage, WireError("flipped"))  # arm is free, and the only one of its class
-    assert cluster.the_one_sent().request == exact
-    cluster.finish(one)
-    assert cluster.the_one_sent().request == third
+    for worker, numeric_class in (("a1", "avx"), ("a2", "avx"), ("b1", "arm")):
+        cluster.join(worker, numeric_class=numeric_class, credit=1)
+    cluster.deploy("a1 a2 b1")
+    pinned = cluster.submit(exact=True, budget_s=50.0)
+    for _ in range(2):
+        cluster.submit()
+    on_a1, on_a2, on_b1 = cluster.sent()
+    assert [(one.worker, one.request == pinned) for one in (on_a1, on_a2, on_b1)] == [("a1", True), ("a2", False), ("b1", False)]
+    cluster.lose("a1")
+    next_one = cluster.submit(budget_s=90.0)
+    assert cluster.sent() == []
+    cluster.finish(on_b1)
+    sent = cluster.the_one_sent()
+    assert (sent.request, sent.worker) == (next_one, "b1")
+    cluster.finish(on_a2)
+    sent = cluster.the_one_sent()
+    assert (sent.request, sent.worker) == (pinned, "a2")
 
 
 # ── admission ────────────────────────────────────────────────────────────────────────────────────────────────────────
