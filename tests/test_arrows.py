@@ -43,9 +43,7 @@ NOT_PURE |= {"multiprocessing", "subprocess", "concurrent"}
 CLOCKS = {"time", "datetime"}  # whole modules: who may not read the clock has no use for the rest of them either
 
 # Models as data. Every other module of adapt.models is a room with torch, also one that is new.
-TORCH_FREE_MODELS = {"adapt.models"} | {
-    f"adapt.models.{name}" for name in ("program", "cut", "structure", "tensorfile", "interface")
-}
+TORCH_FREE_MODELS = {"adapt.models"} | {f"adapt.models.{name}" for name in ("program", "cut", "structure", "tensorfile", "interface")}
 TORCH_USERS = {"adapt.runtime.executor", "adapt.runtime.worker"}
 BUILDER = "adapt.runtime.builder"  # its parent side runs in a process without torch, so its child side imports inside functions
 WORKER_DOOR = "adapt.interfaces.cli.worker"  # the one door behind which there is a worker
@@ -104,9 +102,7 @@ def imports_of(path: Path, root: Path, modules: set[str]) -> Iterator[Import]:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
                 for child in ast.iter_child_nodes(node):
                     yield from walk(child, function or name, is_for_types)
-            case ast.If(
-                test=ast.Name(id="TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING"), body=body, orelse=rest
-            ):
+            case ast.If(test=ast.Name(id="TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING"), body=body, orelse=rest):
                 for child in body:
                     yield from walk(child, function, True)
                 for child in rest:

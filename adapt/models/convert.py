@@ -173,9 +173,7 @@ class _Converter:
                 self._weight_names[node] = str(spec.target)
                 self._frozen.add(node)
             elif spec.kind != InputKind.USER_INPUT:
-                raise ExportError(
-                    f"the model holds an object that is not a tensor ({spec.target}); ADAPT moves tensors only"
-                )
+                raise ExportError(f"the model holds an object that is not a tensor ({spec.target}); ADAPT moves tensors only")
             elif isinstance(spec.arg, ConstantArgument):
                 self._argument_of[node] = spec.arg.value
                 arguments.append(_constant(spec.arg.value))
@@ -262,11 +260,7 @@ class _Converter:
 
     def _check_unread(self, mutated: torch.fx.Node, node: torch.fx.Node, position: int) -> None:
         """Refuse a write that somebody could see who reads the same memory under another name."""
-        others = [
-            other
-            for other in node.all_input_nodes
-            if other is not mutated and isinstance(other.meta.get("val"), torch.Tensor)
-        ]
+        others = [other for other in node.all_input_nodes if other is not mutated and isinstance(other.meta.get("val"), torch.Tensor)]
         target = mutated.meta["val"]
         if any(other.meta["val"].dtype != target.dtype for other in others):
             raise NeedsDecomposition(f"{node}: the result would be promoted to another dtype")
@@ -285,9 +279,7 @@ class _Converter:
         elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             advice = "it draws random numbers, also in eval mode; leave it out when `self.training` is false"
         elif name in OPERATORS:
-            advice = (
-                "in training mode it writes to its statistics or draws random numbers; pass `training=self.training`"
-            )
+            advice = "in training mode it writes to its statistics or draws random numbers; pass `training=self.training`"
         else:
             known = {other.split(".")[1]: other for other in OPERATORS}
             close = [known[word] for word in difflib.get_close_matches(name.split(".")[1], known, n=3, cutoff=0.7)]
@@ -320,9 +312,7 @@ class _Converter:
                     self._argument_of[argument] = self._weight(argument)
                 found = self._argument_of[argument]
                 if isinstance(found, _Unusable):
-                    raise ExportError(
-                        f"{_where(node)} computes with {found.name} of the batch size, which is not an int"
-                    )
+                    raise ExportError(f"{_where(node)} computes with {found.name} of the batch size, which is not an int")
                 return found
             case None | bool() | int() | float() | str():
                 return argument
@@ -366,9 +356,7 @@ def _inline_regions(module: torch.fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.op != "call_function" or not _is_neutral_region(node):
             continue
-        body = next(
-            argument for argument in node.args if isinstance(argument, torch.fx.Node) and argument.op == "get_attr"
-        )
+        body = next(argument for argument in node.args if isinstance(argument, torch.fx.Node) and argument.op == "get_attr")
         inner = getattr(module, str(body.target))
         _inline_regions(inner)
         outer = node.args[node.args.index(body) + 1 :]
@@ -463,15 +451,8 @@ def _mutated(node: torch.fx.Node) -> torch.fx.Node | None:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
         return None
-    written = [
-        argument.alias_info is not None and argument.alias_info.is_write for argument in target._schema.arguments
-    ]
-    if (
-        written[0]
-        and sum(written) == 1
-        and isinstance(node.args[0], torch.fx.Node)
-        and target._schema.name.endswith("_")
-    ):
+    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in target._schema.arguments]
+    if written[0] and sum(written) == 1 and isinstance(node.args[0], torch.fx.Node) and target._schema.name.endswith("_"):
         return node.args[0]
     raise NeedsDecomposition(f"{node}: {target} writes to an argument that is not the first")
 
@@ -479,14 +460,10 @@ def _mutated(node: torch.fx.Node) -> torch.fx.Node | None:
 def _is_fresh(node: torch.fx.Node, name: str) -> bool:
     """Whether the result certainly is memory of its own."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or any(
-        result.alias_info is not None for result in target._schema.returns
-    ):
+    if not isinstance(target, torch._ops.OpOverload) or any(result.alias_info is not None for result in target._schema.returns):
         return False
     schema_name = target._schema.name + (f".{target._schema.overload_name}" if target._schema.overload_name else "")
-    return name in _FRESH_COMPOSITES or not torch._C._dispatch_has_kernel_for_dispatch_key(
-        schema_name, "CompositeImplicitAutograd"
-    )
+    return name in _FRESH_COMPOSITES or not torch._C._dispatch_has_kernel_for_dispatch_key(schema_name, "CompositeImplicitAutograd")
 
 
 def _module_path(node: torch.fx.Node) -> str:
@@ -505,9 +482,7 @@ def _where(node: torch.fx.Node) -> str:
 
 def _constant(value: Any) -> Constant:
     if value is not None and not isinstance(value, (bool, int, float, str)):
-        raise ExportError(
-            f"an input or output of type {type(value).__name__} is not supported; use tensors and plain values"
-        )
+        raise ExportError(f"an input or output of type {type(value).__name__} is not supported; use tensors and plain values")
     return Constant(value)
 
 
@@ -531,9 +506,7 @@ def _structure(spec: Any, leaves: Iterator[Structure]) -> Structure:
         if all(is_field_name(name) for name in (name, *fields)):
             return Node("namedtuple", items, tuple(fields), name)
         return Node("tuple", items)
-    raise ExportError(
-        f"an input or output of type {getattr(kind, '__name__', kind)} is not supported; use tuples, lists and dicts"
-    )
+    raise ExportError(f"an input or output of type {getattr(kind, '__name__', kind)} is not supported; use tuples, lists and dicts")
 
 
 def _compacted(result: Converted) -> Converted:
@@ -551,11 +524,7 @@ def _compacted(result: Converted) -> Converted:
     weight_of = {old: new for new, old in enumerate(used_weights)}
 
     def renumber(reference: ValueRef | WeightRef) -> Argument:
-        return (
-            ValueRef(value_of[reference.index])
-            if isinstance(reference, ValueRef)
-            else WeightRef(weight_of[reference.index])
-        )
+        return ValueRef(value_of[reference.index]) if isinstance(reference, ValueRef) else WeightRef(weight_of[reference.index])
 
     return Converted(
         operators=[

@@ -91,9 +91,7 @@ def write_stages(program: Program, positions: Sequence[int], directory: Path | s
     """
     legal = {cut.position: cut for cut in legal_cuts(program)}
     if list(positions) != sorted(set(positions)) or not all(position in legal for position in positions):
-        raise PlanError(
-            f"cannot cut at {list(positions)}: positions must rise and be among the {len(legal)} legal cuts"
-        )
+        raise PlanError(f"cannot cut at {list(positions)}: positions must rise and be among the {len(legal)} legal cuts")
     ends = [(position, legal[position].crossing) for position in positions] + [(len(program.graph.operators), None)]
     artifacts, begin, entering = [], 0, None
     for end, leaving in ends:
@@ -138,17 +136,13 @@ def _write_stage(program: Program, graph: Graph, begin: int, end: int, directory
         for weight in graph.weights
     ]
     path, digest, file_bytes = write_tensor_file(directory, stage_to_metadata(graph), sources)
-    return StageArtifact(
-        digest, path, file_bytes, graph.weight_bytes, graph.input_specs, graph.output_specs, begin, end
-    )
+    return StageArtifact(digest, path, file_bytes, graph.weight_bytes, graph.input_specs, graph.output_specs, begin, end)
 
 
 class _StageBuilder:
     """Collects the operators of one stage under new numbers of values and weights."""
 
-    def __init__(
-        self, graph: Graph, begin: int, end: int, entering: tuple[int, ...] | None, leaving: tuple[int, ...] | None
-    ) -> None:
+    def __init__(self, graph: Graph, begin: int, end: int, entering: tuple[int, ...] | None, leaving: tuple[int, ...] | None) -> None:
         self._graph, self._begin, self._end = graph, begin, end
         self._entering = graph.inputs if entering is None else entering
         self._leaving = graph.outputs if leaving is None else leaving
@@ -181,9 +175,7 @@ class _StageBuilder:
             defined = {output for output in operator.outputs if output is not None}
             if defined & needed or (position >= self._begin and not defined <= constant):
                 chosen.append(operator)
-                needed |= {
-                    r.index for r in operator_references(operator) if isinstance(r, ValueRef) and r.index in constant
-                }
+                needed |= {r.index for r in operator_references(operator) if isinstance(r, ValueRef) and r.index in constant}
         return chosen[::-1]
 
     def _enter(self, index: int, *, is_used: bool) -> None:
@@ -207,9 +199,7 @@ class _StageBuilder:
 
     def _permute(self, source: int, spec: TensorSpec, order: Iterable[int]) -> int:
         target = self._define(spec)
-        self._operators.append(
-            Operator("aten.permute.default", (ValueRef(source), tuple(order)), {}, (target,), place="cut")
-        )
+        self._operators.append(Operator("aten.permute.default", (ValueRef(source), tuple(order)), {}, (target,), place="cut"))
         return target
 
     def _copy(self, operator: Operator) -> None:

@@ -121,9 +121,7 @@ class _Example:
     def with_leaves(self, leaves: Sequence[torch.Tensor]) -> tuple[Any, Any]:
         """(args, kwargs) with copies of `leaves` in place of the tensors."""
         rest = iter(leaves)
-        replaced: tuple[Any, Any] = pytree.tree_map_only(
-            torch.Tensor, lambda _: next(rest).clone(), (self.args, self.kwargs)
-        )
+        replaced: tuple[Any, Any] = pytree.tree_map_only(torch.Tensor, lambda _: next(rest).clone(), (self.args, self.kwargs))
         return replaced
 
     @cached_property
@@ -142,9 +140,7 @@ def _first_that_fits(module: torch.nn.Module, example: _Example) -> _Candidate:
             continue
         for decompose in (False, True):
             try:
-                candidate = _candidate(
-                    exported.run_decompositions({}) if decompose else exported, module, example, is_batched
-                )
+                candidate = _candidate(exported.run_decompositions({}) if decompose else exported, module, example, is_batched)
             except NeedsDecomposition as error:
                 if decompose:
                     raise ExportError(f"the model writes into a tensor that it still reads: {error}") from None
@@ -166,9 +162,7 @@ def _first_that_fits(module: torch.nn.Module, example: _Example) -> _Candidate:
 
 def _candidate(exported: Any, module: torch.nn.Module, example: _Example, is_batched: bool) -> _Candidate:
     converted = convert(exported, {name for name, tensor in _named_tensors(module) if tensor.requires_grad})
-    values = tuple(
-        _contiguous(spec) if index in converted.inputs else spec for index, spec in enumerate(converted.values)
-    )
+    values = tuple(_contiguous(spec) if index in converted.inputs else spec for index, spec in enumerate(converted.values))
     weights = tuple(_weight(weight) for weight in converted.weights)
     graph = Graph(tuple(converted.operators), values, weights, tuple(converted.inputs), tuple(converted.outputs))
     stage = Stage(graph, [weight.tensor for weight in converted.weights], torch.device("cpu"), "")
@@ -259,10 +253,7 @@ def _batched(leaves: Sequence[torch.Tensor]) -> list[bool]:
 
 
 def _doubled(leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [
-        torch.cat([leaf, leaf]) if is_in_batch else leaf
-        for leaf, is_in_batch in zip(leaves, _batched(leaves), strict=True)
-    ]
+    return [torch.cat([leaf, leaf]) if is_in_batch else leaf for leaf, is_in_batch in zip(leaves, _batched(leaves), strict=True)]
 
 
 def _shortened(error: Exception) -> str:

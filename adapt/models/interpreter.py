@@ -177,9 +177,7 @@ def _weight(mapped: mmap.mmap, weight: Weight) -> torch.Tensor:
     if not stored.size_bytes:
         tensor = torch.empty(stored.shape, dtype=dtype)
     else:
-        tensor = torch.frombuffer(mapped, dtype=dtype, count=math.prod(stored.shape), offset=stored.begin).view(
-            stored.shape
-        )
+        tensor = torch.frombuffer(mapped, dtype=dtype, count=math.prod(stored.shape), offset=stored.begin).view(stored.shape)
     if weight.order is None:
         return tensor
     return tensor.permute(sorted(range(len(weight.order)), key=weight.order.__getitem__))
@@ -219,9 +217,7 @@ def _compile_step(operator: Operator, index: int, first_slot: int, device: torch
         else:
             step.kwargs[name] = make([])
     if operator.unpacks:
-        step.items = [
-            (place, first_slot + output) for place, output in enumerate(operator.outputs) if output is not None
-        ]
+        step.items = [(place, first_slot + output) for place, output in enumerate(operator.outputs) if output is not None]
     else:
         step.output = first_slot + (operator.outputs[0] or 0)
     return step
@@ -261,6 +257,4 @@ def _check_signature(call: Callable[..., Any], operator: Operator, where: str) -
     by_position = [argument.name for argument in schema.arguments if not argument.kwarg_only]
     unknown = set(operator.kwargs) - set(names[len(operator.args) :])
     if len(operator.args) > len(by_position) or unknown:
-        raise WireError(
-            f"{where}: {operator.name} does not take these arguments: {len(operator.args)} and {sorted(operator.kwargs)}"
-        )
+        raise WireError(f"{where}: {operator.name} does not take these arguments: {len(operator.args)} and {sorted(operator.kwargs)}")

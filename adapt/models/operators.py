@@ -111,9 +111,6 @@ DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
     }
 )
 MEMORY_FORMATS: MappingProxyType[str, torch.memory_format] = MappingProxyType(
-    {
-        name: getattr(torch, name)
-        for name in ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
-    }
+    {name: getattr(torch, name) for name in ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")}
 )
 LAYOUTS: MappingProxyType[str, torch.layout] = MappingProxyType({"strided": torch.strided})

@@ -355,13 +355,9 @@ def read_program(path: Path | str, *, verify: bool = True) -> Program:
     ):
         if count_leaves(structure) != len(indices):
             raise WireError(f"{name}: {count_leaves(structure)} leaves for {len(indices)} {kind}")
-    parameters = tuple(
-        _text(item, f"{name}: parameters") for item in _list(document.get("parameters"), f"{name}: parameters")
-    )
+    parameters = tuple(_text(item, f"{name}: parameters") for item in _list(document.get("parameters"), f"{name}: parameters"))
     digest = _checked_digest(file, verify)
-    return Program(
-        file.path, digest, file.file_bytes, graph, parameters, input_structure, output_structure, batch_limit
-    )
+    return Program(file.path, digest, file.file_bytes, graph, parameters, input_structure, output_structure, batch_limit)
 
 
 def read_stage(path: Path | str, *, verify: bool = True) -> StageFile:
@@ -405,13 +401,9 @@ def _document(file: TensorFile, key: str) -> dict[str, Any]:
 
 def _graph_from_plain(document: dict[str, Any], file: TensorFile) -> Graph:
     name = file.path.name
-    values = [
-        spec_from_plain(item, f"{name}: values[{i}]")
-        for i, item in enumerate(_list(document.get("values"), f"{name}: values"))
-    ]
+    values = [spec_from_plain(item, f"{name}: values[{i}]") for i, item in enumerate(_list(document.get("values"), f"{name}: values"))]
     weights = [
-        _weight_from_plain(item, file, f"{name}: weights[{i}]")
-        for i, item in enumerate(_list(document.get("weights"), f"{name}: weights"))
+        _weight_from_plain(item, file, f"{name}: weights[{i}]") for i, item in enumerate(_list(document.get("weights"), f"{name}: weights"))
     ]
     inputs = _indices(document.get("inputs"), f"{name}: inputs", len(values))
     outputs = _indices(document.get("outputs"), f"{name}: outputs", len(values))
@@ -455,10 +447,7 @@ def _operator_from_plain(item: Any, place: str, value_count: int) -> Operator:
     places = outputs if isinstance(outputs, list) else [outputs]
     return Operator(
         name,
-        tuple(
-            _argument_from_plain(argument, f"{place}.args[{i}]")
-            for i, argument in enumerate(_list(args, f"{place}.args"))
-        ),
+        tuple(_argument_from_plain(argument, f"{place}.args[{i}]") for i, argument in enumerate(_list(args, f"{place}.args"))),
         {key: _argument_from_plain(argument, f"{place}.{key}") for key, argument in kwargs.items()},
         tuple(None if i is None and unpacks else _int(i, f"{place}.outputs", 0, value_count - 1) for i in places),
         unpacks,
@@ -581,11 +570,7 @@ def check_inputs(specs: Sequence[ValueSpec], leaves: Sequence[Any], *, batch_lim
         raise InputMismatchError(f"a batch of {batch}: expected 1 to {batch_limit or 'any number'}")
     for index, (spec, leaf) in enumerate(zip(specs, leaves, strict=True)):
         if isinstance(spec, SizeSpec):
-            fits = (
-                spec.size.at(batch) == leaf
-                if isinstance(spec.size, Affine) and batch is not None
-                else spec.size == leaf
-            )
+            fits = spec.size.at(batch) == leaf if isinstance(spec.size, Affine) and batch is not None else spec.size == leaf
         else:
             fits = tuple(leaf.shape) == spec.shape_at(batch or 1)
         if not fits:
@@ -596,9 +581,7 @@ def check_inputs(specs: Sequence[ValueSpec], leaves: Sequence[Any], *, batch_lim
 def batch_size_of(specs: Sequence[ValueSpec], leaves: Sequence[Any]) -> int | None:
     """The batch size by the first size that depends on it; None when no size does."""
     for index, (spec, leaf) in enumerate(zip(specs, leaves, strict=True)):
-        pairs = (
-            [(spec.size, leaf)] if isinstance(spec, SizeSpec) else list(zip(spec.shape, tuple(leaf.shape), strict=True))
-        )
+        pairs = [(spec.size, leaf)] if isinstance(spec, SizeSpec) else list(zip(spec.shape, tuple(leaf.shape), strict=True))
         for size, got in pairs:
             if isinstance(size, Affine) and size.scale:
                 batch, rest = divmod(int(got) - size.offset, size.scale)

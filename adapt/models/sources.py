@@ -71,9 +71,7 @@ def build_named_model(
     names = models.list_models(module=models)
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        raise UnknownModelError(
-            PREFIX + name if not name.startswith(PREFIX) else name, suggestions=[PREFIX + other for other in close]
-        )
+        raise UnknownModelError(PREFIX + name if not name.startswith(PREFIX) else name, suggestions=[PREFIX + other for other in close])
     arguments = dict(model_args or {})
     own_weights = None if weights is None or _is_path(weights) else _torchvision_weights(models, name, str(weights))
     state = _read_state(Path(weights)) if weights is not None and own_weights is None else None
@@ -87,11 +85,7 @@ def _construct(
     models: Any, name: str, own_weights: Any, seed: int | None, arguments: dict[str, Any], *, has_state: bool
 ) -> torch.nn.Module:
     builder = models.get_model_builder(name)
-    if (
-        has_state
-        and "init_weights"
-        in inspect.signature(builder.__wrapped__ if hasattr(builder, "__wrapped__") else builder).parameters
-    ):
+    if has_state and "init_weights" in inspect.signature(builder.__wrapped__ if hasattr(builder, "__wrapped__") else builder).parameters:
         arguments.setdefault("init_weights", False)  # minutes of truncated normals that would be thrown away
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # inception_v3 and googlenet announce that their default initialisation will change.
@@ -105,9 +99,7 @@ def _construct(
         except (TypeError, ValueError) as error:
             raise ExportError(f"torchvision does not build {name} with {arguments}: {error}") from None
         except OSError as error:
-            raise ExportError(
-                f"the weights of {name} cannot be downloaded: {error}; give the path of a file instead"
-            ) from error
+            raise ExportError(f"the weights of {name} cannot be downloaded: {error}; give the path of a file instead") from error
     return module
 
 
@@ -118,17 +110,13 @@ def _is_path(weights: str | Path) -> bool:
 def _torchvision_weights(models: Any, name: str, weights: str) -> Any:
     known = models.get_model_weights(name)
     if weights not in known.__members__:
-        raise ExportError(
-            f"torchvision has no weights {weights!r} for {name}; it has {', '.join(known.__members__)}, or give a file"
-        )
+        raise ExportError(f"torchvision has no weights {weights!r} for {name}; it has {', '.join(known.__members__)}, or give a file")
     return known[weights]
 
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix in _CODE_SUFFIXES:
-        raise ExportError(
-            f"{path.name} is code: loading it could run anything; save the weights with safetensors or as a state dict"
-        )
+        raise ExportError(f"{path.name} is code: loading it could run anything; save the weights with safetensors or as a state dict")
     if not path.is_file():
         raise ExportError(f"there is no file {path}")
     try:

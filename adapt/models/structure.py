@@ -114,13 +114,7 @@ def _check_node(node: Node, place: str) -> None:
 
 
 def is_field_name(name: Any) -> bool:
-    return (
-        isinstance(name, str)
-        and name.isidentifier()
-        and name.isascii()
-        and not keyword.iskeyword(name)
-        and not name.startswith("_")
-    )
+    return isinstance(name, str) and name.isidentifier() and name.isascii() and not keyword.iskeyword(name) and not name.startswith("_")
 
 
 def _leaves(structure: Structure, value: Any, place: str) -> Iterator[Any]:
@@ -132,9 +126,7 @@ def _leaves(structure: Structure, value: Any, place: str) -> Iterator[Any]:
                 raise InputMismatchError(f"{place}: the model was exported with {constant!r}, got {_describe(value)}")
         case Node(kind="tuple" | "list" | "namedtuple", items=items):
             if not isinstance(value, (tuple, list)) or len(value) != len(items):
-                raise InputMismatchError(
-                    f"{place}: expected a {structure.kind} of {len(items)}, got {_describe(value)}"
-                )
+                raise InputMismatchError(f"{place}: expected a {structure.kind} of {len(items)}, got {_describe(value)}")
             for index, (item, part) in enumerate(zip(items, value, strict=True)):
                 yield from _leaves(item, part, f"{place}[{index}]")
         case Node(items=items, keys=keys):

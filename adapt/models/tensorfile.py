@@ -130,9 +130,7 @@ def canonical_json(document: Any) -> str:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def write_tensor_file(
-    directory: Path | str, metadata: dict[str, str], tensors: Sequence[TensorSource]
-) -> tuple[Path, str, int]:
+def write_tensor_file(directory: Path | str, metadata: dict[str, str], tensors: Sequence[TensorSource]) -> tuple[Path, str, int]:
     """Write `<sha256>.safetensors` into `directory` in one streaming pass: temporary file, fsync, check, rename.
 
     A file that is already there under its digest is replaced by the same bytes, atomically.
@@ -240,9 +238,7 @@ def _check_tiling(stored: list[StoredTensor], data_begin: int, file_bytes: int, 
     position = data_begin
     for tensor in sorted(stored, key=lambda tensor: (tensor.begin, tensor.size_bytes)):
         if tensor.begin != position:
-            raise WireError(
-                f"{name}: tensor {tensor.key[:100]!r} begins at {tensor.begin}, the one before ends at {position}"
-            )
+            raise WireError(f"{name}: tensor {tensor.key[:100]!r} begins at {tensor.begin}, the one before ends at {position}")
         position += tensor.size_bytes
     if position != file_bytes:
         raise WireError(f"{name}: the tensors end at {position}, the file at {file_bytes}")

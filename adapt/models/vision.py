@@ -39,9 +39,7 @@ def import_torchvision() -> ModuleType:
                 f"torchvision models need the package torchvision ({error}); install the release that belongs to torch {torch.__version__}"
             ) from None
         except RuntimeError as error:
-            raise ExportUnavailableError(
-                f"torchvision does not work with torch {torch.__version__}: {error}"
-            ) from error
+            raise ExportUnavailableError(f"torchvision does not work with torch {torch.__version__}: {error}") from error
 
 
 def _import() -> ModuleType:

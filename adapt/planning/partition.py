@@ -25,9 +25,7 @@ from adapt.planning.profiles import CutPoint
 Floats = npt.NDArray[np.float64]
 
 
-def partition(
-    costs_s: Sequence[float], cuts: Sequence[CutPoint], stages: int, *, link_s_per_byte: float = 0.0
-) -> list[int]:
+def partition(costs_s: Sequence[float], cuts: Sequence[CutPoint], stages: int, *, link_s_per_byte: float = 0.0) -> list[int]:
     """Choose `stages - 1` cuts that minimise the cost of the slowest stage.
 
     Args:

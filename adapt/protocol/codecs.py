@@ -102,9 +102,7 @@ def _is_number(value: object) -> bool:
 # --- both ways -----------------------------------------------------------------------------------------------------
 
 
-def encode(
-    array: Array, *, codec: str = "raw", tolerance: float | None = None, dtype: str | None = None
-) -> tuple[TensorHeader, Buffer]:
+def encode(array: Array, *, codec: str = "raw", tolerance: float | None = None, dtype: str | None = None) -> tuple[TensorHeader, Buffer]:
     """The bytes of an array, and the header that turns them back.
 
     Args:
@@ -352,9 +350,7 @@ def _decode_zfp(header: TensorHeader, data: memoryview, dtype: np.dtype[Any], ra
     if not kind.least_bound <= header.bound <= kind.most_bound:
         raise WireError(f"bound {header.bound!r}: outside what codec zfp can promise")
     if not 0 < len(data) == header.zfp_bytes < raw_bytes:
-        raise WireError(
-            f"zfp stream: got {len(data)} bytes; {header.zfp_bytes} announced, {raw_bytes} the size of the array"
-        )
+        raise WireError(f"zfp stream: got {len(data)} bytes; {header.zfp_bytes} announced, {raw_bytes} the size of the array")
     layout = _zfp_layout(header.shape)
     out = np.empty(layout, dtype)
     stream = _zfp_padded(data, layout, dtype.itemsize)

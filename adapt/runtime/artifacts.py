@@ -76,9 +76,7 @@ class ArtifactStore:
             with tempfile.TemporaryFile(dir=self.directory):
                 pass
         except OSError as error:
-            raise ConfigError(
-                f"directory {self.directory}: cannot keep files there: {error.strerror or error}"
-            ) from None
+            raise ConfigError(f"directory {self.directory}: cannot keep files there: {error.strerror or error}") from None
         self._sweep()
 
     def path(self, digest: str) -> Path:
@@ -319,9 +317,7 @@ class Pull:
 
     def _adapt(self, rate: float) -> None:
         self._rate = rate if self._rate is None else (self._rate + rate) / 2
-        wish = min(
-            max(self._rate * PIECE_S, self._piece_bytes / 2), self._piece_bytes * 2
-        )  # by steps: one measurement is little
+        wish = min(max(self._rate * PIECE_S, self._piece_bytes / 2), self._piece_bytes * 2)  # by steps: one measurement is little
         rounded = int(wish) // LEAST_PIECE_BYTES * LEAST_PIECE_BYTES
         self._piece_bytes = min(max(rounded, LEAST_PIECE_BYTES), MOST_PIECE_BYTES)
 
@@ -396,9 +392,7 @@ class Download:
                     return await self._blocking(part.finish)
                 except DigestMismatchError:
                     if is_last:
-                        raise WireError(
-                            f"artifact {self.digest[:12]}: what was sent, twice, has another digest"
-                        ) from None
+                        raise WireError(f"artifact {self.digest[:12]}: what was sent, twice, has another digest") from None
             raise AssertionError("unreachable")
         except OSError as error:
             raise self._disk_error(error) from None
@@ -412,11 +406,7 @@ class Download:
         if self._pull is None or self._failure is not None:
             return
         if message.file_bytes != self.file_bytes:
-            self._fail(
-                WireError(
-                    f"artifact {self.digest[:12]}: expected a file of {self.file_bytes} bytes, it has {message.file_bytes}"
-                )
-            )
+            self._fail(WireError(f"artifact {self.digest[:12]}: expected a file of {self.file_bytes} bytes, it has {message.file_bytes}"))
             return
         try:
             if self._pull.received(message.offset, blob.size, self._clock()):
@@ -463,6 +453,4 @@ class Download:
         return await asyncio.wrap_future(busy)
 
     def _disk_error(self, error: OSError) -> PlanError:
-        return PlanError(
-            f"artifact {self.digest[:12]}: cannot be kept in {self._store.directory}: {error.strerror or error}"
-        )
+        return PlanError(f"artifact {self.digest[:12]}: cannot be kept in {self._store.directory}: {error.strerror or error}")

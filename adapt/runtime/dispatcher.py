@@ -15,7 +15,7 @@ import signal
 from collections import deque
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 GOODBYE_S = 0.5  # how long the last messages may take to leave
 LAST_ACKS_S = 2.0  # how long a draining dispatcher waits for clients to acknowledge the last answers
 MALFORMED_LIMIT, MALFORMED_WINDOW_S = 3, 10.0  # so many unreadable messages of one peer within so long, and it is refused
+EARLY_LIMIT = 4096  # messages that may come on control before bulk is attached
 LAG_S = 0.25  # a loop that comes this late reads its sockets before it judges anybody
 
 
@@ -56,6 +57,7 @@ class _Peer:
 
     hello: msg.WorkerHello | msg.ClientHello
     heartbeat: msg.Heartbeat | None = None
+    early: list[Envelope] = field(default_factory=list)  # what came on control before bulk was attached
 
 
 class Dispatcher:
@@ -77,9 +79,7 @@ class Dispatcher:
         self._last_hello: dict[WorkerId, msg.WorkerHello] = {}  # also of workers that are gone, while the roster remembers them
         self._inbox: deque[Arrival | ev.Event] = deque()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="artifacts")
-        self._deployer = Deployer(
-            self._store, self._deployments, self, models_dir=config.models_dir, threads=self._threads, clock=clock
-        )
+        self._deployer = Deployer(self._store, self._deployments, self, models_dir=config.models_dir, threads=self._threads, clock=clock)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._is_driven = False
@@ -250,10 +250,23 @@ class Dispatcher:
                     self._say_hello(arrival.routing_id, envelope.session, envelope.term)
                 elif isinstance(message, msg.Attach):
                     self._attached(arrival.routing_id, session)
-                elif session.role == "worker":
-                    self._from_worker(session, envelope)
+                elif not session.is_attached:
+                    self._came_early(session, envelope)
                 else:
-                    self._from_client(session, envelope)
+                    self._heard(session, envelope)
+
+    def _heard(self, session: Session, envelope: Envelope) -> None:
+        if session.role == "worker":
+            self._from_worker(session, envelope)
+        else:
+            self._from_client(session, envelope)
+
+    def _came_early(self, session: Session, envelope: Envelope) -> None:
+        """Control is faster than bulk: what it brings waits for the session to be whole, or its answers would find nobody."""
+        early = self._peers[session.number].early
+        early.append(envelope)
+        if len(early) > EARLY_LIMIT:
+            self._end_session(session, f"{EARLY_LIMIT} messages came before its second connection")
 
     def _hello(self, routing_id: RoutingId, hello: msg.WorkerHello | msg.ClientHello, role: str, name: str) -> None:
         """Open a session; another living process of the same name keeps its own."""
@@ -292,10 +305,17 @@ class Dispatcher:
         except KeyError:
             self._out_of_place(session, msg.Attach())
             return
-        hello = self._peers[session.number].hello
-        if isinstance(hello, msg.ClientHello):
-            self._handle(ev.ClientArrived(client_id=ClientId(hello.client_id)))
-            return
+        peer = self._peers[session.number]
+        if isinstance(peer.hello, msg.ClientHello):
+            self._handle(ev.ClientArrived(client_id=ClientId(peer.hello.client_id)))
+        else:
+            self._worker_joined(peer.hello)
+        early, peer.early = peer.early, []
+        for envelope in early:
+            if self._sessions.find(session.routing_id, session.number) is session:  # a goodbye among them has ended it
+                self._heard(session, envelope)
+
+    def _worker_joined(self, hello: msg.WorkerHello) -> None:
         worker_id = WorkerId(hello.worker_id)
         log.info("worker joined", extra={"worker_id": worker_id, "device": hello.device.device, "resident": len(hello.resident)})
         self._registry.register(worker_id, self._clock())

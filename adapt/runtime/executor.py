@@ -247,9 +247,7 @@ class Executor:
             is_cancelled = work.is_cancelled
         if is_cancelled:
             self._end(work, Cancelled(work))
-        elif _is_small(
-            sum(value.nbytes for value in outputs if isinstance(value, torch.Tensor)), work.order.codec != "raw"
-        ):
+        elif _is_small(sum(value.nbytes for value in outputs if isinstance(value, torch.Tensor)), work.order.codec != "raw"):
             self._unsaid.append(self._encode(work, outputs))
         else:
             self._pool.submit(self._encode_and_say, work, outputs)
@@ -416,9 +414,7 @@ def _digest_tensor(digest: Any, dtype: str, array: codecs.Array) -> None:
     digest.update(array.reshape(-1).view(np.uint8).data)
 
 
-def _encoded(
-    outputs: Sequence[Value], codec: str, tolerance: float | None, limit_bytes: int
-) -> tuple[list[Leaf], tuple[Blob, ...], bytes]:
+def _encoded(outputs: Sequence[Value], codec: str, tolerance: float | None, limit_bytes: int) -> tuple[list[Leaf], tuple[Blob, ...], bytes]:
     """Leaves, payloads, and the digest of the tensors as they were before the codec."""
     leaves: list[Leaf] = []
     blobs: list[Blob] = []
@@ -435,9 +431,7 @@ def _encoded(
             leaves.append(value)
     sent_bytes = sum(blob.size for blob in blobs)
     if sent_bytes + HEADER_BYTES > limit_bytes:
-        raise InputMismatchError(
-            f"the stage's output takes {sent_bytes:,} bytes, a message {limit_bytes:,}: use a smaller batch"
-        )
+        raise InputMismatchError(f"the stage's output takes {sent_bytes:,} bytes, a message {limit_bytes:,}: use a smaller batch")
     return leaves, tuple(blobs), digest.digest()
 
 

@@ -195,9 +195,7 @@ class ResidentStages(Generic[StageT]):
         """The verified file, from the cache or from the dispatcher."""
         if not await self._on_thread(lambda: self._is_cached(digest)):
             loading = self._loading[digest]
-            loading.download = Download(
-                self._store, digest, file_bytes, send=self._send, threads=self._thread, clock=self._clock
-            )
+            loading.download = Download(self._store, digest, file_bytes, send=self._send, threads=self._thread, clock=self._clock)
             try:
                 await loading.download.run()
             finally:
@@ -224,9 +222,7 @@ class ResidentStages(Generic[StageT]):
         except AdaptError:
             raise
         except Exception as error:  # foreign code: torch and the system below it
-            raise PlanError(
-                f"stage {path.name[:12]} cannot be loaded: {type(error).__name__}: {str(error)[:1000]}"
-            ) from error
+            raise PlanError(f"stage {path.name[:12]} cannot be loaded: {type(error).__name__}: {str(error)[:1000]}") from error
 
     def _refuse(self, digest: Digest, error: AdaptError) -> None:
         log.warning("stage not loaded", extra={"artifact": digest, "reason": str(error)})

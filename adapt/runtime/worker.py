@@ -399,18 +399,14 @@ class Worker:
         """Say what has begun, unless an answer is about to leave that can carry it."""
         if self._begun is None:
             return
-        if not any(
-            work.state in (State.ENCODING, State.ENDED) for work in self._works.values() if work is not self._begun
-        ):
+        if not any(work.state in (State.ENCODING, State.ENDED) for work in self._works.values() if work is not self._begun):
             self._send(messages.Begun(attempt=self._begun.order.attempt))
             self._begun = None
 
     def _refuse(self, attempt: AttemptId, error: AdaptError) -> None:
         log.debug("attempt failed", extra={"attempt": str(attempt), "reason": str(error)})
         code, message, fields = error.to_wire()
-        self._answer(
-            attempt, StageFailed(attempt=attempt, code=code, message=message[:MESSAGE_CHARACTERS], fields=fields)
-        )
+        self._answer(attempt, StageFailed(attempt=attempt, code=code, message=message[:MESSAGE_CHARACTERS], fields=fields))
 
     def _answer(self, attempt: AttemptId, answer: Answer, blobs: tuple[Blob, ...] = ()) -> None:
         self._send_kept(self._holdings.finish(attempt, answer, blobs))

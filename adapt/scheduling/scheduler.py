@@ -53,7 +53,6 @@ MEMBER_MEMORY_S = 600.0  # how long a lost worker is shown
 LOOK_AGAIN_S = 0.01  # the least pause before looking whether a busy worker is still worth waiting for
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerSettings:
     """All durations in seconds."""
@@ -303,9 +302,7 @@ class Scheduler:
 
     def _accept(self, request: Request) -> None:
         version = request.version
-        accept = ev.Accept(
-            request_id=request.request_id, deployment=version.deployment, version=version.number, program=version.program
-        )
+        accept = ev.Accept(request_id=request.request_id, deployment=version.deployment, version=version.number, program=version.program)
         self._actions.append(accept)
 
     def _end(self, request: Request, outcome: ev.Answer | ev.Fail, now: float) -> None:
@@ -743,4 +740,3 @@ def _subject(event: ev.Event) -> object:
 
 def _id_used_twice(request_id: RequestId) -> AdaptError:
     return WireError(f"request id {request_id} was used before for another input")
-

@@ -29,9 +29,7 @@ BATCH = 3
 class ScriptedDispatcher:
     """Greets whoever says hello and serves files; all else is the test's. Everything that arrives is in `got`, in order."""
 
-    def __init__(
-        self, address: str = "tcp://127.0.0.1:*", *, term: int = 1, files: Path | None = None, heartbeat_s: float = 0.05
-    ) -> None:
+    def __init__(self, address: str = "tcp://127.0.0.1:*", *, term: int = 1, files: Path | None = None, heartbeat_s: float = 0.05) -> None:
         self.term, self.session, self.worker = term, 0, RoutingId(b"")
         self.files = ArtifactStore(files) if files is not None else None
         self.answers_left = 10**9  # pieces that are still served
@@ -193,9 +191,7 @@ class Scene:
             await asyncio.wait([self.running])
             self.dispatcher.close()
 
-    def run_stage(
-        self, sequence: int, array=None, *, number=1, artifact=None, budget_s=60.0, codec="raw", tolerance=None
-    ) -> None:
+    def run_stage(self, sequence: int, array=None, *, number=1, artifact=None, budget_s=60.0, codec="raw", tolerance=None) -> None:
         array = np.full((BATCH, 4), sequence, np.float32) if array is None else array
         header, payload = codecs.encode(array)
         order = msg.RunStage(

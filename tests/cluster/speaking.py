@@ -14,7 +14,7 @@ from adapt.models.program import Affine, TensorSpec
 from adapt.models.structure import Leaf, Node
 from adapt.protocol import codecs
 from adapt.protocol import messages as msg
-from adapt.protocol.ids import RoutingId
+from adapt.protocol.ids import RequestId, RoutingId
 from adapt.protocol.wire import Blob
 from adapt.runtime.endpoint import Arrival, Malformed, Received, RouterEndpoint
 from adapt.runtime.threads import LoopThread
@@ -127,6 +127,10 @@ class SpeakingDispatcher:
     def take(self, kind: type, count: int = 1) -> Any:
         """The last of so many messages of a kind, once they have come."""
         return self.until(lambda: len(self.of(kind)) >= count and self.of(kind)[count - 1])
+
+    def request(self, request_id: RequestId) -> msg.InferRequest:
+        """The request of this id, once it has come; it may come several times."""
+        return self.until(lambda: next((one for one in self.of(msg.InferRequest) if one.request_id == request_id), None))
 
     def accept(self, request: msg.InferRequest, *, version: int = 1) -> None:
         self.send(msg.Accepted(request_id=request.request_id, deployment=request.deployment, version=version, program=PROGRAM))

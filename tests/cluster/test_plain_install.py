@@ -73,7 +73,17 @@ def test_dispatcher_and_client_work_without_torch(plain_python, tmp_path):
         ready = dispatcher.stdout.readline()
         address = next(word.removeprefix("listen=") for word in ready.split() if word.startswith("listen="))
         worker = subprocess.Popen(
-            [sys.executable, "-m", "adapt.interfaces.cli.worker", "--dispatcher", address, "--name", "w1", "--cache-dir", str(tmp_path / "c")],
+            [
+                sys.executable,
+                "-m",
+                "adapt.interfaces.cli.worker",
+                "--dispatcher",
+                address,
+                "--name",
+                "w1",
+                "--cache-dir",
+                str(tmp_path / "c"),
+            ],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -82,7 +92,9 @@ def test_dispatcher_and_client_work_without_torch(plain_python, tmp_path):
         module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
         with adapt.Client(address) as client:
             client.deploy(module, example_inputs=(torch.ones(2, 4),), name="tiny", stages=2)
-            result = subprocess.run([str(plain_python), "-c", CLIENT, address], capture_output=True, text=True, timeout=120, env=environment)
+            result = subprocess.run(
+                [str(plain_python), "-c", CLIENT, address], capture_output=True, text=True, timeout=120, env=environment
+            )
         assert result.returncode == 0, result.stderr
         with torch.inference_mode():
             assert float(result.stdout.split()[1]) == pytest.approx(float(module(torch.ones(2, 4)).sum()))

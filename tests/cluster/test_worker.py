@@ -38,9 +38,7 @@ def test_a_worker_says_who_it_is_and_when_it_is_ready(scene):
             assert (hello.resident, hello.held, hello.finished) == ([], [], [])
             assert hello.device.device == "cpu" and torch.__version__ in hello.device.numeric_class
             (line,) = scene.lines
-            assert line.startswith(
-                f"adapt-worker ready name=w1 dispatcher={scene.dispatcher.address} device=cpu threads=1 "
-            )
+            assert line.startswith(f"adapt-worker ready name=w1 dispatcher={scene.dispatcher.address} device=cpu threads=1 ")
             floor = int(line.partition("floor_bytes=")[2].partition(" ")[0])
             assert floor > 1 << 20 and line.endswith(f"pid={os.getpid()}")
 

@@ -70,7 +70,5 @@ def test_whatever_fields_arrive_the_error_stays_usable(code, message, fields):
 
 
 def test_suggestions_are_part_of_the_message():
-    assert "did you mean resnet50 or resnet18?" in str(
-        errors.UnknownModelError("r", suggestions=["resnet50", "resnet18"])
-    )
+    assert "did you mean resnet50 or resnet18?" in str(errors.UnknownModelError("r", suggestions=["resnet50", "resnet18"]))
     assert "did you mean" not in str(errors.UnknownModelError("r"))

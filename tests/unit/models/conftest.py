@@ -79,9 +79,7 @@ class Case:
             assert actual_spec == expected_spec
             for ours, theirs in zip(actual, expected, strict=True):
                 if isinstance(theirs, torch.Tensor):
-                    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), (
-                        f"cut at {positions}, batch {batch}"
-                    )
+                    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), f"cut at {positions}, batch {batch}"
                 else:
                     assert ours == theirs
 

@@ -153,9 +153,7 @@ def test_what_cannot_be_exported_says_where_and_what_to_do(tmp_path, function, m
 
 
 def test_an_operator_is_named_with_its_place_in_the_model(tmp_path):
-    module = nn.Sequential(
-        nn.Linear(4, 4), nn.ModuleDict({"noise": Plain(lambda m, x: torch.bernoulli(x.sigmoid()))})["noise"]
-    )
+    module = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"noise": Plain(lambda m, x: torch.bernoulli(x.sigmoid()))})["noise"])
     with pytest.raises(ExportError, match=r"used in 1 \(Plain\)"):
         export_module(module, (X,), directory=tmp_path)
 

@@ -37,9 +37,7 @@ def test_what_is_not_on_the_list_is_refused(tmp_path, name):
         Stage.load(crafted(tmp_path, name))
 
 
-@pytest.mark.parametrize(
-    "name", ["", "aten", "aten..relu", "__import__('os')", "aten.relu.default; import os", "a.b.c.d", 5]
-)
+@pytest.mark.parametrize("name", ["", "aten", "aten..relu", "__import__('os')", "aten.relu.default; import os", "a.b.c.d", 5])
 def test_what_is_no_name_of_an_operator_is_refused(tmp_path, name):
     with pytest.raises(WireError, match="not the name of an operator"):
         Stage.load(crafted(tmp_path, name))

@@ -98,15 +98,8 @@ def test_flipped_bytes_give_typed_errors_only(tiny, tmp_path, data):
 
 
 JUNK = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**70), 2**70)
-    | st.floats()
-    | st.text(max_size=5)
-    | st.just("aten.relu.default"),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["v", "w", "dtype", "x"]), inner, max_size=2)
-    ),
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5) | st.just("aten.relu.default"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["v", "w", "dtype", "x"]), inner, max_size=2),
     max_leaves=4,
 )
 
@@ -250,11 +243,7 @@ def test_structures_survive_json_and_put_back_what_they_took_apart(structure):
 
 
 def flatten_count(structure):
-    return (
-        [None]
-        if isinstance(structure, Leaf)
-        else [one for item in getattr(structure, "items", ()) for one in flatten_count(item)]
-    )
+    return [None] if isinstance(structure, Leaf) else [one for item in getattr(structure, "items", ()) for one in flatten_count(item)]
 
 
 @pytest.mark.parametrize(

@@ -220,10 +220,7 @@ def test_names_and_tolerances_are_resolved():
         ("blosc", None, "expected one of auto, raw, lz4"),
         ("zfp", None, "needs a tolerance"),
         ("zfp+lz4", None, "needs a tolerance"),
-        *(
-            ("zfp", tolerance, "expected a number above 0")
-            for tolerance in (0, -0.1, 1.1, math.nan, math.inf, "1", True)
-        ),
+        *(("zfp", tolerance, "expected a number above 0") for tolerance in (0, -0.1, 1.1, math.nan, math.inf, "1", True)),
     ],
 )
 def test_impossible_settings_are_config_errors(codec, tolerance, reason):

@@ -313,9 +313,7 @@ def test_an_output_beyond_a_message_is_refused_with_its_size():
             harness.executor.limit_bytes = 1 << 20
             stage = FreeStage(lambda inputs: [torch.zeros(1 << 20)])
             failed = await harness.event(Failed, harness.submit(stage, 1, small()))
-            assert isinstance(failed.error, InputMismatchError) and "4,194,304 bytes, a message 1,048,576" in str(
-                failed.error
-            )
+            assert isinstance(failed.error, InputMismatchError) and "4,194,304 bytes, a message 1,048,576" in str(failed.error)
 
     run(test)
 

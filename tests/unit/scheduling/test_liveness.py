@@ -79,7 +79,8 @@ def test_a_connection_that_stays_down_loses_a_worker_whatever_its_lease_says():
     liveness.lease_renewed(W1)
     liveness.heard(W1, 4)
     assert liveness.verdict(W1) is Verdict.LOST  # only a new connection brings it back
-    liveness.connected(W1, 5)
+    assert liveness.tick(6) == [] and liveness.next_wakeup() is None
+    liveness.connected(W1, 7)
     assert liveness.verdict(W1) is Verdict.READY
 
 

@@ -371,6 +371,20 @@ def test_a_version_that_is_overtaken_while_it_loads_is_said_to_have_failed():
     assert house.member("w1").resident == {"m3.0"} and house.member("w1").loading == set()
 
 
+def test_a_version_that_was_overtaken_does_not_come_back_when_it_has_loaded():
+    house = House("w1")
+    first = house.deploy(1, "w1", model="old")
+    house.residency.request_began(house.residency.live(first))  # so it goes on loading
+    house.deploy(2, "w1", model="new")
+    house.load("w1", "new.0")
+    house.taken()
+    house.load("w1", "old.0")
+    assert house.taken() == []
+    assert house.residency.find("d", 0, None).version.number == 2
+    house.residency.request_ended(first)
+    assert [type(action) for action in house.taken()] == [ev.Unload, ev.VersionReleased]
+
+
 def test_a_replica_is_named_once():
     house = House("w1", "w2", "w3")
     house.deploy(1, "w1 w2")

@@ -300,6 +300,7 @@ def test_nothing_falls_due_for_a_request_that_has_ended():
     cluster.submit(budget_s=5.0)
     cluster.finish(cluster.the_one_sent())
     cluster.taken()
+    assert len(cluster.scheduler._due) == 1, "the end of the memory of its id"
     cluster.wait(TIMEOUT_S + 5)
     assert cluster.taken() == []
     assert cluster.scheduler.counters["deadlines_exceeded"] == cluster.scheduler.counters["attempt_timeouts"] == 0
@@ -495,6 +496,46 @@ def test_the_first_answer_wins_whichever_attempt_it_is_of():
     cluster.assert_idle()
 
 
+def test_an_answer_in_the_middle_calls_off_the_other_attempts():
+    cluster = a_cluster("w1", "w2", places=("w1 w2", "w1 w2"))
+    cluster.submit()
+    first = cluster.the_one_sent()
+    cluster.wait(TIMEOUT_S)
+    second = cluster.the_one_sent()
+    actions = cluster.finish(first)
+    assert only(actions, ev.Cancel) == [ev.Cancel(worker_id=WorkerId(second.worker), attempt=second.attempt)]
+    assert cluster.the_one_sent().attempt.stage == 1
+
+
+def test_a_worker_whose_attempt_was_cancelled_may_try_again():
+    cluster = a_cluster("w1", "w2")
+    cluster.submit()
+    first = cluster.the_one_sent()
+    cluster.wait(TIMEOUT_S)
+    second = cluster.the_one_sent()
+    cluster.tell(ev.AttemptCancelled(worker_id=WorkerId(first.worker), attempt=first.attempt))
+    cluster.fail(second, WireError("flipped"))
+    third = cluster.the_one_sent()
+    assert third.worker == first.worker and third.attempt.attempt == 3
+
+
+def test_a_timeout_starts_nothing_while_another_attempt_has_time():
+    cluster = a_cluster("w1", "w2", "w3")
+    cluster.submit()
+    first = cluster.the_one_sent()
+    cluster.lose(first.worker)
+    second = cluster.the_one_sent()
+    cluster.wait(1)
+    cluster.silent.clear()
+    cluster.join(first.worker, resident=["d.0"], held=[first.attempt])  # it has it after all
+    cluster.taken()
+    actions = cluster.wait(TIMEOUT_S - 1)
+    assert cluster.scheduler.counters["attempt_timeouts"] == 1
+    assert only(actions, ev.Dispatch) == only(actions, ev.Cancel) == []
+    (third,) = only(cluster.wait(1), ev.Dispatch)
+    assert third.worker_id not in (first.worker, second.worker)
+
+
 def test_without_another_worker_a_timeout_keeps_waiting():
     cluster = a_cluster("w1")
     request_id = cluster.submit()
@@ -526,6 +567,7 @@ def test_a_timeout_asks_another_worker_to_load_the_stage():
     cluster.taken()
     actions = cluster.wait(TIMEOUT_S)
     assert ev.Load(worker_id=WorkerId("w2"), artifact=Digest("d.0")) in actions
+    assert cluster.sent() == []
     cluster.load("w2")
     assert cluster.the_one_sent().worker == "w2"
 
@@ -556,6 +598,7 @@ def test_a_failure_frees_the_slot_and_is_tried_elsewhere():
     second = cluster.the_one_sent()
     assert second.worker != first.worker
     assert cluster.slots(first.worker) == 0
+    assert cluster.scheduler.counters["retries"] == 1
     cluster.fail(second, WireError("flipped"))
     assert cluster.the_one_sent().worker in ("w1", "w2"), "both have failed: on the same one, now that it has ended"
 
@@ -952,6 +995,21 @@ def test_a_silent_worker_keeps_its_tasks_while_others_try_them():
     assert only(cluster.finish(first), ev.Answer), "and its answer is as good as any"
 
 
+def test_who_waits_for_a_worker_that_falls_silent_is_given_another():
+    """The only thing on w1 is of a request that was cancelled: nothing but the silence itself can wake the queue."""
+    cluster = Cluster()
+    cluster.join("w1", credit=1)
+    cluster.deploy("w1")
+    request_id = cluster.submit()
+    cluster.tell(ev.RequestCancelled(request_id=request_id))
+    cluster.submit()
+    cluster.join("w2", budget=0)
+    cluster.scheduler.roster.member(WorkerId("w2")).stage_budget_bytes = 100
+    cluster.silent.add("w1")
+    cluster.taken()
+    assert only(cluster.wait(SILENCE_S), ev.Load) == [ev.Load(worker_id=WorkerId("w2"), artifact=Digest("d.0"))]
+
+
 def test_the_lease_decides_about_a_silent_worker_and_not_about_one_that_works():
     cluster = a_cluster("w1", "w2")
     for worker in ("w1", "w2"):
@@ -989,6 +1047,7 @@ def test_a_stage_whose_workers_are_gone_is_moved_and_the_request_goes_on():
     assert first.worker == "w2"
     actions = cluster.lose("w2")
     assert only(actions, ev.Load) == [ev.Load(worker_id=WorkerId("w1"), artifact=Digest("d.1"))]
+    assert cluster.sent() == []
     cluster.load()
     second = cluster.the_one_sent()
     assert (second.worker, second.attempt.stage) == ("w1", 1)
@@ -1065,6 +1124,51 @@ def test_what_was_finished_during_a_break_is_waited_for_and_not_run_again():
     (answer,) = only(cluster.finish(first), ev.Answer)
     assert answer.attempts == 1
     cluster.assert_idle()
+
+
+def test_what_the_hello_lists_was_never_lost():
+    cluster = a_cluster("w1")
+    cluster.submit()
+    cluster.submit()
+    held, finished = cluster.sent()
+    cluster.join("w1", resident=["d.0"], held=[held.attempt], finished=[finished.attempt])
+    assert cluster.scheduler.counters["tasks_lost"] == 0
+    assert cluster.sent() == [] and cluster.slots("w1") == 2
+
+
+def test_what_was_queued_again_and_turns_up_in_a_hello_leaves_the_queue():
+    cluster = Cluster()
+    for worker in ("w1", "w2"):
+        cluster.join(worker, credit=1)
+    cluster.deploy("w1 w2")
+    cluster.submit()
+    cluster.submit()
+    on_w1, on_w2 = cluster.sent()
+    cluster.lose("w1")
+    assert cluster.sent() == [], "w2 is full"
+    cluster.silent.clear()
+    cluster.join("w1", resident=["d.0"], finished=[on_w1.attempt])
+    cluster.finish(on_w2)
+    assert cluster.sent() == []
+    assert only(cluster.finish(on_w1), ev.Answer)
+
+
+def test_what_had_timed_out_and_turns_up_in_a_hello_is_waited_for_anew():
+    cluster = Cluster()
+    for worker in ("w1", "w2"):
+        cluster.join(worker, credit=1)
+    cluster.deploy("w1 w2")
+    request_id = cluster.submit()
+    cluster.submit()
+    on_w1, _ = cluster.sent()
+    cluster.wait(TIMEOUT_S)
+    request = cluster.scheduler._requests[request_id]
+    assert request.ticket and not request.is_waited_for
+    cluster.join("w1", resident=["d.0"], held=[on_w1.attempt])
+    assert request.is_waited_for and not request.ticket
+    timeouts = cluster.scheduler.counters["attempt_timeouts"]
+    cluster.wait(TIMEOUT_S)
+    assert cluster.scheduler.counters["attempt_timeouts"] > timeouts
 
 
 def test_what_nobody_wants_any_more_is_called_off_after_a_hello():
@@ -1271,6 +1375,21 @@ def test_an_exact_request_that_waits_for_its_class_does_not_hold_up_the_others()
     cluster.finish(on_a2)
     sent = cluster.the_one_sent()
     assert (sent.request, sent.worker) == (pinned, "a2")
+
+
+def test_an_exact_request_without_a_worker_does_not_hold_up_the_others():
+    cluster = Cluster()
+    for worker, numeric_class in (("a1", "avx"), ("b1", "arm")):
+        cluster.join(worker, numeric_class=numeric_class, credit=1)
+    cluster.deploy("a1 b1")
+    cluster.submit(exact=True, budget_s=50.0)
+    cluster.submit()
+    on_a1, on_b1 = cluster.sent()
+    assert (on_a1.worker, on_b1.worker) == ("a1", "b1")
+    cluster.lose("a1")
+    next_one = cluster.submit(budget_s=90.0)
+    cluster.finish(on_b1)
+    assert cluster.the_one_sent().request == next_one
 
 
 # ── admission ────────────────────────────────────────────────────────────────────────────────────────────────────────

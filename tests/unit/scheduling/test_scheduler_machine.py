@@ -25,7 +25,14 @@ WORKERS = [WorkerId(name) for name in ("w1", "w2", "w3", "w4")]
 CLIENTS = [ClientId(bytes([n]) * 16) for n in (1, 2)]
 STAGES = 3
 SETTINGS = SchedulerSettings(
-    silence_s=3, grace_s=2, attempt_timeout_s=5, load_timeout_s=10, client_grace_s=6, max_requests=6, max_retained_bytes=1000, max_kept_bytes=50
+    silence_s=3,
+    grace_s=2,
+    attempt_timeout_s=5,
+    load_timeout_s=10,
+    client_grace_s=6,
+    max_requests=6,
+    max_retained_bytes=1000,
+    max_kept_bytes=50,
 )
 TIMES = StageTimes(wait_s=0.0, decode_s=0.0, compute_s=1.0, encode_s=0.0)
 
@@ -370,7 +377,14 @@ class Cluster(RuleBasedStateMachine):
         request_id = RequestId(client, self.sequence)
         self.tell(ev.RequestCancelled(request_id=request_id))
         arrived = ev.RequestArrived(
-            request_id=request_id, deployment="a", version=0, program=None, budget_s=9.0, exact=False, fingerprint=1, input=ev.Activation([0], ())
+            request_id=request_id,
+            deployment="a",
+            version=0,
+            program=None,
+            budget_s=9.0,
+            exact=False,
+            fingerprint=1,
+            input=ev.Activation([0], ()),
         )
         assert self.scheduler.handle(arrived, self.now) == []
 
