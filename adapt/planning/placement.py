@@ -96,6 +96,11 @@ def substitute(need: StageNeed, offers: Sequence[WorkerOffer]) -> WorkerId | Non
     return min(fitting, key=lambda offer: (offer.load_s + need.cost_s * offer.slowness, offer.worker_id)).worker_id
 
 
+def orphans(plan: Plan) -> list[int]:
+    """The stages that no worker has, the costliest first."""
+    return sorted((i for i, workers in enumerate(plan.places) if not workers), key=lambda i: (-plan.stages[i].cost_s, i))
+
+
 def relief(plan: Plan, newcomer: WorkerOffer) -> int | None:
     """The stage that a newcomer should run too: the costliest of the busiest worker; None if it has room for none of them."""
     load_s: dict[WorkerId, float] = {}

@@ -304,6 +304,14 @@ class Undeploy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CancelCall:
+    """Client -> dispatcher: nobody waits for this call any more. A deployment that is not ready yet is given up."""
+
+    KIND: ClassVar[bytes] = b"CC"
+    call: Natural
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """Dispatcher -> client: how far a long call has come, in words."""
 
@@ -542,7 +550,7 @@ class ArtifactMissing:
 
 ToDispatcher: TypeAlias = (
     WorkerHello | ClientHello | Attach | Goodbye
-    | InferRequest | ReplyAck | CancelRequest | Deploy | Undeploy | StatusQuery
+    | InferRequest | ReplyAck | CancelRequest | Deploy | CancelCall | Undeploy | StatusQuery
     | Begun | StageDone | StageFailed | StageCancelled | Heartbeat | Draining
     | StageLoaded | LoadFailed | Fetch | ArtifactPiece | ArtifactMissing
 )  # fmt: skip

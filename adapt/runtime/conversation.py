@@ -278,7 +278,8 @@ class Conversation:
             call.times_asked += 1
 
     def _forget_call(self, call: Call) -> None:
-        self._calls.pop(call.message.call, None)
+        if self._calls.pop(call.message.call, None) is not None and isinstance(call.message, msg.Deploy):
+            self._link.send(msg.CancelCall(call=call.message.call))
 
     # ── what the dispatcher says ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -376,6 +377,9 @@ class Conversation:
                 result = submission.decode(reply.leaves, blobs)
             except AdaptError as error:
                 _fail(future, error)
+                return
+            except Exception as error:  # short of memory, say; a caller must not wait for ever
+                _fail(future, AdaptError(f"the answer could not be decoded: {type(error).__name__}: {error}"))
                 return
             future.outcome = Outcome(reply.attempts, tuple(reply.numeric_classes))
             _settle(future, result)

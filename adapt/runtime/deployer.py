@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from adapt.clock import Clock
-from adapt.errors import AdaptError
+from adapt.errors import AdaptError, PlanError
 from adapt.planning.placement import WorkerOffer
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import ClientId, Digest
@@ -27,6 +27,7 @@ from adapt.scheduling import events as ev
 log = logging.getLogger(__name__)
 
 FIRST_WORKER_S = 30.0  # how long a deployment waits for a first worker
+STEP_LENGTH = 200  # characters of what a progress line says
 BUILD_TIMEOUT_S = 600.0
 
 
@@ -69,7 +70,14 @@ class Deployer:
     def begin(self, client_id: ClientId, deploy: msg.Deploy) -> None:
         """Start work on a `Deploy`; its answer goes to the client."""
         task = asyncio.get_running_loop().create_task(self._answer(client_id, deploy), name=f"deploy {deploy.name}")
-        self._calls[client_id, deploy.call] = _Call(task)
+        key = (client_id, deploy.call)
+        self._calls[key] = _Call(task)
+        task.add_done_callback(lambda done: self._calls.pop(key, None))
+
+    def cancel(self, client_id: ClientId, number: int) -> None:
+        """The client does not wait for this deployment any more; nothing happens if it has ended."""
+        if (call := self._calls.get((client_id, number))) is not None:
+            call.task.cancel()
 
     def client_gone(self, client_id: ClientId) -> None:
         """Its deployments are given up."""
@@ -116,8 +124,6 @@ class Deployer:
             self._fail(client_id, deploy, AdaptError(f"deployment failed in the dispatcher: {type(error).__name__}: {error}"))
         else:
             self._around.to_client(client_id, msg.Deployed(call=deploy.call, deployment=record))
-        finally:
-            self._calls.pop((client_id, deploy.call), None)
 
     def _fail(self, client_id: ClientId, deploy: msg.Deploy, error: AdaptError) -> None:
         code, message, fields = error.to_wire()
@@ -126,10 +132,27 @@ class Deployer:
     async def _deploy(self, client_id: ClientId, deploy: msg.Deploy) -> msg.DeploymentRecord:
         codec = check(deploy)
         program = await self._program(client_id, deploy)
+        made = {program.digest}  # files that are of no use if this comes to nothing
+        try:
+            version = await self._plan(client_id, deploy, codec, program, made)
+        except BaseException:
+            self._deployments.discard(made)
+            raise
+        plan = version.plan
+        workers = len({worker for place in plan.places for worker in place})
+        self._progress(client_id, deploy, f"loading {len(plan.stages)} stages on {workers} workers")
+        await self._ready(version)
+        log.info("deployed", extra={"deployment": deploy.name, "version": version.number, "stages": len(plan.stages)})
+        return self._deployments.record(self._around.version(version.deployment, version.number))
+
+    async def _plan(self, client_id: ClientId, deploy: msg.Deploy, codec: str, program: ProfiledProgram, made: set[Digest]) -> ev.Version:
+        """Cut the program and place its stages. Adds to `made` what it writes."""
         self._progress(client_id, deploy, "cutting the model into stages")
-        offers = await self._around.offers(wait_s=FIRST_WORKER_S)
-        stages = deploy.stages or max(len(offers), 1)
+        if not (offers := await self._around.offers(wait_s=FIRST_WORKER_S)):
+            raise PlanError("no worker is connected; start one with: adapt-worker --dispatcher ADDRESS")
+        stages = deploy.stages or len(offers)
         model = await asyncio.to_thread(cut, self._store, program, stages, at_most=deploy.stages == 0)
+        made |= {need.artifact for need in model.stages}
         plan = first_plan(model, await self._around.offers(wait_s=0.0))
         version = ev.Version(
             deployment=deploy.name,
@@ -142,11 +165,7 @@ class Deployer:
             plan=plan,
         )
         self._deployments.put(version, Blueprint(model.interface, deploy.numerics, model.file_bytes))
-        workers = len({worker for place in plan.places for worker in place})
-        self._progress(client_id, deploy, f"loading {len(plan.stages)} stages on {workers} workers")
-        await self._ready(version)
-        log.info("deployed", extra={"deployment": deploy.name, "version": version.number, "stages": len(plan.stages)})
-        return self._deployments.record(self._around.version(version.deployment, version.number))
+        return version
 
     async def _ready(self, version: ev.Version) -> None:
         """Hand the version to the scheduler and wait until every stage is resident, or raise what prevents it."""
@@ -155,6 +174,9 @@ class Deployer:
         self._around.tell(ev.VersionDeployed(version=version))
         try:
             await self._waiting[key]
+        except asyncio.CancelledError:
+            self._around.tell(ev.VersionWithdrawn(deployment=version.deployment, number=version.number))
+            raise
         finally:
             del self._waiting[key]
 
@@ -183,4 +205,4 @@ class Deployer:
         return ProfiledProgram(digest, deploy.uploaded.operator_costs_s)
 
     def _progress(self, client_id: ClientId, deploy: msg.Deploy, step: str) -> None:
-        self._around.to_client(client_id, msg.Progress(call=deploy.call, step=step))
+        self._around.to_client(client_id, msg.Progress(call=deploy.call, step=step[:STEP_LENGTH]))

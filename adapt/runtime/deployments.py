@@ -9,7 +9,9 @@ scheduler, touches the dispatcher's state.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,8 @@ from adapt.protocol.messages import Deploy, DeploymentRecord, StagePlace
 from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.state import StateDirectory
 from adapt.scheduling.events import Version
+
+log = logging.getLogger(__name__)
 
 NUMERICS = ("auto", "close", "exact")
 
@@ -85,7 +89,26 @@ class Deployments:
             self._blueprints[version.deployment, version.number] = blueprint
             self._versions[version.deployment, version.number] = version
             self._ready.add((version.deployment, version.number))
+        self._sweep()
         return list(self._versions.values())
+
+    def _sweep(self) -> None:
+        """Remove what deployments have left that never came about, or not to their end. The directory is ours alone."""
+        needed = self._needed()
+        for path in self._store.directory.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.suffix == ".safetensors" and path.stem not in needed:
+                path.unlink(missing_ok=True)
+
+    def _needed(self) -> set[Digest]:
+        stages = {need.artifact for version in self._versions.values() for need in version.plan.stages}
+        return stages | {version.program for version in self._versions.values()}
+
+    def discard(self, artifacts: Iterable[Digest]) -> None:
+        """Remove these unless a version needs them, once no deployment is under way."""
+        self._garbage.update(artifacts)
+        self._collect()
 
     @contextlib.contextmanager
     def under_way(self) -> Iterator[None]:
@@ -131,9 +154,7 @@ class Deployments:
         """Remove what no version needs."""
         if self._under_way:
             return
-        needed = {need.artifact for version in self._versions.values() for need in version.plan.stages}
-        needed |= {version.program for version in self._versions.values()}
-        for artifact in self._garbage - needed:
+        for artifact in self._garbage - self._needed():
             self._store.path(artifact).unlink(missing_ok=True)
         self._garbage.clear()
 
@@ -169,7 +190,10 @@ class Deployments:
         versions = [
             {**_version_to_plain(version, self._blueprints[key]), "is_ready": key in self._ready} for key, version in self._versions.items()
         ]
-        self._state.write_deployments({"numbers": self._numbers, "versions": versions})
+        try:
+            self._state.write_deployments({"numbers": self._numbers, "versions": versions})
+        except OSError as error:  # a full disk must not stop inference; the next change is written with this one
+            log.error("deployments not written; a restart would not know of the last change", extra={"reason": str(error)})
 
 
 def check(message: Deploy) -> str:

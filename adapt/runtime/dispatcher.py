@@ -192,6 +192,8 @@ class Dispatcher:
             self._flush_acks()
             self._arm_timer()
             self._turned.set()
+            if self._inbox:
+                self._wake()
 
     def _turn_over(self) -> None:
         self._empty_inbox()
@@ -282,6 +284,8 @@ class Dispatcher:
             return
         if earlier is not None:
             self._peers.pop(earlier.number, None)
+            if role == "client":  # it asks for its deployments again
+                self._deployer.client_gone(ClientId(bytes.fromhex(name)))
         session = self._sessions.welcome(routing_id, role, name, hello.incarnation)
         self._peers[session.number] = _Peer(hello)
         welcome = msg.Welcome(
@@ -319,6 +323,7 @@ class Dispatcher:
         worker_id = WorkerId(hello.worker_id)
         log.info("worker joined", extra={"worker_id": worker_id, "device": hello.device.device, "resident": len(hello.resident)})
         self._registry.register(worker_id, self._clock())
+        self._last_hello = {known: old for known, old in self._last_hello.items() if known in self._scheduler.roster}
         self._last_hello[worker_id] = hello
         joined = ev.WorkerJoined(
             worker_id=worker_id,
@@ -432,6 +437,8 @@ class Dispatcher:
                     self._handle(ev.RequestCancelled(request_id=request_id))
             case msg.Deploy() as deploy:
                 self._deployer.begin(ClientId(self._client_of(session)), deploy)
+            case msg.CancelCall(call=call):
+                self._deployer.cancel(ClientId(self._client_of(session)), call)
             case msg.Undeploy() as undeploy:
                 self._undeploy(session, undeploy)
             case msg.StatusQuery(call=call):
@@ -526,8 +533,8 @@ class Dispatcher:
                 log.info("plan changed", extra={"deployment": version.deployment, "epoch": version.plan.epoch})
                 self._deployments.put(version)
             case ev.VersionReady(version=version):
-                self._deployments.ready(version)
                 self._deployer.settled(version, None)
+                self._deployments.ready(version)
             case ev.VersionFailed(version=version, error=error):
                 self._deployer.settled(version, error)
             case ev.VersionReleased(version=version):
@@ -551,7 +558,9 @@ class Dispatcher:
         if session is not None:  # its next message is answered with SayHello
             self._sessions.end(session.number)
             self._peers.pop(session.number, None)
-        self.tell(ev.DispatchRefused(worker_id=action.worker_id, attempt=action.attempt))
+        # First of all: behind a new hello of this worker it would end that hello's session.
+        self._inbox.appendleft(ev.DispatchRefused(worker_id=action.worker_id, attempt=action.attempt))
+        self._wake()
 
     def _flush_acks(self) -> None:
         """One `StageAck` per worker and turn of the loop, whatever it brought."""
@@ -633,8 +642,6 @@ class Dispatcher:
             counters[f"link_raw_bytes.{header.codec}"] += math.prod(header.shape) * DTYPES[header.dtype].itemsize
 
     def _status(self, call: int) -> msg.StatusReport:
-        for gone in [worker_id for worker_id in self._last_hello if worker_id not in self._scheduler.roster]:
-            del self._last_hello[gone]
         records = [self._deployments.record(version) for version, _ in self._scheduler.versions()]
         counters = {name: float(value) for name, value in sorted(self._scheduler.counters.items())}
         counters |= {

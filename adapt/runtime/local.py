@@ -245,7 +245,7 @@ class LocalCluster:
         self._reaper = Reaper()
         self._processes: list[LocalProcess] = []  # all, in the order in which they are to end
         goes_with_us = None if self._given_directory else self.directory
-        self._finalizer = weakref.finalize(self, _end, self._processes, self._reaper, goes_with_us)
+        self._finalizer = weakref.finalize(self, _end, os.getpid(), self._processes, self._reaper, goes_with_us)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             settings = {"listen": "tcp://127.0.0.1:0", "state_dir": self._state_directory, **self._dispatcher_settings}
@@ -294,8 +294,10 @@ class LocalCluster:
         return process
 
 
-def _end(processes: Sequence[LocalProcess], reaper: Reaper, directory: Path | None) -> None:
-    """Also called for a cluster that was forgotten, at the latest when the interpreter ends."""
+def _end(owner: int, processes: Sequence[LocalProcess], reaper: Reaper, directory: Path | None) -> None:
+    """Also called for a cluster that was forgotten, at the latest when the interpreter ends. A fork of the owner owns nothing."""
+    if os.getpid() != owner:
+        return
     for process in processes:
         process.resume()
         process.terminate()

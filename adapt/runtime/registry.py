@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from adapt.errors import ConfigError
 from adapt.protocol.ids import Term, WorkerId
 from adapt.runtime.state import StateDirectory
 from adapt.scheduling.deadlines import Deadlines
@@ -50,7 +51,10 @@ class EmbeddedRegistry:
 
     def campaign(self) -> Term:
         term = Term(self._state.read_term() + 1)
-        self._state.write_term(term)
+        try:
+            self._state.write_term(term)
+        except OSError as error:
+            raise ConfigError(f"state_dir={self._state.directory}: cannot be written: {error.strerror}") from error
         return term
 
     def raise_term(self, term: Term) -> None:

@@ -208,6 +208,14 @@ class VersionDeployed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VersionWithdrawn:
+    """Who asked for the version does not wait for it any more."""
+
+    deployment: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Undeployed:
     deployment: str
 
@@ -222,7 +230,7 @@ Event: TypeAlias = (
     | StageBegun | StageFinished | AttemptFailed | AttemptCancelled | DispatchRefused
     | StageResident | LoadProgressed | StageRefused
     | ClientArrived | ClientDisconnected | ClientLeft | RequestArrived | RequestCancelled | OutcomeAcknowledged
-    | VersionDeployed | Undeployed | DrainBegun
+    | VersionDeployed | VersionWithdrawn | Undeployed | DrainBegun
 )  # fmt: skip
 
 

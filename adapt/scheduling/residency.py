@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from adapt.errors import AdaptError, UnknownModelError, WorkerLostError
-from adapt.planning.placement import Plan, StageNeed, WorkerOffer, relief, substitute
+from adapt.planning.placement import Plan, StageNeed, WorkerOffer, orphans, relief, substitute
 from adapt.protocol.ids import Digest, WorkerId
 from adapt.scheduling import events as ev
 from adapt.scheduling.deadlines import Deadlines
@@ -109,7 +109,17 @@ class Residency:
                 member = self._roster.member(worker_id)
                 if member.verdict is Verdict.READY:
                     self._load(member, need.artifact, now)
+                elif member.verdict is Verdict.LOST and not is_restored:  # it left after the plan was made
+                    self._left_version(live, member, now)
         self._check_ready(live)
+
+    def withdraw(self, deployment: str, number: int) -> None:
+        """Nobody waits for this version any more: unless it is ready by now, it never will be."""
+        live = self._versions.get((deployment, number))
+        if live is not None and not live.is_ready:
+            if self._current.get(deployment) == number:
+                del self._current[deployment]
+            self._retire(live, AdaptError(f"version {number} of {deployment} was withdrawn before it was ready"))
 
     def undeploy(self, deployment: str) -> None:
         if self._current.pop(deployment, None) is not None:
@@ -168,18 +178,27 @@ class Residency:
     # ── workers come and go ──────────────────────────────────────────────────────────────────────────────────────────
 
     def joined(self, member: Member, now: float) -> None:
-        """Give a worker that has come (back) its part: what it holds, what it had, or what relieves the busiest."""
-        for live in list(self._versions.values()):
+        """Give a worker that has come (back) its part: what it holds, what it had, what nobody has, or what relieves the busiest."""
+        versions = list(self._versions.values())
+        for live in versions:
             for stage, need in enumerate(live.plan.stages):
                 if member.worker_id in live.plan.places[stage]:
                     self._load(member, need.artifact, now)
                 elif need.artifact in member.resident:
                     self._replan(live, live.plan.added(stage, member.worker_id))
-            if live.is_ready and not live.is_retired and (stage_to_take := relief(live.plan, self.offer(member))) is not None:
-                self._replan(live, live.plan.added(stage_to_take, member.worker_id))
-                self._load(member, live.plan.stages[stage_to_take].artifact, now)
+        for live in versions:  # of all versions, before any second place of any: without them no request of theirs can end
+            for stage in orphans(live.plan):
+                if live.plan.stages[stage].memory_bytes <= self.offer(member).free_bytes:
+                    self._take(live, stage, member, now)
+        for live in versions:
+            if live.is_ready and not live.is_retired and (busiest := relief(live.plan, self.offer(member))) is not None:
+                self._take(live, busiest, member, now)
             self._check_ready(live)
         self._woken()
+
+    def _take(self, live: LiveVersion, stage: int, member: Member, now: float) -> None:
+        self._replan(live, live.plan.added(stage, member.worker_id))
+        self._load(member, live.plan.stages[stage].artifact, now)
 
     def recovered(self, member: Member, now: float) -> None:
         """A suspect has been heard again: give it what was planned for it meanwhile."""
@@ -198,11 +217,13 @@ class Residency:
         """The worker is out of every plan. A version that was not ready yet needs another in its place at once."""
         member.resident.clear()
         for live in list(self._versions.values()):
-            orphans = [stage for stage, workers in enumerate(live.plan.places) if workers == (member.worker_id,)]
-            self._replan(live, live.plan.removed(member.worker_id))
-            for stage in orphans if not live.is_ready else ():
-                self._replace_or_fail(live, stage, WorkerLostError(member.worker_id, "it left while it was loading a stage"), now)
+            self._left_version(live, member, now)
         self._woken()
+
+    def _left_version(self, live: LiveVersion, member: Member, now: float) -> None:
+        self._replan(live, live.plan.removed(member.worker_id))
+        for stage in orphans(live.plan) if not live.is_ready else ():
+            self._replace_or_fail(live, stage, WorkerLostError(member.worker_id, "it left while it was loading a stage"), now)
 
     # ── stages come and go ───────────────────────────────────────────────────────────────────────────────────────────
 

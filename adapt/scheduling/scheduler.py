@@ -224,6 +224,8 @@ class Scheduler:
                 self._client_gone(event.client_id, now)
             case ev.VersionDeployed():
                 self._residency.deploy(event.version, now, is_restored=event.is_restored)
+            case ev.VersionWithdrawn():
+                self._residency.withdraw(event.deployment, event.number)
             case ev.Undeployed():
                 self._residency.undeploy(event.deployment)
             case ev.DrainBegun():

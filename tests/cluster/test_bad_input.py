@@ -219,10 +219,11 @@ def test_messages_of_strangers(cluster, client, still_right):
     """A real ZeroMQ peer that speaks nonsense, in many ways, from many identities."""
     rng = random.Random(7)
     before = client.status().counters.get("malformed_messages", 0)
-    context = zmq.Context()
+    context, strangers = zmq.Context(), []
     try:
         for number in range(40):
             stranger = context.socket(zmq.DEALER)
+            strangers.append(stranger)
             stranger.set(zmq.LINGER, 0)
             stranger.set(zmq.IDENTITY, f"stranger{number}.c".encode())
             stranger.connect(cluster.address)
@@ -234,4 +235,6 @@ def test_messages_of_strangers(cluster, client, still_right):
         while client.status().counters["malformed_messages"] < before + 40:  # ends by the test's own time limit
             pause.wait(0.05)
     finally:
-        context.destroy(linger=0)
+        for stranger in strangers:
+            stranger.close(linger=0)
+        context.term()
