@@ -40,7 +40,7 @@ class Request:
     issued: dict[int, WorkerId] = field(default_factory=dict)  # every number given for the current stage, and to whom
     failed_on: set[WorkerId] = field(default_factory=set)  # for the current stage
     failures: int = 0  # of the current stage, losses included
-    model_error: str = ""  # kind of the last error that the model raised in the current stage
+    model_error: str | None = None  # kind of the last error that the model raised in the current stage
     attempts_made: int = 0  # over all stages
     numeric_class: str = ""  # pinned by the first dispatch of an exact request
     numeric_classes: set[str] = field(default_factory=set)
@@ -77,7 +77,7 @@ class Request:
         self.activation = activation
         self.stage += 1
         self.failures = 0
-        self.model_error = ""
+        self.model_error = None
         self.ticket = 0
         self.attempts.clear()
         self.issued.clear()

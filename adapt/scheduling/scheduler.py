@@ -375,6 +375,8 @@ class Scheduler:
             self.counters["late_answers"] += 1
             return
         request.numeric_classes.add(member.numeric_class)
+        if request.exact:  # it may have been let go of its class since this attempt was made
+            request.numeric_class = member.numeric_class
         self.counters["tasks_done"] += 1
         if request.stage + 1 == len(request.version.plan.stages):
             answer = ev.Answer(
@@ -542,7 +544,11 @@ class Scheduler:
                 self._due.set(_Due("attempt", request.attempt_id(number)), now + attempt.timeout_s)
             return False
         if request.numeric_class and not any(member.verdict is not Verdict.LOST and self._suits(request, member) for member in self.roster):
-            self._fail(request, PlanError(f"no worker of numeric class {request.numeric_class!r} is left"), now)
+            if request.stage > 0:
+                self._fail(request, PlanError(f"no worker of numeric class {request.numeric_class!r} is left"), now)
+            else:  # nothing has been computed for it: another class will do as well
+                request.numeric_class = ""
+                self._enqueue(request)
             return False
         return True
 

@@ -48,7 +48,7 @@ def test_the_next_stage_begins_with_a_clean_sheet():
     request.advance(tensor(5))
     assert (request.stage, request.activation.size_bytes) == (1, 5)
     assert (request.attempts, request.issued, request.failed_on) == ({}, {}, set())
-    assert (request.failures, request.model_error, request.ticket) == (0, "", 0)
+    assert (request.failures, request.model_error, request.ticket) == (0, None, 0)
     assert request.attempts_made == 4, "over all stages"
     assert not request.is_current(first)
 

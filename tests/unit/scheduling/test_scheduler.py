@@ -1345,6 +1345,18 @@ def test_an_exact_request_is_given_to_a_suspect_of_its_class_that_returns():
     assert (second := cluster.the_one_sent()).worker == "a2" and second.attempt.task == first.attempt.task
 
 
+def test_an_exact_request_for_which_nothing_was_computed_yet_may_change_its_class():
+    cluster = two_classes(stages=1)
+    cluster.submit(exact=True)
+    assert cluster.the_one_sent().worker in ("a1", "a2")
+    cluster.lose("a1")
+    cluster.lose("a2")
+    cluster.taken()
+    cluster.silent.clear()
+    cluster.wait(GRACE_S)
+    assert cluster.slots("b1") == 1 and cluster.taken(ev.Fail) == []
+
+
 def test_an_exact_request_that_has_met_no_worker_yet_waits_for_any():
     cluster = a_cluster("w1")
     cluster.lose("w1")

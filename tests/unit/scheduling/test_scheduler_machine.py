@@ -131,6 +131,7 @@ class Cluster(RuleBasedStateMachine):
         self.outcomes[request_id] = action
         if isinstance(action, ev.Answer):
             assert action.output.leaves == [self.mark(request_id, STAGES)]
+            assert len(action.numeric_classes) == 1 or not self.submitted[request_id].exact
 
     @staticmethod
     def mark(request_id: RequestId, stage: int) -> int:
@@ -194,7 +195,7 @@ class Cluster(RuleBasedStateMachine):
         worker.cancelled.clear()
         joined = ev.WorkerJoined(
             worker_id=worker.worker_id,
-            numeric_class="x",
+            numeric_class="x" if worker.worker_id in WORKERS[:2] else "y",
             stage_budget_bytes=100,
             credit=2,
             resident=frozenset(worker.resident),
@@ -326,8 +327,8 @@ class Cluster(RuleBasedStateMachine):
 
     # ── clients ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    @rule(client=st.sampled_from(CLIENTS), deployment=st.sampled_from(["a", "a", "b"]), budget_s=st.integers(0, 40), size=st.integers(0, 3))
-    def submit(self, client: ClientId, deployment: str, budget_s: int, size: int) -> None:
+    @rule(client=st.sampled_from(CLIENTS), deployment=st.sampled_from(["a", "a", "b"]), budget_s=st.integers(0, 40), exact=st.booleans())
+    def submit(self, client: ClientId, deployment: str, budget_s: int, exact: bool) -> None:
         self.sequence += 1
         request_id = RequestId(client, self.sequence)
         arrived = ev.RequestArrived(
@@ -336,7 +337,7 @@ class Cluster(RuleBasedStateMachine):
             version=0,
             program=None,
             budget_s=float(budget_s),
-            exact=False,
+            exact=exact,
             fingerprint=self.sequence,
             input=ev.Activation([self.mark(request_id, 0)], ()),
         )
@@ -346,7 +347,7 @@ class Cluster(RuleBasedStateMachine):
     @rule(client=st.sampled_from(CLIENTS), count=st.integers(2, 6))
     def submit_many(self, client: ClientId, count: int) -> None:
         for _ in range(count):
-            self.submit(client, "a", 40, 0)
+            self.submit(client, "a", 40, exact=False)
 
     @precondition(lambda self: self.submitted)
     @rule(data=st.data())
