@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
@@ -48,6 +49,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bool": np.dtype("?"),
 }
 
+# Judged when a header is read, so that whoever only forwards a tensor can trust the names.
+_DTYPE_NAMES = rf"\A({'|'.join(DTYPES)})\Z"
+_CODEC_NAMES = rf"\A({'|'.join(map(re.escape, CODECS))})\Z"
 _Size: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 
 
@@ -55,9 +59,9 @@ _Size: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 class TensorHeader:
     """What `decode` needs besides the bytes themselves; travels in the header of a message."""
 
-    dtype: Annotated[str, msgspec.Meta(max_length=16)]  # a key of DTYPES
+    dtype: Annotated[str, msgspec.Meta(pattern=_DTYPE_NAMES)]
     shape: Annotated[tuple[_Size, ...], msgspec.Meta(max_length=MAX_RANK)]
-    codec: Annotated[str, msgspec.Meta(max_length=16)]  # what was used, which may be less than was asked for
+    codec: Annotated[str, msgspec.Meta(pattern=_CODEC_NAMES)]  # what was used, which may be less than was asked for
     payload_bytes: _Size  # length of the buffer that belongs to this header
     zfp_bytes: _Size = 0  # length of the zfp stream; zfp+lz4 stores it compressed
     bound: float = 0.0  # max |decoded - sent|, absolute, in the units of the tensor; 0.0: bit-identical

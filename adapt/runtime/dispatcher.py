@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import signal
 from collections import deque
@@ -25,7 +24,6 @@ from adapt.config import DispatcherConfig
 from adapt.errors import AdaptError, ConnectError, UnknownModelError, VersionError, WireError
 from adapt.planning.placement import WorkerOffer
 from adapt.protocol import messages as msg
-from adapt.protocol.codecs import DTYPES, TensorHeader
 from adapt.protocol.ids import AttemptId, ClientId, Digest, RoutingId, WorkerId, control_of
 from adapt.protocol.wire import Blob, Envelope
 from adapt.runtime.artifacts import ArtifactStore
@@ -34,9 +32,9 @@ from adapt.runtime.deployments import Deployments
 from adapt.runtime.endpoint import Arrival, Disconnected, Malformed, Received, RouterEndpoint
 from adapt.runtime.registry import EmbeddedRegistry
 from adapt.runtime.state import StateDirectory
+from adapt.runtime.status import count_tensors, counters, worker_records
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
-from adapt.scheduling.roster import Member
 from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
 from adapt.scheduling.session import Session, Sessions
 from adapt.scheduling.term import Reign
@@ -398,7 +396,7 @@ class Dispatcher:
             case msg.Begun(attempt=attempt):
                 self._handle(ev.StageBegun(worker_id=worker_id, attempt=attempt))
             case msg.StageDone() as done:
-                self._count_bytes(done.leaves, envelope.blobs)
+                count_tensors(self._scheduler.counters, done.leaves, envelope.blobs)
                 output = ev.Activation(done.leaves, envelope.blobs)
                 self._handle(ev.StageFinished(worker_id=worker_id, attempt=done.attempt, output=output, times=done.times))
                 if done.begun is not None:
@@ -551,7 +549,7 @@ class Dispatcher:
             tolerance=action.tolerance,
             leaves=list(action.input.leaves),
         )
-        self._count_bytes(run.leaves, action.input.blobs)
+        count_tensors(self._scheduler.counters, run.leaves, action.input.blobs)
         session = self._sessions.named("worker", action.worker_id)
         if session is not None and self._send(session, run, action.input.blobs):
             return
@@ -633,51 +631,15 @@ class Dispatcher:
 
     # ── what users see ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _count_bytes(self, leaves: Any, blobs: tuple[Blob, ...]) -> None:
-        """Tensors on the links to and from workers, by codec: as they were before and as they travel."""
-        counters = self._scheduler.counters
-        tensors = [leaf for leaf in leaves if isinstance(leaf, TensorHeader)]
-        for header, blob in zip(tensors, blobs, strict=True):
-            counters[f"link_bytes.{header.codec}"] += blob.size
-            counters[f"link_raw_bytes.{header.codec}"] += math.prod(header.shape) * DTYPES[header.dtype].itemsize
-
     def _status(self, call: int) -> msg.StatusReport:
-        records = [self._deployments.record(version) for version, _ in self._scheduler.versions()]
-        counters = {name: float(value) for name, value in sorted(self._scheduler.counters.items())}
-        counters |= {
-            "requests_live": float(self._scheduler.live_requests),
-            "reserved_bytes": float(self._scheduler.reserved_bytes),
-            "kept_bytes": float(self._scheduler.kept_bytes),
-        }
+        heartbeats = {session.name: self._peers[session.number].heartbeat for session in self._sessions if session.role == "worker"}
         return msg.StatusReport(
             call=call,
             term=self._reign.term,
             uptime_s=self._clock() - self._began,
-            workers=[record for member in self._scheduler.roster if (record := self._worker_record(member)) is not None],
-            deployments=records,
-            counters=counters,
-        )
-
-    def _worker_record(self, member: Member) -> msg.WorkerRecord | None:
-        """None for a worker of an earlier reign that has not come back: nothing is known of its device."""
-        session = self._sessions.named("worker", member.worker_id)
-        peer = None if session is None else self._peers.get(session.number)
-        hello = self._last_hello.get(member.worker_id)
-        if hello is None:
-            return None
-        heartbeat = None if peer is None else peer.heartbeat
-        return msg.WorkerRecord(
-            worker_id=member.worker_id,
-            state="draining" if member.is_draining and member.verdict is Verdict.READY else member.verdict.value,
-            device=hello.device,
-            memory_percent=0.0 if heartbeat is None else heartbeat.memory_percent,
-            stage_budget_bytes=member.stage_budget_bytes,
-            resident=sorted(member.resident),
-            credit=member.credit,
-            running=len(member.slots),
-            tasks_done=member.tally.tasks_done,
-            tasks_failed=member.tally.tasks_failed,
-            compute_s=member.tally.compute_s,
+            workers=worker_records(self._scheduler.roster, self._last_hello, heartbeats),
+            deployments=[self._deployments.record(version) for version, _ in self._scheduler.versions()],
+            counters=counters(self._scheduler),
         )
 
 
