@@ -95,10 +95,6 @@ class Stage:
         device = torch.device(device)
         return cls(file.graph, _load_weights(file.path, file.graph.weights, device), device, file.digest)
 
-    @property
-    def operator_count(self) -> int:
-        return len(self._steps)
-
     def run(self, inputs: Sequence[Leaf], *, observe: Callable[[int, Any], None] | None = None) -> list[Leaf]:
         """Run the stage once. The inputs are never written to.
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from adapt.errors import InputMismatchError, WireError
-from adapt.models.structure import Node, Structure, count_leaves, flatten, from_plain, to_plain
+from adapt.models.structure import Node, Structure, count_leaves, from_plain, to_plain
 from adapt.models.structure import unflatten as unflatten  # for who puts a result together
 from adapt.models.tensorfile import (
     DTYPES,
@@ -537,22 +537,6 @@ def _text(item: Any, place: str) -> str:
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
-
-
-def match_inputs(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Any]:
-    """The leaves of a call `model(*args, **kwargs)`, in the order of the program's inputs.
-
-    Args:
-        args: numpy arrays or torch tensors, nested as in the example that the program was exported with.
-        kwargs: the same; a parameter may be given by name that was exported by position.
-
-    Raises:
-        InputMismatchError: nesting, dtype or shape of an input differ; the message names what was expected and got.
-    """
-    args, kwargs = bind_arguments(program, list(args), dict(kwargs or {}))
-    leaves = flatten(program.input_structure, (tuple(args), kwargs), "input")
-    check_inputs(program.graph.input_specs, leaves, batch_limit=program.batch_limit)
-    return leaves
 
 
 def check_inputs(specs: Sequence[ValueSpec], leaves: Sequence[Any], *, batch_limit: int | None = None) -> int | None:

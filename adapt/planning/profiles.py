@@ -1,4 +1,4 @@
-"""Measured numbers, units in the names: what the planner knows about models, devices and links."""
+"""What planning knows about a model: where it may be cut, and what crosses there."""
 
 from __future__ import annotations
 
@@ -11,13 +11,3 @@ class CutPoint:
 
     position: int
     crossing_bytes: int  # of the activations that cross the cut, for a batch of one
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerProfile:
-    """The operators between two neighbouring legal cuts, on one device at one thread."""
-
-    begin: int  # first operator
-    end: int  # one past the last
-    compute_s: float  # for the batch that was profiled
-    crossing_bytes: int  # what leaves it, for a batch of one

@@ -7,7 +7,6 @@ from typing import Annotated, NamedTuple, NewType
 
 import msgspec
 
-WORKER_ID_LENGTH = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]

@@ -30,7 +30,7 @@ from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.deployer import Deployer
 from adapt.runtime.deployments import Deployments
 from adapt.runtime.endpoint import Arrival, Disconnected, Malformed, Received, RouterEndpoint
-from adapt.runtime.registry import EmbeddedRegistry
+from adapt.runtime.registry import EmbeddedRegistry, Registry
 from adapt.runtime.state import StateDirectory
 from adapt.runtime.status import count_tensors, counters, worker_records
 from adapt.scheduling import events as ev
@@ -66,8 +66,11 @@ class Dispatcher:
         self._state = StateDirectory(config.state_dir)
         self._store = ArtifactStore(self._state.artifacts)
         self._deployments = Deployments(self._state, self._store)
-        self._registry = EmbeddedRegistry(self._state, lease_ttl_s=config.lease_ttl_s)
-        self._registry.watch(lambda worker_id: self._inbox.append(ev.LeaseEnded(worker_id=worker_id)))
+        self._registry: Registry = EmbeddedRegistry(self._state, lease_ttl_s=config.lease_ttl_s)
+        self._registry.watch(
+            ended=lambda worker_id: self._inbox.append(ev.LeaseEnded(worker_id=worker_id)),
+            renewed=lambda worker_id: self._inbox.append(ev.LeaseRenewed(worker_id=worker_id)),
+        )
         self._scheduler = Scheduler(_settings(config))
         self._sessions = Sessions()
         self._reign = Reign()

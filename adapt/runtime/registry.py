@@ -32,8 +32,8 @@ class Registry(Protocol):
 
     def revoke(self, worker_id: WorkerId) -> None: ...
 
-    def watch(self, ended: Callable[[WorkerId], None]) -> None:
-        """Call `ended` whenever a lease has ended without being revoked."""
+    def watch(self, *, ended: Callable[[WorkerId], None], renewed: Callable[[WorkerId], None]) -> None:
+        """Call `ended` whenever a lease has ended without being revoked, `renewed` when one that had ended is in force again."""
         ...
 
     def tick(self, now: float) -> None: ...
@@ -48,6 +48,7 @@ class EmbeddedRegistry:
         self._state, self._lease_ttl_s = state, lease_ttl_s
         self._leases: Deadlines[WorkerId] = Deadlines()
         self._ended: Callable[[WorkerId], None] = lambda worker_id: None
+        self._renewed: Callable[[WorkerId], None] = lambda worker_id: None
 
     def campaign(self) -> Term:
         term = Term(self._state.read_term() + 1)
@@ -64,13 +65,16 @@ class EmbeddedRegistry:
         self._leases.set(worker_id, now + self._lease_ttl_s)
 
     def refresh(self, worker_id: WorkerId, now: float) -> None:
+        has_ended = worker_id not in self._leases
         self._leases.set(worker_id, now + self._lease_ttl_s)
+        if has_ended:
+            self._renewed(worker_id)
 
     def revoke(self, worker_id: WorkerId) -> None:
         self._leases.clear(worker_id)
 
-    def watch(self, ended: Callable[[WorkerId], None]) -> None:
-        self._ended = ended
+    def watch(self, *, ended: Callable[[WorkerId], None], renewed: Callable[[WorkerId], None]) -> None:
+        self._ended, self._renewed = ended, renewed
 
     def tick(self, now: float) -> None:
         for worker_id in self._leases.take_due(now):

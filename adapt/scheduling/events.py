@@ -81,6 +81,13 @@ class LeaseEnded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRenewed:
+    """A lease that had ended is in force again."""
+
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerDraining:
     """The worker takes nothing new and has handed back what it had not begun."""
 
@@ -226,7 +233,7 @@ class DrainBegun:
 
 
 Event: TypeAlias = (
-    WorkerExpected | WorkerJoined | WorkerHeard | WorkerDisconnected | LeaseEnded | WorkerDraining | WorkerLeft
+    WorkerExpected | WorkerJoined | WorkerHeard | WorkerDisconnected | LeaseEnded | LeaseRenewed | WorkerDraining | WorkerLeft
     | StageBegun | StageFinished | AttemptFailed | AttemptCancelled | DispatchRefused
     | StageResident | LoadProgressed | StageRefused
     | ClientArrived | ClientDisconnected | ClientLeft | RequestArrived | RequestCancelled | OutcomeAcknowledged

@@ -211,6 +211,9 @@ class Scheduler:
             case ev.LeaseEnded():
                 self._liveness.lease_ended(event.worker_id)
                 self._verdict_changed(self.roster.member(event.worker_id), now)
+            case ev.LeaseRenewed():
+                self._liveness.lease_renewed(event.worker_id)
+                self._verdict_changed(self.roster.member(event.worker_id), now)
             case ev.WorkerDraining():
                 self._worker_draining(event, now)
             case ev.WorkerLeft():

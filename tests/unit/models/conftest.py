@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from adapt.models.cut import write_stages
 from adapt.models.export import ExportedProgram, export_module
+from adapt.models.interface import Interface
 from adapt.models.interpreter import Stage
-from adapt.models.program import Program, match_inputs, read_program, unflatten
+from adapt.models.program import Program, read_program, unflatten
 from adapt.models.sources import build_named_model
 
 
@@ -64,7 +65,7 @@ class Case:
 
     def distributed(self, positions: list[int], directory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The answer of the stages, each given fresh copies, as if they had travelled."""
-        values = match_inputs(self.program, args, kwargs)
+        values = Interface.of(self.program).match(args, kwargs)
         for artifact in write_stages(self.program, positions, directory):
             values = [value.clone() if isinstance(value, torch.Tensor) else value for value in values]
             values = Stage.load(artifact.path).run(values)

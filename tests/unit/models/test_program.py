@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from adapt.errors import InputMismatchError, ModelError, WireError
 from adapt.models.cut import legal_cuts
+from adapt.models.interface import Interface
 from adapt.models.interpreter import Stage
 from adapt.models.program import (
     PROGRAM_KEY,
     Affine,
     TensorSpec,
-    match_inputs,
     program_to_metadata,
     read_program,
     read_stage,
@@ -178,10 +178,10 @@ def test_nesting_without_end_is_refused(tmp_path):
 
 def test_arrays_tensors_and_names_are_matched(tiny):
     array = np.ones((2, 3), dtype=np.float32)
-    assert match_inputs(tiny.program, (array,))[0] is array
-    assert match_inputs(tiny.program, (), {"x": array})[0] is array
+    assert Interface.of(tiny.program).match((array,), {})[0] is array
+    assert Interface.of(tiny.program).match((), {"x": array})[0] is array
     tensor = torch.ones(5, 3)
-    assert match_inputs(tiny.program, [tensor])[0] is tensor
+    assert Interface.of(tiny.program).match([tensor], {})[0] is tensor
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_arrays_tensors_and_names_are_matched(tiny):
 )
 def test_inputs_that_do_not_fit_name_what_was_expected_and_got(tiny, args, message):
     with pytest.raises(InputMismatchError, match=message):
-        match_inputs(tiny.program, args)
+        Interface.of(tiny.program).match(args, {})
 
 
 def test_all_inputs_have_one_batch_size(branches):
@@ -212,7 +212,7 @@ def test_all_inputs_have_one_batch_size(branches):
         np.zeros((3, 4), np.float32),
     )
     with pytest.raises(InputMismatchError, match=r"input 2: .*got float32 \(3, 4\) \(the batch is 2"):
-        match_inputs(branches.program, (image, scale), {"offset": offset})
+        Interface.of(branches.program).match((image, scale), {"offset": offset})
 
 
 # --- structures ---
