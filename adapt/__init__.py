@@ -28,6 +28,7 @@ from adapt.errors import (
     WireError,
     WorkerLostError,
 )
+from adapt.runtime.async_client import AsyncClient, AsyncInferFuture, AsyncModel
 from adapt.runtime.client import Client, Model
 from adapt.runtime.conversation import InferFuture, Outcome
 from adapt.runtime.local import LocalCluster
@@ -35,6 +36,9 @@ from adapt.version import VERSION as __version__
 
 __all__ = [
     "AdaptError",
+    "AsyncClient",
+    "AsyncInferFuture",
+    "AsyncModel",
     "AttemptTimeoutError",
     "Client",
     "ConfigError",

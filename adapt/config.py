@@ -383,7 +383,7 @@ class DispatcherConfig(_Settings):
     max_retained_bytes: int = _setting(_BYTES, "memory for inputs and activations of requests under way", 2 * GIBIBYTE)
     max_kept_bytes: int = _setting(_BYTES, "memory for results that clients have not acknowledged", 256 * MEBIBYTE)
     max_message_bytes: int = _setting(_BYTES, "largest message that is accepted", 256 * MEBIBYTE)
-    piece_bytes: int = _setting(_BYTES, "size of the pieces in which big messages travel", 256 * KIBIBYTE)
+    piece_bytes: int = _setting(_BYTES, "size of the pieces in which big messages travel", MEBIBYTE)
     drain_timeout_s: float = _setting(_SECONDS, "longest wait for requests under way after SIGTERM or SIGINT", 30.0)
 
     @classmethod
@@ -437,7 +437,7 @@ class WorkerConfig(_Settings):
     cache_dir: Path = _setting(
         _PATH, "directory for the files of stages; workers may share one", otherwise="$XDG_CACHE_HOME/adapt or ~/.cache/adapt"
     )
-    credit: int = _setting(_COUNT, "tasks accepted at a time: one runs, the others wait", 2)
+    credit: int = _setting(_COUNT, "most tasks accepted at a time; it gets two, and more only while they are short", 32)
     max_message_bytes: int = _setting(_BYTES, "largest message that is accepted", 256 * MEBIBYTE)
     drain_timeout_s: float = _setting(_SECONDS, "longest wait for the running task after SIGTERM or SIGINT", 30.0)
 

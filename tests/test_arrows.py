@@ -48,7 +48,7 @@ TORCH_USERS = {"adapt.runtime.executor", "adapt.runtime.worker"}
 BUILDER = "adapt.runtime.builder"  # its parent side runs in a process without torch, so its child side imports inside functions
 WORKER_DOOR = "adapt.interfaces.cli.worker"  # the one door behind which there is a worker
 MAY_IMPORT_TORCHVISION = {"adapt.models.sources", "adapt.models.vision"}  # it costs every process 83 MiB
-CLIENT = "adapt.runtime.client"  # may use rooms with torch inside the one function that is given a Module
+CALLS = "adapt.runtime.calls"  # of a client; may use rooms with torch inside the one function that is given a Module
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def violations(root: Path) -> list[str]:
         for item in imports_of(path, root, modules):
             for reason in _complaints(module, item):
                 found.append(f"{path.relative_to(root)}:{item.line}: {reason}")
-            if module == CLIENT and item.function and is_torch_room(item.target):
+            if module == CALLS and item.function and is_torch_room(item.target):
                 torch_functions.add(item.function)
         if len(torch_functions) > 1:
             found.append(f"{path.relative_to(root)}: rooms with torch in {sorted(torch_functions)}, one function may")
@@ -148,7 +148,7 @@ def _complaints(module: str, item: Import) -> Iterator[str]:
         if room in PURE_ROOMS and target == "adapt.clock" and item.names != ("Clock",):
             yield "a pure module is given `now`; of adapt.clock it may know the type Clock"
         if target_room == "models" and room in ("runtime", "emulation", "simulation") and is_torch_room(target):
-            if module in (CLIENT, BUILDER) and not runs_at_import:
+            if module in (CALLS, BUILDER) and not runs_at_import:
                 pass
             elif module not in TORCH_USERS:
                 yield f"in {room} only executor, builder and worker import rooms with torch ({target})"
@@ -199,9 +199,9 @@ PLANTED = [
     ("runtime/dispatcher.py", "def f():\n    from adapt.models import export", "only executor, builder and worker"),
     ("runtime/dispatcher.py", "from adapt.runtime import executor", "brings torch along"),
     ("runtime/dispatcher.py", "try:\n    import torch\nexcept ImportError:\n    pass", "inside a function only"),
-    ("runtime/client.py", "class C:\n    from adapt.models import export", "brings torch along"),
+    ("runtime/calls.py", "class C:\n    from adapt.models import export", "brings torch along"),
     (
-        "runtime/client.py",
+        "runtime/calls.py",
         "def f():\n    from adapt.models import export\ndef g():\n    from adapt.models import sources",
         "rooms with torch in ['f', 'g'], one function may",
     ),
@@ -223,7 +223,7 @@ ALLOWED = [
     ("models/vision.py", "import torchvision"),
     ("runtime/executor.py", "import torch\nfrom adapt.models.interpreter import run"),
     (
-        "runtime/client.py",
+        "runtime/calls.py",
         "if TYPE_CHECKING:\n    import torch\ndef f():\n    from adapt.models import export, sources",
     ),
     ("runtime/dispatcher.py", "import asyncio, zmq, time\nfrom adapt.models.program import Program"),
@@ -246,7 +246,7 @@ def house(tmp_path):
         "planning/profiles.py",
         "runtime/local.py",
     ]
-    names += ["runtime/endpoint.py", "runtime/client.py", "interfaces/cli/main.py"]
+    names += ["runtime/endpoint.py", "runtime/calls.py", "interfaces/cli/main.py"]
     for name in names:
         path = tmp_path / "adapt" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,12 @@ A client gets it as JSON with the deployment, checks inputs against it before an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from adapt.errors import InputMismatchError, WireError
-from adapt.models.program import Program, ValueSpec, bind_arguments, check_inputs, spec_from_plain, spec_to_plain
-from adapt.models.structure import Structure, count_leaves, flatten, from_plain, to_plain, unflatten
+from adapt.models.program import InputCheck, Program, ValueSpec, bind_arguments, spec_from_plain, spec_to_plain
+from adapt.models.structure import Leaf, Node, Structure, count_leaves, flatten, from_plain, to_plain, unflatten
 from adapt.models.tensorfile import canonical_json, parse_json
 
 
@@ -25,6 +25,17 @@ class Interface:
     outputs: tuple[ValueSpec, ...]
     output_structure: Structure
     batch_limit: int | None
+    _check: InputCheck = field(init=False, repr=False, compare=False)
+    _is_flat: bool = field(init=False, repr=False, compare=False)  # takes its leaves one by one, by position
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_check", InputCheck(self.inputs, batch_limit=self.batch_limit))
+        match self.input_structure:
+            case Node(items=(Node(items=positional), Node(items=()))):
+                is_flat = all(isinstance(item, Leaf) for item in positional)
+            case _:
+                is_flat = False
+        object.__setattr__(self, "_is_flat", is_flat)
 
     @classmethod
     def of(cls, program: Program) -> Interface:
@@ -86,9 +97,12 @@ class Interface:
         Raises:
             InputMismatchError: nesting, dtype or shape of an input differ; the message names what was expected and got.
         """
-        bound_args, bound_kwargs = bind_arguments(self, list(args), dict(kwargs))
-        leaves = flatten(self.input_structure, (tuple(bound_args), bound_kwargs), "input")
-        check_inputs(self.inputs, leaves, batch_limit=self.batch_limit)
+        if self._is_flat and not kwargs and len(args) == len(self.inputs):
+            leaves = list(args)
+        else:
+            bound_args, bound_kwargs = bind_arguments(self, list(args), dict(kwargs))
+            leaves = flatten(self.input_structure, (tuple(bound_args), bound_kwargs), "input")
+        self._check(leaves)
         return leaves
 
     def assemble(self, leaves: Sequence[Any]) -> Any:

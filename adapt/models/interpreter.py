@@ -26,13 +26,13 @@ from adapt.models.operators import DTYPES, LAYOUTS, MEMORY_FORMATS, OPERATORS
 from adapt.models.program import (
     Argument,
     Graph,
+    InputCheck,
     Operator,
     Symbol,
     ValueRef,
     ValueSpec,
     Weight,
     WeightRef,
-    check_inputs,
     operator_references,
     read_graph,
     references,
@@ -76,6 +76,7 @@ class Stage:
         self._initial: list[Any] = [*weights, *[None] * len(graph.values)]
         self._input_slots = [self._first_slot + index for index in graph.inputs]
         self._output_slots = [self._first_slot + index for index in graph.outputs]
+        self._check_inputs = InputCheck(self.inputs)
         self._steps = _compile(graph, self._first_slot, device)
 
     @classmethod
@@ -109,7 +110,7 @@ class Stage:
             InputMismatchError: number, dtype or shape of the inputs do not fit.
             ModelError: an operator raised; the message names it and its place in the model.
         """
-        check_inputs(self.inputs, inputs)
+        self._check_inputs(inputs)
         with torch.inference_mode():
             slots = self._initial.copy()
             for slot, value in zip(self._input_slots, inputs, strict=True):
@@ -144,12 +145,15 @@ class Stage:
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         """The input where and as eager torch would have it: contiguous, on the device, aligned like torch's own memory."""
-        tensor = tensor.detach().to(self.device).contiguous()
+        if tensor.requires_grad or tensor.device != self.device or not tensor.is_contiguous():
+            tensor = tensor.detach().to(self.device).contiguous()
         return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
 
     @staticmethod
     def _delivered(value: Leaf) -> Leaf:
-        return value.detach().contiguous().cpu() if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, torch.Tensor) or (value.is_contiguous() and value.is_cpu and not value.requires_grad):
+            return value
+        return value.detach().contiguous().cpu()
 
 
 def _model_error(operator: Operator, error: Exception) -> ModelError:

@@ -49,6 +49,7 @@ OPERATOR_LIMIT = 200_000
 ARGUMENT_DEPTH_LIMIT = 4
 INT_LIMIT = 2**63  # what torch's integers hold
 TEXT_LIMIT = 1_000
+FITTED_LIMIT = 256  # kinds of input that are known again
 OPERATOR_NAME = re.compile(r"[a-z]+(\.[A-Za-z0-9_]{1,80}){1,2}")
 SYMBOL_KINDS = ("dtype", "memory_format", "layout", "device")
 
@@ -560,6 +561,26 @@ def check_inputs(specs: Sequence[ValueSpec], leaves: Sequence[Any], *, batch_lim
         if not fits:
             raise _mismatch(spec, leaf, index, f" (the batch is {batch} by the inputs before)" if batch and index else "")
     return batch
+
+
+class InputCheck:
+    """`check_inputs` against fixed specs. What has fitted once is known again: by type and shape alone."""
+
+    def __init__(self, specs: Sequence[ValueSpec], *, batch_limit: int | None = None) -> None:
+        self._specs, self._batch_limit = specs, batch_limit
+        self._fitted: set[tuple[tuple[Any, Any], ...]] = set()
+
+    def __call__(self, leaves: Sequence[Any]) -> None:
+        """Raises InputMismatchError as `check_inputs` does."""
+        try:
+            signature = tuple([(leaf.dtype, leaf.shape) for leaf in leaves])
+            if signature in self._fitted:
+                return
+        except (AttributeError, TypeError):  # a number among them, or something odd
+            signature = None
+        check_inputs(self._specs, leaves, batch_limit=self._batch_limit)
+        if signature is not None and len(self._fitted) < FITTED_LIMIT:
+            self._fitted.add(signature)
 
 
 def batch_size_of(specs: Sequence[ValueSpec], leaves: Sequence[Any]) -> int | None:

@@ -1,7 +1,8 @@
 """Which worker runs which stage. Pure: needs and offers in, a plan out.
 
 This is the simple placement of the foundation: one worker per stage, the costliest stages to the least loaded workers that have the
-memory; a stage whose workers are gone goes to the worker that has most room in its time; a newcomer relieves the busiest worker.
+memory, and every worker that is left relieves the busiest one; a stage whose workers are gone goes to the worker that has most room in
+its time; a newcomer relieves the busiest worker.
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ class Plan:
 
 
 def place(needs: Sequence[StageNeed], offers: Sequence[WorkerOffer]) -> tuple[tuple[WorkerId, ...], ...]:
-    """One worker for each stage.
+    """The workers of each stage: one, and then whoever is left over.
 
     The stage that needs most memory chooses first, so that a tight fit is not spoilt by a loose one; it takes the worker that would
-    finish one item of all it runs soonest.
+    finish one item of all it runs soonest. A worker without a stage then relieves the busiest, if it has the memory.
 
     Raises:
         PlanError: there is no worker, or none with memory for a stage; names stage, need and the largest offer.
@@ -85,7 +86,16 @@ def place(needs: Sequence[StageNeed], offers: Sequence[WorkerOffer]) -> tuple[tu
         chosen[index] = worker
         room[worker] -= need.memory_bytes
         load_s[worker] += need.cost_s * slowness[worker]
-    return tuple((chosen[index],) for index in range(len(needs)))
+    places = tuple((chosen[index],) for index in range(len(needs)))
+    return _relieved(Plan(program=Digest(""), epoch=Epoch(0), stages=tuple(needs), places=places), offers).places
+
+
+def _relieved(plan: Plan, offers: Sequence[WorkerOffer]) -> Plan:
+    """The plan in which every offer that it has left out relieves the busiest worker, the fastest first."""
+    for offer in sorted(offers, key=lambda o: (o.load_s, o.slowness, o.worker_id)):
+        if (stage := relief(plan, offer)) is not None:
+            plan = plan.added(stage, offer.worker_id)
+    return plan
 
 
 def substitute(need: StageNeed, offers: Sequence[WorkerOffer]) -> WorkerId | None:

@@ -20,16 +20,16 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import lz4.block
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import zfpy
+from msgspec import Struct
 
 from adapt.errors import ConfigError, InputMismatchError, WireError
 
@@ -49,19 +49,22 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bool": np.dtype("?"),
 }
 
-# Judged when a header is read, so that whoever only forwards a tensor can trust the names.
-_DTYPE_NAMES = rf"\A({'|'.join(DTYPES)})\Z"
-_CODEC_NAMES = rf"\A({'|'.join(map(re.escape, CODECS))})\Z"
+_NAMES = {dtype: name for name, dtype in DTYPES.items() if name != "bfloat16"}  # `dtype.name` takes microseconds
+DtypeName: TypeAlias = Literal[
+    "float16", "float32", "float64", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"
+]  # fmt: skip
+CodecName: TypeAlias = Literal["raw", "lz4", "zfp", "zfp+lz4"]
+assert get_args(DtypeName) == tuple(DTYPES) and get_args(CodecName) == CODECS
 _Size: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorHeader:
+class TensorHeader(Struct, frozen=True, kw_only=True):
     """What `decode` needs besides the bytes themselves; travels in the header of a message."""
 
-    dtype: Annotated[str, msgspec.Meta(pattern=_DTYPE_NAMES)]
+    # Judged when a header is read, so that whoever only forwards a tensor can trust the names.
+    dtype: DtypeName
     shape: Annotated[tuple[_Size, ...], msgspec.Meta(max_length=MAX_RANK)]
-    codec: Annotated[str, msgspec.Meta(pattern=_CODEC_NAMES)]  # what was used, which may be less than was asked for
+    codec: CodecName  # what was used, which may be less than was asked for
     payload_bytes: _Size  # length of the buffer that belongs to this header
     zfp_bytes: _Size = 0  # length of the zfp stream; zfp+lz4 stores it compressed
     bound: float = 0.0  # max |decoded - sent|, absolute, in the units of the tensor; 0.0: bit-identical
@@ -124,14 +127,15 @@ def encode(array: Array, *, codec: str = "raw", tolerance: float | None = None, 
         ConfigError: the codec or the tolerance is impossible.
         InputMismatchError: an array of this type or rank cannot travel.
     """
-    codec = resolve_codec(codec, tolerance)
+    if codec != "raw" or tolerance is not None:
+        codec = resolve_codec(codec, tolerance)
     name = _wire_dtype(array, dtype)
     array_c = np.ascontiguousarray(array)  # the same memory if it is contiguous; makes a scalar an array of one
     packed = _ENCODERS[codec](array_c, name, tolerance)
     header = TensorHeader(
-        dtype=name,
+        dtype=name,  # type: ignore[arg-type]  # it is one of these
         shape=array.shape,
-        codec=packed.codec,
+        codec=packed.codec,  # type: ignore[arg-type]
         payload_bytes=len(packed.payload),
         zfp_bytes=packed.zfp_bytes,
         bound=packed.bound,
@@ -181,7 +185,7 @@ def _wire_dtype(array: Array, dtype: str | None) -> str:
         raise InputMismatchError(f"expected a numpy array, got {type(array).__name__}")
     if array.ndim > MAX_RANK:
         raise InputMismatchError(f"expected at most {MAX_RANK} dimensions, got {array.ndim}")
-    name = array.dtype.name if dtype is None else dtype
+    name = _NAMES.get(array.dtype, array.dtype.char) if dtype is None else dtype
     if DTYPES.get(name) != array.dtype:  # numpy's equality takes byte order into account
         order = "" if array.dtype.isnative else " with its bytes in reverse order (use array.astype of the native type)"
         wish = "" if dtype is None else f" as {dtype[:32]!r}"
@@ -196,19 +200,19 @@ def _checked_bytes(shape: tuple[int, ...], itemsize: int, limit_bytes: int) -> i
     """Bytes of an array of this shape. An empty one is judged as if its zeros were ones: its other sizes count too."""
     if len(shape) > MAX_RANK:
         raise WireError(f"shape: expected at most {MAX_RANK} dimensions, got {len(shape)}")
-    if any(size < 0 for size in shape):
+    if min(shape, default=0) < 0:
         raise WireError(f"shape {shape}: a dimension is negative")
-    at_least_bytes = math.prod(max(size, 1) for size in shape) * itemsize  # Python's integers do not overflow
+    raw_bytes = math.prod(shape) * itemsize  # Python's integers do not overflow
+    at_least_bytes = raw_bytes or math.prod(max(size, 1) for size in shape) * itemsize
     if at_least_bytes > limit_bytes:
         raise WireError(f"shape {shape}: {at_least_bytes} bytes, above the limit of {limit_bytes}")
-    return math.prod(shape) * itemsize
+    return raw_bytes
 
 
 # --- the codecs, one pair of functions each ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Packed:
+class _Packed(Struct, frozen=True):
     codec: str
     payload: Buffer
     bound: float = 0.0

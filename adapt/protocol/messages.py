@@ -33,10 +33,10 @@ seconds, never moments: the clocks of two devices do not agree.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, TypeAlias
 
 import msgspec
+from msgspec import Struct, field
 
 from adapt.protocol.codecs import TensorHeader
 from adapt.protocol.ids import AttemptId, Natural, RequestId
@@ -48,6 +48,7 @@ Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Named = Annotated[str, msgspec.Meta(max_length=64)]  # a name or digest that is only looked up; a pattern would cost half a microsecond
 Address = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 PieceBytes = Annotated[int, msgspec.Meta(ge=4096, le=1 << 20)]
 Facts: TypeAlias = dict[str, Any]  # plain values, of which msgpack has no others; an error's attributes, a constructor's arguments
@@ -61,8 +62,7 @@ Leaves = Annotated[list[Leaf], msgspec.Meta(max_length=256)]
 # ── sessions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceFacts:
+class DeviceFacts(Struct, frozen=True, kw_only=True):
     """What a worker runs on. `numeric_class` names all that the bits of a result depend on besides the model."""
 
     device: Text  # "cpu", "cuda:0"
@@ -71,8 +71,7 @@ class DeviceFacts:
     numeric_class: Text
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerHello:
+class WorkerHello(Struct, frozen=True, kw_only=True):
     """Worker -> dispatcher, first on control: who I am and what I hold. Ends any earlier session of this name."""
 
     KIND: ClassVar[bytes] = b"WH"
@@ -89,8 +88,7 @@ class WorkerHello:
     finished: Attempts  # finished, answer not acknowledged yet; the answers follow on their own
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientHello:
+class ClientHello(Struct, frozen=True, kw_only=True):
     """Client -> dispatcher, first on control. Its open requests follow on their own."""
 
     KIND: ClassVar[bytes] = b"CH"
@@ -101,8 +99,7 @@ class ClientHello:
     software: Text
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Welcome:
+class Welcome(Struct, frozen=True, kw_only=True):
     """Dispatcher -> peer: you are known under the session and term of this envelope."""
 
     KIND: ClassVar[bytes] = b"WE"
@@ -113,8 +110,7 @@ class Welcome:
     max_budget_s: Seconds  # longest deadline that a request may have
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
+class Refused(Struct, frozen=True, kw_only=True):
     """Dispatcher -> peer: no session; the error says why. Trying again as it is would not help."""
 
     KIND: ClassVar[bytes] = b"RF"
@@ -123,30 +119,26 @@ class Refused:
     fields: Facts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SayHello:
+class SayHello(Struct, frozen=True, kw_only=True):
     """Dispatcher -> peer: the session of this envelope, which you named, is none of this reign; say hello again."""
 
     KIND: ClassVar[bytes] = b"SH"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attach:
+class Attach(Struct, frozen=True, kw_only=True):
     """Peer -> dispatcher, first on bulk: this connection belongs to the session of the envelope."""
 
     KIND: ClassVar[bytes] = b"AT"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Goodbye:
+class Goodbye(Struct, frozen=True, kw_only=True):
     """Either way, on control: this session ends by intent; nothing more will come."""
 
     KIND: ClassVar[bytes] = b"GB"
     reason: Text
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class Piece(Struct, frozen=True, kw_only=True):
     """Either way, on bulk: one piece of a message too big for control; see pieces.py."""
 
     KIND: ClassVar[bytes] = b"PI"
@@ -159,22 +151,20 @@ class Piece:
 # ── requests: client and dispatcher ──────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InferRequest:
+class InferRequest(Struct, frozen=True, kw_only=True):
     """Client -> dispatcher: run a deployed model on the leaves whose tensors follow. Sent again on every new session."""
 
     KIND: ClassVar[bytes] = b"IR"
     request_id: RequestId
-    deployment: Name
+    deployment: Named
     version: Natural  # 0 until `Accepted` has named it
-    program: Sha256 | None  # None until `Accepted` has named it; another program never answers
+    program: Named | None  # None until `Accepted` has named it; another program never answers
     budget_s: Seconds  # time left
     numerics: Text  # "exact" (one numeric class for the whole request) or "close"
     leaves: Leaves
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accepted:
+class Accepted(Struct, frozen=True, kw_only=True):
     """Dispatcher -> client: the request is let in and pinned to this version."""
 
     KIND: ClassVar[bytes] = b"AC"
@@ -184,8 +174,7 @@ class Accepted:
     program: Sha256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
+class Reply(Struct, frozen=True, kw_only=True):
     """Dispatcher -> client: the result; its tensors follow. Kept until `ReplyAck`."""
 
     KIND: ClassVar[bytes] = b"RP"
@@ -195,8 +184,7 @@ class Reply:
     numeric_classes: Annotated[list[Text], msgspec.Meta(max_length=256)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestFailed:
+class RequestFailed(Struct, frozen=True, kw_only=True):
     """Dispatcher -> client: the request ended in this error. Kept until `ReplyAck`."""
 
     KIND: ClassVar[bytes] = b"RE"
@@ -206,16 +194,14 @@ class RequestFailed:
     fields: Facts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplyAck:
+class ReplyAck(Struct, frozen=True, kw_only=True):
     """Client -> dispatcher: these outcomes have arrived; forget what you keep of them."""
 
     KIND: ClassVar[bytes] = b"RA"
     request_ids: Annotated[list[RequestId], msgspec.Meta(max_length=4096)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CancelRequest:
+class CancelRequest(Struct, frozen=True, kw_only=True):
     """Client -> dispatcher: nobody waits for this any more. May overtake the request it cancels."""
 
     KIND: ClassVar[bytes] = b"CR"
@@ -225,8 +211,7 @@ class CancelRequest:
 # ── deployments and questions: client and dispatcher; `call` pairs question and answer ───────────────────────────────
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NamedSource:
+class NamedSource(Struct, frozen=True, kw_only=True):
     """A model that the dispatcher's side can build by itself."""
 
     model: Text  # "torchvision/resnet50"
@@ -236,8 +221,7 @@ class NamedSource:
     input_shape: list[Natural] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProgramSource:
+class ProgramSource(Struct, frozen=True, kw_only=True):
     """A program that the client has exported, and offers for `Fetch`."""
 
     program: Sha256
@@ -245,8 +229,7 @@ class ProgramSource:
     operator_costs_s: Annotated[list[Seconds], msgspec.Meta(max_length=1 << 20)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deploy:
+class Deploy(Struct, frozen=True, kw_only=True):
     """Client -> dispatcher: make a model available. Exactly one of `named` and `uploaded` is given."""
 
     KIND: ClassVar[bytes] = b"DP"
@@ -260,8 +243,7 @@ class Deploy:
     uploaded: ProgramSource | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagePlace:
+class StagePlace(Struct, frozen=True, kw_only=True):
     """One stage of a plan: which file, how big, on which workers."""
 
     artifact: Sha256
@@ -270,8 +252,7 @@ class StagePlace:
     workers: list[Name]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeploymentRecord:
+class DeploymentRecord(Struct, frozen=True, kw_only=True):
     """A deployment as users see it. `interface` is the program's inputs and outputs as JSON (see models/program.py)."""
 
     name: Name
@@ -285,8 +266,7 @@ class DeploymentRecord:
     interface: Annotated[str, msgspec.Meta(max_length=1 << 20)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deployed:
+class Deployed(Struct, frozen=True, kw_only=True):
     """Dispatcher -> client: the deployment is ready: every stage is resident."""
 
     KIND: ClassVar[bytes] = b"DD"
@@ -294,8 +274,7 @@ class Deployed:
     deployment: DeploymentRecord
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Undeploy:
+class Undeploy(Struct, frozen=True, kw_only=True):
     """Client -> dispatcher: take no new requests for this deployment; unload it when its last request has ended."""
 
     KIND: ClassVar[bytes] = b"UD"
@@ -303,16 +282,14 @@ class Undeploy:
     name: Name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CancelCall:
+class CancelCall(Struct, frozen=True, kw_only=True):
     """Client -> dispatcher: nobody waits for this call any more. A deployment that is not ready yet is given up."""
 
     KIND: ClassVar[bytes] = b"CC"
     call: Natural
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class Progress(Struct, frozen=True, kw_only=True):
     """Dispatcher -> client: how far a long call has come, in words."""
 
     KIND: ClassVar[bytes] = b"PG"
@@ -320,16 +297,14 @@ class Progress:
     step: Text
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallDone:
+class CallDone(Struct, frozen=True, kw_only=True):
     """Dispatcher -> client: done, with nothing to tell."""
 
     KIND: ClassVar[bytes] = b"CD"
     call: Natural
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallFailed:
+class CallFailed(Struct, frozen=True, kw_only=True):
     """Dispatcher -> client: the call ended in this error and changed nothing."""
 
     KIND: ClassVar[bytes] = b"CF"
@@ -339,16 +314,14 @@ class CallFailed:
     fields: Facts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StatusQuery:
+class StatusQuery(Struct, frozen=True, kw_only=True):
     """Client -> dispatcher: how are things?"""
 
     KIND: ClassVar[bytes] = b"SQ"
     call: Natural
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerRecord:
+class WorkerRecord(Struct, frozen=True, kw_only=True):
     """A worker as users see it."""
 
     worker_id: Name
@@ -364,8 +337,7 @@ class WorkerRecord:
     compute_s: Seconds  # summed over all tasks
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StatusReport:
+class StatusReport(Struct, frozen=True, kw_only=True):
     """Dispatcher -> client: workers, deployments and counters. Counter names carry units."""
 
     KIND: ClassVar[bytes] = b"ST"
@@ -380,37 +352,33 @@ class StatusReport:
 # ── tasks: dispatcher and worker ─────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunStage:
+class RunStage(Struct, frozen=True, kw_only=True):
     """Dispatcher -> worker: run one stage on the activation in the frames that follow."""
 
     KIND: ClassVar[bytes] = b"RS"
     attempt: AttemptId
-    artifact: Sha256  # which stage; refused only if not resident
+    artifact: Named  # which stage; refused only if not resident
     budget_s: Seconds
     codec: Text  # for the output
     tolerance: float | None
     leaves: Leaves
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CancelStage:
+class CancelStage(Struct, frozen=True, kw_only=True):
     """Dispatcher -> worker: nobody waits for this attempt. May overtake the `RunStage` it cancels."""
 
     KIND: ClassVar[bytes] = b"CS"
     attempt: AttemptId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Begun:
+class Begun(Struct, frozen=True, kw_only=True):
     """Worker -> dispatcher: this attempt has begun to compute."""
 
     KIND: ClassVar[bytes] = b"BG"
     attempt: AttemptId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageTimes:
+class StageTimes(Struct, frozen=True, kw_only=True):
     """Where one task's time went on the worker, in seconds."""
 
     wait_s: Seconds
@@ -419,11 +387,11 @@ class StageTimes:
     encode_s: Seconds
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageDone:
+class StageDone(Struct, frozen=True, kw_only=True):
     """Worker -> dispatcher: the output; its tensors follow. Kept by the worker until `StageAck`.
 
-    Digests are xxh3-128 over the raw (decoded) tensors: two attempts of one numeric class and one input must agree."""
+    Digests are xxh3-128 over type, shape and xxh3-64 of the bytes of each tensor as it was before the codec: two attempts of one numeric
+    class and one input must agree."""
 
     KIND: ClassVar[bytes] = b"SD"
     attempt: AttemptId
@@ -434,8 +402,7 @@ class StageDone:
     begun: AttemptId | None = None  # the attempt that the worker has begun next: saves a `Begun`
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageFailed:
+class StageFailed(Struct, frozen=True, kw_only=True):
     """Worker -> dispatcher: this attempt ended in an error. Kept by the worker until `StageAck`."""
 
     KIND: ClassVar[bytes] = b"SF"
@@ -445,24 +412,21 @@ class StageFailed:
     fields: Facts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageCancelled:
+class StageCancelled(Struct, frozen=True, kw_only=True):
     """Worker -> dispatcher: a cancelled attempt has left its slot. Kept by the worker until `StageAck`."""
 
     KIND: ClassVar[bytes] = b"SC"
     attempt: AttemptId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageAck:
+class StageAck(Struct, frozen=True, kw_only=True):
     """Dispatcher -> worker: these answers have arrived; forget them."""
 
     KIND: ClassVar[bytes] = b"SA"
     attempts: Attempts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heartbeat:
+class Heartbeat(Struct, frozen=True, kw_only=True):
     """Worker -> dispatcher: I live, and so far my executor has come (`progress` grows with every step it takes)."""
 
     KIND: ClassVar[bytes] = b"HB"
@@ -471,8 +435,7 @@ class Heartbeat:
     resident_bytes: Natural  # of stages
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draining:
+class Draining(Struct, frozen=True, kw_only=True):
     """Worker -> dispatcher: I take nothing new; of what I held I give back what I have not begun."""
 
     KIND: ClassVar[bytes] = b"DR"
@@ -482,8 +445,7 @@ class Draining:
 # ── artifacts ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadStage:
+class LoadStage(Struct, frozen=True, kw_only=True):
     """Dispatcher -> worker: make this stage resident; fetch it unless it is in your cache."""
 
     KIND: ClassVar[bytes] = b"LS"
@@ -491,8 +453,7 @@ class LoadStage:
     file_bytes: Natural
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageLoaded:
+class StageLoaded(Struct, frozen=True, kw_only=True):
     """Worker -> dispatcher: this stage is resident."""
 
     KIND: ClassVar[bytes] = b"SL"
@@ -501,8 +462,7 @@ class StageLoaded:
     load_s: Seconds
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadFailed:
+class LoadFailed(Struct, frozen=True, kw_only=True):
     """Worker -> dispatcher: this stage cannot be made resident here."""
 
     KIND: ClassVar[bytes] = b"LF"
@@ -512,16 +472,14 @@ class LoadFailed:
     fields: Facts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnloadStage:
+class UnloadStage(Struct, frozen=True, kw_only=True):
     """Dispatcher -> worker: this stage is needed no more; its file may stay in the cache."""
 
     KIND: ClassVar[bytes] = b"US"
     artifact: Sha256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fetch:
+class Fetch(Struct, frozen=True, kw_only=True):
     """Worker -> dispatcher, or dispatcher -> client: send me this part of a file. At most two unanswered per file."""
 
     KIND: ClassVar[bytes] = b"FE"
@@ -530,8 +488,7 @@ class Fetch:
     length: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArtifactPiece:
+class ArtifactPiece(Struct, frozen=True, kw_only=True):
     """The answer to `Fetch`, always on bulk: the bytes are the one payload frame, shorter than asked only at the end."""
 
     KIND: ClassVar[bytes] = b"AP"
@@ -540,8 +497,7 @@ class ArtifactPiece:
     file_bytes: Natural
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArtifactMissing:
+class ArtifactMissing(Struct, frozen=True, kw_only=True):
     """The answer to `Fetch` of a file that is not there (any more)."""
 
     KIND: ClassVar[bytes] = b"AM"

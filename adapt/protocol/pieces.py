@@ -1,7 +1,7 @@
 """Big messages in pieces, so that their progress can be seen and nothing else waits long behind them.
 
-    Piece(transfer, index 0)       payload: frames 0 and 1 of the message
-    Piece(transfer, index 1 ..)    payload: the next slice of its blobs, `piece_bytes` long except at the end of a blob
+    Piece(transfer, index 0)       payload: frames 0 and 1 of the message, and the first slice of its blobs if they have any bytes
+    Piece(transfer, index 1 ..)    payload: the next slice, `piece_bytes` long except at the end of a blob
 
 Where a blob lies in several parts, because it arrived in pieces itself, slices are cut as if it lay in a row: those that span two parts are
 joined, the others share its memory. So the pieces of a message depend on its bytes alone, and forwarding with the same `piece_bytes` copies
@@ -13,6 +13,7 @@ is compared when its blob is complete; until then pieces are judged by their num
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import xxhash
@@ -32,7 +33,7 @@ def split(message: Message, *, session: int, term: int, blobs: Sequence[Blob], t
         transfer: a number that no earlier message had on this connection, in this session.
         piece_bytes: length of a slice, from 4 KiB to 1 MiB.
     """
-    count = 1 + sum(_slices(blob.size, piece_bytes) for blob in blobs)
+    count = max(sum(_slices(blob.size, piece_bytes) for blob in blobs), 1)
     payloads = _payloads(message, session=session, term=term, blobs=blobs, piece_bytes=piece_bytes)
     for index, payload in enumerate(payloads):
         piece = Piece(transfer=transfer, index=index, count=count, piece_bytes=piece_bytes)
@@ -40,10 +41,10 @@ def split(message: Message, *, session: int, term: int, blobs: Sequence[Blob], t
 
 
 def _payloads(message: Message, *, session: int, term: int, blobs: Sequence[Blob], piece_bytes: int) -> Iterator[list[Buffer]]:
-    yield encode_head(message, session=session, term=term, blobs=blobs)
-    for blob in blobs:
-        for piece in _cut(blob, piece_bytes):
-            yield [piece]
+    slices = itertools.chain.from_iterable(_cut(blob, piece_bytes) for blob in blobs)
+    yield [*encode_head(message, session=session, term=term, blobs=blobs), *itertools.islice(slices, 1)]
+    for piece in slices:
+        yield [piece]
 
 
 def _slices(size: int, piece_bytes: int) -> int:
@@ -145,8 +146,8 @@ class _Transfer:
     """One message on its way."""
 
     def __init__(self, piece: Piece, payload: Sequence[Buffer], limit_bytes: int) -> None:
-        if len(payload) != 2:
-            raise WireError(f"the first piece carries 2 frames, this one {len(payload)}")
+        if not 2 <= len(payload) <= 3:
+            raise WireError(f"the first piece carries 2 or 3 frames, this one {len(payload)}")
         self.number, self._piece_bytes, self._count = piece.transfer, piece.piece_bytes, piece.count
         self.head: Head[Message] = decode_head(payload[0], payload[1])
         if isinstance(self.head.message, _NEVER_IN_PIECES):
@@ -154,16 +155,21 @@ class _Transfer:
         sizes = [size for size, _ in self.head.blobs]
         if sum(sizes) > limit_bytes:
             raise WireError(f"a message of {sum(sizes)} bytes; at most {limit_bytes} are accepted")
-        expected = 1 + sum(_slices(size, self._piece_bytes) for size in sizes)
+        expected = max(sum(_slices(size, self._piece_bytes) for size in sizes), 1)
         if piece.count != expected:
             raise WireError(f"{sum(sizes)} bytes in pieces of {self._piece_bytes} are {expected} pieces, not {piece.count}")
         self._sizes = sizes
         self._parts: list[list[Buffer]] = [[] for _ in sizes]
         self._hasher = xxhash.xxh3_64()
-        self._next = 1
+        self._next = 0
         self._blob = 0
         self._missing = 0  # bytes of the current blob
         self._open_blob()
+        if any(sizes):
+            self.add(piece, payload[2:])
+        elif len(payload) > 2:
+            raise WireError("the first piece brings a slice of blobs that have no bytes")
+        self._next = 1
 
     @property
     def is_complete(self) -> bool:

@@ -4,8 +4,14 @@
     frame 1    header: msgpack map   s session   t term   m fields of the message   b [[size, xxh3-64], ...] of the blobs
     frame 2 .. one blob each
 
+What is said to one peer within one turn of a loop leaves as one *bundle*, because frames are what costs:
+
+    frame 0    "BU", the xxh3-64 of what follows it (8 bytes, big-endian), and
+               for each message   kind (2 bytes), length of its header (4 bytes, big-endian), header, its blobs up to `INLINE_BYTES`
+    frame 1 .. the larger blobs, one each
+
 The form of frames 0 and 1, and of a hello's `protocol_version`, is the same in every version of the protocol, so that two versions
-can tell each other apart.
+can tell each other apart. A hello and the answers to it travel by themselves.
 
 A header is read twice at most. First straight into its types; if packing what was understood gives the very bytes that came, then nothing
 was unknown, missing, repeated or odd, and that is that (3 µs). Else it is taken apart slowly, which accepts what is merely written
@@ -14,18 +20,19 @@ otherwise (an int for a float) and names the place of what is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass
+import struct
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Generic, TypeAlias, TypeVar, get_args, get_type_hints
 
 import msgpack
 import msgspec
 import xxhash
+from msgspec import Struct
 
 from adapt.errors import VersionError, WireError
 from adapt.protocol.codecs import TensorHeader
 from adapt.protocol.ids import Natural
-from adapt.protocol.messages import BY_KIND, HELLOS, PROTOCOL_VERSION, ArtifactPiece, Message
+from adapt.protocol.messages import BY_KIND, HELLOS, PROTOCOL_VERSION, ArtifactPiece, Attach, Message, Piece, Refused, SayHello, Welcome
 
 Buffer: TypeAlias = bytes | bytearray | memoryview  # a view is one-dimensional, of bytes
 M = TypeVar("M")
@@ -34,11 +41,15 @@ PREAMBLE_BYTES = 10
 MAX_HEADER_BYTES = 8 << 20
 MAX_SLOW_BYTES = 1 << 20  # of a header that is taken apart slowly: a small map in it costs 60 times its size in memory
 MAX_BLOBS = 256
+BUNDLE = b"BU"
+INLINE_BYTES = 2 << 10  # a blob up to this size travels within the body of a bundle; to copy it costs less than a frame of its own
+MAX_BODY_BYTES = 48 << 10  # of a bundle; a longer one would not be copied when it is received, and its inline blobs would keep it
+MAX_BUNDLE_FRAMES = 64
+_ENTRY = struct.Struct(">2sI")  # before each message of a bundle
 _TOLD = 300  # characters of foreign text in an error
 
 
-@dataclass(frozen=True, slots=True)
-class Blob:
+class Blob(Struct, frozen=True):
     """The bytes of one payload frame, perhaps in several parts as they arrived; copied by nobody who does not ask for it."""
 
     size: int
@@ -66,7 +77,7 @@ class Blob:
 
 
 class Head(
-    msgspec.Struct,
+    Struct,
     Generic[M],
     frozen=True,
     forbid_unknown_fields=True,
@@ -82,8 +93,7 @@ class Head(
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(Struct, frozen=True):
     """A message as it arrived."""
 
     message: Message
@@ -97,26 +107,76 @@ class Envelope:
 _BYTES = (bytes,)  # travels as it is
 
 
-def encode_head(message: Message, *, session: int, term: int, blobs: Sequence[Blob] = ()) -> list[Buffer]:
-    """Frames 0 and 1."""
-    document = {
-        "s": session,
-        "t": term,
-        "m": msgspec.to_builtins(message, builtin_types=_BYTES),
-        "b": [(blob.size, blob.checksum) for blob in blobs],
-    }
+def encode_header(message: Message, *, session: int, term: int, blobs: Sequence[Blob] = ()) -> bytes:
+    """Frame 1."""
+    head = Head(session, term, message, [(blob.size, blob.checksum) for blob in blobs])
     try:
-        header: bytes = msgpack.packb(document)
+        header = _ENCODER.encode(head)
     except UnicodeEncodeError:  # half a surrogate pair, as in the name of an odd file: better told with a "?" than not at all
+        document = msgspec.to_builtins(head, builtin_types=_BYTES)
         header = msgpack.packb(document, unicode_errors="replace")
     if len(header) > MAX_HEADER_BYTES:  # the receiver would cut the connection without a word
         raise WireError(f"{type(message).__name__}: a header of {len(header)} bytes; at most {MAX_HEADER_BYTES} can travel")
-    return [message.KIND + xxhash.xxh3_64_digest(message.KIND + header), header]
+    return header
+
+
+def preamble(kind: bytes, header: Buffer) -> bytes:
+    """Frame 0."""
+    return kind + xxhash.xxh3_64_digest(kind + header)
+
+
+def encode_head(message: Message, *, session: int, term: int, blobs: Sequence[Blob] = ()) -> list[Buffer]:
+    """Frames 0 and 1."""
+    header = encode_header(message, session=session, term=term, blobs=blobs)
+    return [preamble(message.KIND, header), header]
 
 
 def encode(message: Message, *, session: int, term: int, blobs: Sequence[Blob] = ()) -> list[Buffer]:
     """All frames of a message; blobs of several parts are joined."""
     return [*encode_head(message, session=session, term=term, blobs=blobs), *(blob.contiguous() for blob in blobs)]
+
+
+class Letter(Struct, frozen=True):
+    """A message ready to be bundled."""
+
+    message: Message
+    header: bytes
+    blobs: tuple[Blob, ...] = ()
+
+
+def bundles(letters: Sequence[Letter]) -> Iterator[tuple[Sequence[Letter], list[Buffer]]]:
+    """The letters in their order as few messages of frames, each with the letters that it carries."""
+    begin, size, payloads, is_closed = 0, 0, 0, False
+    for index, letter in enumerate(letters):
+        taken, large = _ENTRY.size + len(letter.header), 0
+        for blob in letter.blobs:
+            if blob.size <= INLINE_BYTES:
+                taken += blob.size
+            else:
+                large += 1
+        stands_alone = type(letter.message) in _BY_THEMSELVES
+        is_full = size + taken > MAX_BODY_BYTES or payloads + large > MAX_BUNDLE_FRAMES
+        if index > begin and (is_closed or stands_alone or is_full):
+            yield letters[begin:index], _bundle(letters[begin:index])
+            begin, size, payloads = index, 0, 0
+        size, payloads, is_closed = size + taken, payloads + large, stands_alone
+    if letters:
+        yield letters[begin:], _bundle(letters[begin:])
+
+
+def _bundle(letters: Sequence[Letter]) -> list[Buffer]:
+    if len(letters) == 1 and not any(blob.size <= INLINE_BYTES for blob in letters[0].blobs):
+        only = letters[0]
+        return [preamble(only.message.KIND, only.header), only.header, *(blob.contiguous() for blob in only.blobs)]
+    parts: list[Buffer] = []
+    payloads: list[Buffer] = []
+    for letter in letters:
+        parts.append(_ENTRY.pack(letter.message.KIND, len(letter.header)))
+        parts.append(letter.header)
+        for blob in letter.blobs:
+            (parts if blob.size <= INLINE_BYTES else payloads).append(blob.contiguous())
+    body = b"".join(parts)
+    return [BUNDLE + xxhash.xxh3_64_digest(body) + body, *payloads]
 
 
 # ── in ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -142,23 +202,71 @@ def decode(frames: Sequence[Buffer], *, limit_bytes: int, max_blobs: int = MAX_B
         raise WireError(f"{type(head.message).__name__}: the header names {len(head.blobs)} payload frames, {len(frames) - 2} came")
     if not head.blobs:
         return Envelope(head.message, head.session, head.term)
+    kind = type(head.message)
+    pairs = zip(head.blobs, frames[2:], strict=True)
+    return Envelope(head.message, head.session, head.term, tuple(_verified(kind, frame, *facts) for facts, frame in pairs))
+
+
+def decode_bundle(frames: Sequence[Buffer], *, limit_bytes: int) -> list[Envelope]:
+    """The messages of a bundle, in order. Its inline blobs are copies. Raises WireError, also if only the last message is wrong."""
+    if not 1 <= len(frames) <= 2 + MAX_BLOBS:
+        raise WireError(f"a bundle has 1 to {2 + MAX_BLOBS} frames, this one {len(frames)}")
+    total = sum(map(len, frames))
+    if total > limit_bytes:
+        raise WireError(f"a bundle of {total} bytes; at most {limit_bytes} are accepted")
+    body, payloads = bytes(frames[0]), iter(frames[1:])
+    if xxhash.xxh3_64_digest(memoryview(body)[PREAMBLE_BYTES:]) != body[2:PREAMBLE_BYTES]:
+        raise WireError("a bundle does not match its checksum")
+    envelopes: list[Envelope] = []
+    begin = PREAMBLE_BYTES
+    while begin < len(body):
+        envelope, begin = _decode_letter(body, begin, payloads)
+        envelopes.append(envelope)
+    if next(payloads, None) is not None or not envelopes:
+        raise WireError(f"a bundle of {len(envelopes)} messages came with {len(frames) - 1} payload frames, not all of them theirs")
+    return envelopes
+
+
+def _decode_letter(body: bytes, begin: int, payloads: Iterator[Buffer]) -> tuple[Envelope, int]:
+    """The message that begins at `begin`, and where the next one does."""
+    header_at = begin + _ENTRY.size
+    if header_at > len(body):
+        raise WireError("a bundle ends within a message")
+    name, length = _ENTRY.unpack_from(body, begin)
+    end = header_at + length
+    if end > len(body):
+        raise WireError("a bundle ends within a message")
+    kind = _kind_of(name)
+    if kind in _BY_THEMSELVES:
+        raise WireError(f"{kind.__name__} does not travel in a bundle")
+    head = _read_header(kind, body[header_at:end])
+    _check_blobs(head)
+    if not head.blobs:
+        return Envelope(head.message, head.session, head.term), end
     blobs = []
-    for (size, checksum), frame in zip(head.blobs, frames[2:], strict=True):
-        if len(frame) != size or xxhash.xxh3_64_intdigest(frame) != checksum:
-            raise WireError(f"{type(head.message).__name__}: a payload frame of {len(frame)} bytes does not match its size and checksum")
-        blobs.append(Blob(size, checksum, (frame,)))
-    return Envelope(head.message, head.session, head.term, tuple(blobs))
+    for size, checksum in head.blobs:
+        if size > INLINE_BYTES:
+            blob = next(payloads, b"")
+        else:
+            blob = body[end : end + size]
+            end += size
+        blobs.append(_verified(kind, blob, size, checksum))
+    return Envelope(head.message, head.session, head.term, tuple(blobs)), end
 
 
 def decode_head(preamble: Buffer, header: Buffer) -> Head[Message]:
     """Frames 0 and 1, with everything checked that can be checked without the blobs. Raises as `decode` does."""
-    kind = _check_preamble(preamble, header)
-    head = _read_header(kind, header)
+    head = _read_header(_kind_of(_check_preamble(preamble, header)), header)
     _check_blobs(head)
     return head
 
 
-def _check_preamble(preamble: Buffer, header: Buffer) -> type[Message]:
+def is_bundle(frames: Sequence[Buffer]) -> bool:
+    return bool(frames) and frames[0][:2] == BUNDLE
+
+
+def _check_preamble(preamble: Buffer, header: Buffer) -> bytes:
+    """The kind that it names."""
     if len(preamble) != PREAMBLE_BYTES:
         raise WireError(f"the first frame has {len(preamble)} bytes, expected {PREAMBLE_BYTES}")
     if len(header) > MAX_HEADER_BYTES:
@@ -166,10 +274,20 @@ def _check_preamble(preamble: Buffer, header: Buffer) -> type[Message]:
     start = bytes(preamble)
     if xxhash.xxh3_64_digest(start[:2] + bytes(header)) != start[2:]:
         raise WireError("kind and header do not match their checksum")
-    kind = BY_KIND.get(start[:2])
+    return start[:2]
+
+
+def _kind_of(name: bytes) -> type[Message]:
+    kind = BY_KIND.get(name)
     if kind is None:
-        raise WireError(f"unknown kind of message {start[:2]!r}")
+        raise WireError(f"unknown kind of message {name!r}")
     return kind
+
+
+def _verified(kind: type[Message], frame: Buffer, size: int, checksum: int) -> Blob:
+    if len(frame) != size or xxhash.xxh3_64_intdigest(frame) != checksum:
+        raise WireError(f"{kind.__name__}: a payload frame of {len(frame)} bytes does not match its size and checksum")
+    return Blob(size, checksum, (frame,))
 
 
 def _read_header(kind: type[Message], header: Buffer) -> Head[Message]:
@@ -230,7 +348,7 @@ def _refuse_extension(code: int, data: bytes) -> Any:
 
 
 def _strange_field(came: Any, understood: Any, place: str) -> str | None:
-    """The first field that came and was not understood, or was made up; dataclasses of msgspec know no `forbid_unknown_fields`."""
+    """The first field that came and was not understood, or was made up; to forbid them would not say where."""
     if isinstance(came, dict) and isinstance(understood, dict):
         for name in came:
             if name not in understood:
@@ -264,7 +382,7 @@ def _is_free_form(declared: Any) -> bool:
     """Whether a type holds `Any` somewhere: there msgspec takes what msgpack extensions bring."""
     if declared is Any:
         return True
-    inner = get_type_hints(declared).values() if is_dataclass(declared) else get_args(declared)
+    inner = get_type_hints(declared).values() if isinstance(declared, type) and issubclass(declared, Struct) else get_args(declared)
     return any(_is_free_form(one) for one in inner)
 
 
@@ -274,3 +392,5 @@ _DECODERS: dict[type[Message], msgspec.msgpack.Decoder[Head[Message]]] = {
     kind: msgspec.msgpack.Decoder(_HEADS[kind]) for kind in BY_KIND.values() if kind not in HELLOS and not _is_free_form(kind)
 }
 _ENCODER = msgspec.msgpack.Encoder()
+assert BUNDLE not in BY_KIND
+_BY_THEMSELVES = frozenset((*HELLOS, Welcome, Refused, SayHello, Attach, Piece))  # what they say is about the connection

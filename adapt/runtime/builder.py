@@ -164,9 +164,11 @@ def _export(request: dict[str, Any], say: Progress) -> dict[str, Any]:
     say("loading torch", None)
     import torch
 
+    from adapt.models import devices
     from adapt.models.export import export_module
     from adapt.models.sources import build_named_model
 
+    devices.share_one_heap()  # as the workers do, for whom operators are timed here
     torch.set_num_threads(1)
     weights = request["weights"]
     say(f"building {request['model']}", None)

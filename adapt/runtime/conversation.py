@@ -1,4 +1,4 @@
-"""A client's conversation with its dispatcher, on one asyncio loop: what `Client` is a door to, and `AsyncClient` will be.
+"""A client's conversation with its dispatcher, on one asyncio loop: what `Client` and `AsyncClient` are doors to.
 
     any thread ──submit, call, cancel──▶ inbox ──one wake-up for a whole burst──▶ loop: Outcomes decides ──▶ link
                ◀──results of futures── loop, or for large answers the decoding thread
@@ -18,12 +18,14 @@ import os
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from msgspec.structs import replace
 
 from adapt.clock import Clock, monotonic
 from adapt.errors import AdaptError, ConfigError, ConnectError, UnknownModelError, WireError
@@ -31,6 +33,7 @@ from adapt.protocol import messages as msg
 from adapt.protocol import wire
 from adapt.protocol.ids import ClientId, Digest, RequestId
 from adapt.protocol.wire import Blob
+from adapt.runtime.alarm import Alarm
 from adapt.runtime.link import LinkEvent, LinkReceived, LinkRefused, PeerLink, SessionLost, SessionOpened
 from adapt.runtime.threads import SerialThread
 from adapt.scheduling.outcome import Action, Outcomes, Question, Resolve, Say
@@ -43,6 +46,7 @@ INLINE_BYTES = 64 << 10  # answers up to this size are decoded on the loop itsel
 GOODBYE_S = 0.2  # how long the last messages may take to leave
 
 Decode = Callable[[list[msg.Leaf], tuple[Blob, ...]], Any]
+Encode = Callable[[], tuple[list[msg.Leaf], tuple[Blob, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,10 @@ class InferFuture(Future[Any]):
             self._deliver(call)
 
         super().add_done_callback(done)
+
+    def on_done(self, tell: Callable[[Future[Any]], object]) -> None:
+        """For what waits on a user's behalf: `tell` is called at once, by the thread that settles or cancels. It must not block."""
+        super().add_done_callback(tell)
 
     def on_cancel(self, tell: Callable[[RequestId], None]) -> None:
         """For the conversation: `tell` is called by the cancelling thread."""
@@ -132,8 +140,9 @@ class Conversation:
         self.client_id = ClientId(secrets.token_bytes(16))
         self.max_budget_s: float | None = None  # longest deadline that the dispatcher allows; None until it was met
         self._clock, self._loop, self._thread_id = clock, asyncio.get_running_loop(), threading.get_ident()
-        # Two, because a callback may wait for another answer.
+        # Apart from the others, because a callback may wait for another answer.
         self._decoding, self._callbacks = SerialThread("adapt-decode"), SerialThread("adapt-callbacks")
+        self._encoding = SerialThread("adapt-encode")
         self._incarnation = secrets.randbits(63)
         self._inbox: deque[Callable[[], None]] = deque()  # what users ask
         self._is_woken = False
@@ -142,7 +151,7 @@ class Conversation:
         self._outcomes = Outcomes()
         self._submissions: dict[RequestId, Submission] = {}
         self._calls: dict[int, Call] = {}
-        self._timer: asyncio.TimerHandle | None = None
+        self._alarm = Alarm(self._end_turn, clock)
         self._end: AdaptError | None = None  # what everything ends in from now on
         self._is_closed = False
         self._opened = asyncio.Event()
@@ -152,11 +161,23 @@ class Conversation:
             incarnation=self._incarnation,
             hello=self._hello,
             receive=self._received,
+            turned=self._end_turn,
             limit_bytes=LIMIT_BYTES,
             clock=clock,
         )
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @classmethod
+    async def opened(cls, address: str, timeout_s: float) -> Self:
+        """One that stands. Raises as `open` does, and then leaves nothing behind."""
+        conversation = cls(address)
+        try:
+            await conversation.open(timeout_s)
+        except BaseException:
+            await conversation.close()
+            raise
+        return conversation
 
     async def open(self, timeout_s: float) -> None:
         """Connect and say hello.
@@ -183,13 +204,26 @@ class Conversation:
         self._serve()
         self._give_up(ConnectError(self.address, "this client was closed"))
         self._link.send(msg.Goodbye(reason="the client was closed"))
-        if self._timer is not None:
-            self._timer.cancel()
+        self._alarm.cancel()
         self._is_closed = True
-        self._decoding.close()
-        self._callbacks.close()
+        self._end_threads()
         with contextlib.suppress(RuntimeError):  # the interpreter is ending: there are no threads to wait on any more
             await self._link.close(linger_s=GOODBYE_S)
+
+    def abandon(self) -> None:
+        """As `close`, for what was forgotten: on the loop, or when that runs no more. Does not wait."""
+        closing: Coroutine[Any, Any, None]
+        if self._loop.is_running():
+            closing = self.close()
+        else:  # nobody can be told, and nothing be said
+            self._end_threads()
+            closing = self._link.close()
+        with contextlib.suppress(RuntimeError, StopIteration):
+            closing.send(None)  # all is done but waiting for libzmq's threads
+
+    def _end_threads(self) -> None:
+        for thread in (self._encoding, self._decoding, self._callbacks):
+            thread.close()
 
     def _hello(self, highest_term: int) -> msg.ClientHello:
         return msg.ClientHello(
@@ -202,8 +236,11 @@ class Conversation:
 
     # ── what users ask, from any thread ──────────────────────────────────────────────────────────────────────────────
 
-    def submit(self, question: Question, decode: Decode) -> InferFuture:
+    def submit(self, question: Question, decode: Decode, *, encode: Encode | None = None) -> InferFuture:
         """Ask for an inference.
+
+        Args:
+            encode: makes the question's leaves and blobs, on a thread of its own; a question without it overtakes one with it.
 
         Raises:
             ConfigError: the dispatcher allows no such budget.
@@ -214,8 +251,25 @@ class Conversation:
         future = InferFuture(request_id, self._deliver)
         future.on_cancel(lambda request_id: self._ask(lambda: self._cancel(request_id)))
         submission = Submission(question, decode, future)
-        self._ask(lambda: self._submit(submission))
+        if encode is None:
+            self._ask(lambda: self._submit(submission))
+        else:
+            self._encoding.post(lambda: self._encode(submission, encode))
         return future
+
+    def _encode(self, submission: Submission, encode: Encode) -> None:
+        if submission.future.cancelled():
+            return
+        try:
+            leaves, blobs = encode()
+        except AdaptError as error:
+            _fail(submission.future, error)
+            return
+        except Exception as error:  # short of memory, say; a caller must not wait for ever
+            _fail(submission.future, AdaptError(f"the inputs could not be encoded: {type(error).__name__}: {error}"))
+            return
+        submission.question = replace(submission.question, leaves=leaves, blobs=blobs)
+        self._ask(lambda: self._submit(submission))
 
     def call(self, call: Call) -> Future[Any]:
         """Ask; the answer comes as the future's result, after all that was told to `progress`.
@@ -238,20 +292,22 @@ class Conversation:
         self._inbox.append(item)
         if not self._is_woken:
             self._is_woken = True
+            call_soon = self._loop.call_soon if threading.get_ident() == self._thread_id else self._loop.call_soon_threadsafe
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._serve)
+                call_soon(self._serve)
         if self._is_closed:  # looked at last: either the loop has seen the item or we see this. All there is to do is to end in an error
             self._serve()
 
     def _serve(self) -> None:
         self._is_woken = False  # before the inbox is emptied: what comes later wakes us again
-        while True:
-            try:
-                item = self._inbox.popleft()
-            except IndexError:
-                break
-            item()
-        self._end_turn()
+        with self._link.turn():
+            while True:
+                try:
+                    item = self._inbox.popleft()
+                except IndexError:
+                    break
+                item()
+            self._end_turn()
 
     def _submit(self, submission: Submission) -> None:
         if submission.future.cancelled():
@@ -300,7 +356,6 @@ class Conversation:
             case LinkRefused(error=error):
                 self._give_up(error)
                 self._opened.set()
-        self._end_turn_soon()
 
     def _understand(self, message: msg.Message, blobs: tuple[Blob, ...]) -> None:
         match message:
@@ -400,29 +455,20 @@ class Conversation:
 
     def _deliver(self, work: Callable[[], None]) -> None:
         """Call a user's function: here, if here is a thread of the user's; it might block ours."""
-        if threading.get_ident() == self._thread_id or self._decoding.is_current:
+        if threading.get_ident() == self._thread_id or self._decoding.is_current or self._encoding.is_current:
             self._callbacks.post(work)
         else:
             work()
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _end_turn_soon(self) -> None:
-        """Once for all that has arrived together."""
-        if not self._is_woken:
-            self._is_woken = True
-            self._loop.call_soon(self._serve)
-
     def _end_turn(self) -> None:
         """Do what is due, acknowledge what has come, and set the timer for what is next."""
-        self._act(self._outcomes.tick(self._clock()))
-        self._act(self._outcomes.take_acks())
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        due = self._outcomes.next_wakeup()
-        if due is not None and self._end is None:
-            self._timer = self._loop.call_later(max(due - self._clock(), 0.0), self._serve)
+        now = self._clock()
+        self._act(self._outcomes.tick(now))
+        self._act(self._outcomes.take_acks(now))
+        if self._end is None:
+            self._alarm.set(self._outcomes.next_wakeup())
 
 
 def _settle(future: Future[Any], result: Any) -> None:

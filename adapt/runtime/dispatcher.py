@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import xxhash
 
 from adapt.clock import Clock, monotonic
@@ -26,14 +27,16 @@ from adapt.planning.placement import WorkerOffer
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import AttemptId, ClientId, Digest, RoutingId, WorkerId, control_of
 from adapt.protocol.wire import Blob, Envelope
+from adapt.runtime.alarm import Alarm
 from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.deployer import Deployer
 from adapt.runtime.deployments import Deployments
-from adapt.runtime.endpoint import Arrival, Disconnected, Malformed, Received, RouterEndpoint
+from adapt.runtime.endpoint import Arrival, Disconnected, Malformed, Received, RouterEndpoint, Undelivered
 from adapt.runtime.registry import EmbeddedRegistry, Registry
 from adapt.runtime.state import StateDirectory
-from adapt.runtime.status import count_tensors, counters, worker_records
+from adapt.runtime.status import LinkTally, counters, worker_records
 from adapt.scheduling import events as ev
+from adapt.scheduling.deadlines import earliest
 from adapt.scheduling.liveness import Verdict
 from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
 from adapt.scheduling.session import Session, Sessions
@@ -46,6 +49,8 @@ GOODBYE_S = 0.5  # how long the last messages may take to leave
 LAST_ACKS_S = 2.0  # how long a draining dispatcher waits for clients to acknowledge the last answers
 MALFORMED_LIMIT, MALFORMED_WINDOW_S = 3, 10.0  # so many unreadable messages of one peer within so long, and it is refused
 EARLY_LIMIT = 4096  # messages that may come on control before bulk is attached
+_OF_TASKS = {msg.InferRequest, msg.ReplyAck, msg.Begun, msg.StageDone}  # what comes often, and changes nothing but tasks
+ACK_S = 0.1  # how long a worker may wait for an acknowledgement, if no task comes that it can ride on
 LAG_S = 0.25  # a loop that comes this late reads its sockets before it judges anybody
 
 
@@ -72,18 +77,23 @@ class Dispatcher:
             renewed=lambda worker_id: self._inbox.append(ev.LeaseRenewed(worker_id=worker_id)),
         )
         self._scheduler = Scheduler(_settings(config))
+        self._tally = LinkTally()
         self._sessions = Sessions()
         self._reign = Reign()
         self._peers: dict[int, _Peer] = {}  # by session
         self._spoilt: dict[str, list[float]] = {}  # moments at which a peer's messages could not be read, lately
-        self._acks: dict[WorkerId, list[AttemptId]] = {}  # of this turn of the loop
+        self._acks: dict[WorkerId, list[AttemptId]] = {}  # not said yet
+        self._acks_due: float | None = None  # when the first of them has to be
+        self._addressed: set[WorkerId] = set()  # who gets a task in this turn of the loop
         self._last_hello: dict[WorkerId, msg.WorkerHello] = {}  # also of workers that are gone, while the roster remembers them
         self._inbox: deque[Arrival | ev.Event] = deque()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="artifacts")
         self._deployer = Deployer(self._store, self._deployments, self, models_dir=config.models_dir, threads=self._threads, clock=clock)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._alarm = Alarm(self._drive, clock)
         self._is_driven = False
+        self._is_undecided = False  # something was noted, and nothing decided since
+        self._now = clock()  # of this turn of the loop
         self._signals = 0
         self._stopping = asyncio.Event()
         self._turned = asyncio.Event()
@@ -101,7 +111,8 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         self._endpoint = RouterEndpoint(
             self._config.listen,
-            receive=self._arrived,
+            receive=self._inbox.append,
+            turned=self._drive,
             limit_bytes=self._config.max_message_bytes,
             piece_bytes=self._config.piece_bytes,
         )
@@ -157,8 +168,7 @@ class Dispatcher:
         await self._turned.wait()
 
     async def _close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self._alarm.cancel()
         await self._deployer.close()
         for task in self._tasks:
             task.cancel()
@@ -168,11 +178,6 @@ class Dispatcher:
         self._state.close()
 
     # ── the drive loop ───────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _arrived(self, arrival: Arrival) -> None:
-        """Called by the endpoint, which only fills the inbox."""
-        self._inbox.append(arrival)
-        self._wake()
 
     def tell(self, event: ev.Event) -> None:
         """Called by background tasks: an event like any other."""
@@ -197,8 +202,11 @@ class Dispatcher:
                 self._wake()
 
     def _turn_over(self) -> None:
+        self._now = self._clock()
         self._empty_inbox()
         now = self._clock()
+        if not self._alarm.may_be_due(now):
+            return
         due = self._next_wakeup()
         if due is not None and due <= now:
             if now - due > LAG_S:  # we were late, not they
@@ -209,10 +217,14 @@ class Dispatcher:
             self._empty_inbox()
             self._act(self._scheduler.tick(self._clock()))
             self._empty_inbox()
+            self._now = self._clock()
 
     def _empty_inbox(self) -> None:
+        """Take note of everything, and decide once for what the tasks of all peers have brought."""
         while self._inbox:
             item = self._inbox.popleft()
+            if not (type(item) is Received and type(item.envelope.message) in _OF_TASKS):
+                self._decide()  # with those who are there, before that changes
             match item:
                 case Received():
                     self._received(item)
@@ -220,23 +232,32 @@ class Dispatcher:
                     self._malformed(item)
                 case Disconnected():
                     self._disconnected(item.routing_id)
+                case Undelivered():
+                    self._undelivered(item)
                 case _:
                     self._handle(item)
+            if not self._inbox:
+                self._decide()
+
+    def _note(self, event: ev.Event) -> None:
+        """Of tasks: what follows is decided when all that has come is known."""
+        self._scheduler.note(event, self._now)
+        self._is_undecided = True
+
+    def _decide(self) -> None:
+        if self._is_undecided:
+            self._is_undecided = False
+            self._act(self._scheduler.decide(self._clock()))
 
     def _handle(self, event: ev.Event) -> None:
+        self._is_undecided = False
         self._act(self._scheduler.handle(event, self._clock()))
 
     def _next_wakeup(self) -> float | None:
-        sources = (self._scheduler.next_wakeup(), self._registry.next_wakeup())
-        return min((moment for moment in sources if moment is not None), default=None)
+        return earliest(self._scheduler.next_wakeup(), self._registry.next_wakeup(), self._acks_due)
 
     def _arm_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        due = self._next_wakeup()
-        if due is not None:
-            self._timer = asyncio.get_running_loop().call_later(max(due - self._clock(), 0.0), self._wake)
+        self._alarm.set(self._next_wakeup())
 
     # ── sessions ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -361,6 +382,16 @@ class Dispatcher:
         if session is not None:
             self._end_session(session, "its connection was closed")
 
+    def _undelivered(self, item: Undelivered) -> None:
+        """The connection takes nothing: its session is over, and the attempts among what was sent never started."""
+        session = self._sessions.routed(item.routing_id)
+        if session is None:
+            return
+        for message in item.messages:
+            if isinstance(message, msg.RunStage):
+                self._handle(ev.DispatchRefused(worker_id=WorkerId(session.name), attempt=message.attempt))
+        self._end_session(session, "its connection takes nothing")
+
     def _end_session(self, session: Session, reason: str) -> None:
         self._sessions.end(session.number)
         peer = self._peers.pop(session.number, None)
@@ -384,8 +415,8 @@ class Dispatcher:
         refused = msg.Refused(code=code, message=message, fields=fields)
         self._endpoint.send(control_of(routing_id), refused, session=0, term=self._reign.term)
 
-    def _send(self, session: Session, message: msg.Message, blobs: tuple[Blob, ...] = ()) -> bool:
-        return self._endpoint.send(session.routing_id, message, session=session.number, term=self._reign.term, blobs=blobs)
+    def _send(self, session: Session, message: msg.Message, blobs: tuple[Blob, ...] = ()) -> None:
+        self._endpoint.send(session.routing_id, message, session=session.number, term=self._reign.term, blobs=blobs)
 
     # ── messages become events ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -397,13 +428,13 @@ class Dispatcher:
                 self._registry.refresh(worker_id, self._clock())
                 self._handle(ev.WorkerHeard(worker_id=worker_id))
             case msg.Begun(attempt=attempt):
-                self._handle(ev.StageBegun(worker_id=worker_id, attempt=attempt))
+                self._note(ev.StageBegun(worker_id=worker_id, attempt=attempt))
             case msg.StageDone() as done:
-                count_tensors(self._scheduler.counters, done.leaves, envelope.blobs)
+                self._tally.count(done.leaves, envelope.blobs)
                 output = ev.Activation(done.leaves, envelope.blobs)
-                self._handle(ev.StageFinished(worker_id=worker_id, attempt=done.attempt, output=output, times=done.times))
+                self._note(ev.StageFinished(worker_id=worker_id, attempt=done.attempt, output=output, times=done.times))
                 if done.begun is not None:
-                    self._handle(ev.StageBegun(worker_id=worker_id, attempt=done.begun))
+                    self._note(ev.StageBegun(worker_id=worker_id, attempt=done.begun))
             case msg.StageFailed() as failed:
                 error = AdaptError.from_wire(failed.code, failed.message, failed.fields)
                 self._handle(ev.AttemptFailed(worker_id=worker_id, attempt=failed.attempt, error=error))
@@ -432,7 +463,7 @@ class Dispatcher:
             case msg.ReplyAck(request_ids=request_ids):
                 for request_id in request_ids:
                     if request_id.client == self._client_of(session):
-                        self._handle(ev.OutcomeAcknowledged(request_id=request_id))
+                        self._note(ev.OutcomeAcknowledged(request_id=request_id))
             case msg.CancelRequest(request_id=request_id):
                 if request_id.client == self._client_of(session):
                     self._handle(ev.RequestCancelled(request_id=request_id))
@@ -480,10 +511,10 @@ class Dispatcher:
             fingerprint=_fingerprint(request, blobs),
             input=ev.Activation(request.leaves, blobs),
         )
-        self._handle(arrived)
+        self._note(arrived)
 
     def _client_of(self, session: Session) -> bytes:
-        return bytes.fromhex(session.name)
+        return self._peers[session.number].hello.client_id  # type: ignore[union-attr]  # of a client
 
     # ── actions become messages ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -552,22 +583,26 @@ class Dispatcher:
             tolerance=action.tolerance,
             leaves=list(action.input.leaves),
         )
-        count_tensors(self._scheduler.counters, run.leaves, action.input.blobs)
+        self._tally.count(run.leaves, action.input.blobs)
         session = self._sessions.named("worker", action.worker_id)
-        if session is not None and self._send(session, run, action.input.blobs):
+        if session is not None:
+            self._addressed.add(action.worker_id)
+            self._send(session, run, action.input.blobs)
             return
-        if session is not None:  # its next message is answered with SayHello
-            self._sessions.end(session.number)
-            self._peers.pop(session.number, None)
         # First of all: behind a new hello of this worker it would end that hello's session.
         self._inbox.appendleft(ev.DispatchRefused(worker_id=action.worker_id, attempt=action.attempt))
         self._wake()
 
     def _flush_acks(self) -> None:
-        """One `StageAck` per worker and turn of the loop, whatever it brought."""
-        for worker_id, attempts in self._acks.items():
-            self._to_worker(worker_id, msg.StageAck(attempts=attempts))
-        self._acks.clear()
+        """One `StageAck` per worker for all that it has answered: with the next task that it gets, or a little later."""
+        if self._acks_due is None:
+            self._acks_due = self._now + ACK_S
+        ready = self._acks.keys() if self._acks_due <= self._now else self._acks.keys() & self._addressed
+        for worker_id in list(ready):
+            self._to_worker(worker_id, msg.StageAck(attempts=self._acks.pop(worker_id)))
+        self._addressed.clear()
+        if not self._acks:
+            self._acks_due = None
 
     def _to_worker(self, worker_id: WorkerId, message: msg.Message) -> None:
         """What is lost with a session is said again after the next hello."""
@@ -578,7 +613,9 @@ class Dispatcher:
     def to_client(self, client_id: ClientId, message: msg.Message, blobs: tuple[Blob, ...] = ()) -> bool:
         """To wherever the client is now. If it is away, it asks again when it is back."""
         session = self._sessions.named("client", client_id.hex())
-        return session is not None and self._send(session, message, blobs)
+        if session is not None:
+            self._send(session, message, blobs)
+        return session is not None
 
     # ── deployments and artifacts ────────────────────────────────────────────────────────────────────────────────────
 
@@ -642,7 +679,7 @@ class Dispatcher:
             uptime_s=self._clock() - self._began,
             workers=worker_records(self._scheduler.roster, self._last_hello, heartbeats),
             deployments=[self._deployments.record(version) for version, _ in self._scheduler.versions()],
-            counters=counters(self._scheduler),
+            counters=counters(self._scheduler) | self._tally.counters() | self._endpoint.counters(),
         )
 
 
@@ -663,5 +700,9 @@ def _settings(config: DispatcherConfig) -> SchedulerSettings:
 
 def _fingerprint(request: msg.InferRequest, blobs: tuple[Blob, ...]) -> int:
     """Of what makes a request this one: model and input. Budget, version and program may differ from one sending to the next."""
-    text = repr((request.deployment, request.numerics, request.leaves, [blob.checksum for blob in blobs]))
-    return xxhash.xxh3_64_intdigest(text.encode())
+    return xxhash.xxh3_64_intdigest(
+        _FINGERPRINT.encode((request.deployment, request.numerics, request.leaves, [blob.checksum for blob in blobs]))
+    )
+
+
+_FINGERPRINT = msgspec.msgpack.Encoder()

@@ -12,23 +12,38 @@ import contextlib
 import errno
 import itertools
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import zmq
+from msgspec import Struct
 from zmq.utils.monitor import parse_monitor_message
 
 from adapt.errors import ConfigError, WireError
 from adapt.protocol.ids import RoutingId, bulk_of, control_of, routing_ids
 from adapt.protocol.messages import HELLOS, ArtifactPiece, Attach, Message, Welcome, WorkerHello
 from adapt.protocol.pieces import CONTROL_BYTES, Assembler, decode_piece, is_piece, split
-from adapt.protocol.wire import MAX_BLOBS, MAX_HEADER_BYTES, Blob, Buffer, Envelope, decode, encode_head
+from adapt.protocol.wire import (
+    MAX_BLOBS,
+    MAX_HEADER_BYTES,
+    Blob,
+    Buffer,
+    Envelope,
+    Letter,
+    bundles,
+    decode,
+    decode_bundle,
+    encode_header,
+    is_bundle,
+    preamble,
+)
 
 log = logging.getLogger(__name__)
 
 DRAIN_LIMIT = 64  # messages taken in one go before others get their turn
 DRAIN_ALL = 64 * DRAIN_LIMIT  # ... when everything that has arrived is asked for: endless would be a gift to a flood
+TURN_MESSAGES = 16  # what has gathered so far is handled, and leaves: so that a burst keeps several processes busy at a time
 ZERO_COPY_BYTES = 64 << 10  # from here on a frame is neither copied when it is sent nor when it arrives
 SEND_QUEUE = 10_000  # messages that may wait for one connection before it counts as stuck
 HANDSHAKE_MS = 5_000
@@ -37,32 +52,37 @@ MAX_PARTS = MAX_BLOBS + 2
 
 _NOBLOCK = int(zmq.NOBLOCK)  # `zmq.A | zmq.B` costs half a microsecond each time
 _SEND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(Struct, frozen=True):
     """A message; `routing_id` is the connection that it came from."""
 
     routing_id: RoutingId
     envelope: Envelope
 
 
-@dataclass(frozen=True, slots=True)
-class Malformed:
+class Malformed(Struct, frozen=True):
     """Something that is no message."""
 
     routing_id: RoutingId
     error: WireError
 
 
-@dataclass(frozen=True, slots=True)
-class Disconnected:
+class Disconnected(Struct, frozen=True):
     """The control connection that said hello as `routing_id` is closed."""
 
     routing_id: RoutingId
 
 
-Arrival: TypeAlias = Received | Malformed | Disconnected
+class Undelivered(Struct, frozen=True):
+    """The control connection is unknown or stuck: these messages were sent and not taken."""
+
+    routing_id: RoutingId
+    messages: tuple[Message, ...]
+
+
+Arrival: TypeAlias = Received | Malformed | Disconnected | Undelivered
 
 
 class WatchedSocket:
@@ -119,6 +139,11 @@ class WatchedSocket:
 
     # ── what arrives ─────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def read_if_any(self) -> None:
+        """Look whether something has arrived. After a send the descriptor may not tell; to ask is what makes it tell again."""
+        if self.socket.get(_EVENTS) & _POLLIN:
+            self.read_soon()
+
     def read_soon(self) -> None:
         """Look again in a moment: the descriptor will not tell."""
         if not self._again:
@@ -155,11 +180,9 @@ class WatchedSocket:
     def batch(self, limit: int = DRAIN_LIMIT) -> Iterator[list[Buffer]]:
         """The frames of what has arrived, at most `limit` messages; more of it is read in a moment."""
         for _ in range(limit):
-            try:
-                frames = self._take()
-            except zmq.Again:
+            if not self.socket.get(_EVENTS) & _POLLIN:  # to ask costs less than to be told by an exception
                 return
-            yield frames
+            yield self._take()
             if self.socket.closed:
                 return
         self.read_soon()
@@ -201,24 +224,27 @@ class WatchedSocket:
                 is_refused = True
                 if index == 0:
                     break  # else the connection has gone while we spoke: the socket drops the rest, but wants to be given it
-        self.read_soon()
+        self.read_if_any()
         return not is_refused
 
 
-def parcels(
-    message: Message, *, session: int, term: int, blobs: tuple[Blob, ...], transfers: Iterator[int], piece_bytes: int
-) -> tuple[bool, Iterator[list[Buffer]]]:
-    """Whether a message has to travel on bulk, and the parcels that it makes: itself, or its pieces."""
-    head = encode_head(message, session=session, term=term, blobs=blobs)
-    is_artifact = isinstance(message, ArtifactPiece)  # it is a piece already
-    if is_artifact or len(head[1]) + sum(blob.size for blob in blobs) <= CONTROL_BYTES:
-        return is_artifact, iter([[*head, *(blob.contiguous() for blob in blobs)]])
-    pieces = split(message, session=session, term=term, blobs=blobs, transfer=next(transfers), piece_bytes=piece_bytes)
-    return True, pieces
+def letter(message: Message, *, session: int, term: int, blobs: tuple[Blob, ...]) -> tuple[bool, Letter]:
+    """Whether a message has to travel on bulk, and itself with its header."""
+    header = encode_header(message, session=session, term=term, blobs=blobs)
+    is_bulk = type(message) is ArtifactPiece or len(header) + sum([blob.size for blob in blobs]) > CONTROL_BYTES
+    return is_bulk, Letter(message, header, blobs)
 
 
-def read(frames: list[Buffer], assembler: Assembler | None, *, limit_bytes: int) -> Envelope | None:
-    """The message of these frames, or None while pieces of it are missing.
+def parcels(bulky: Letter, *, session: int, term: int, transfers: Iterator[int], piece_bytes: int) -> Iterator[list[Buffer]]:
+    """What has to travel on bulk: the message's pieces, or itself if it is a piece already."""
+    if type(bulky.message) is ArtifactPiece:
+        head = [preamble(bulky.message.KIND, bulky.header), bulky.header]
+        return iter([[*head, *(blob.contiguous() for blob in bulky.blobs)]])
+    return split(bulky.message, session=session, term=term, blobs=bulky.blobs, transfer=next(transfers), piece_bytes=piece_bytes)
+
+
+def read(frames: list[Buffer], assembler: Assembler | None, *, limit_bytes: int) -> Sequence[Envelope]:
+    """The messages of these frames; none while pieces are missing.
 
     Args:
         assembler: of the connection that they came from, if it belongs to a session.
@@ -228,26 +254,45 @@ def read(frames: list[Buffer], assembler: Assembler | None, *, limit_bytes: int)
     """
     if not 0 < len(frames) <= MAX_PARTS:
         raise WireError(f"a message of {len(frames)} frames; 2 to {MAX_PARTS} are accepted")
+    if is_bundle(frames):
+        return decode_bundle(frames, limit_bytes=limit_bytes)
     if is_piece(frames):
-        return decode_piece(frames, assembler)
-    return decode(frames, limit_bytes=limit_bytes)
+        envelope = decode_piece(frames, assembler)
+        return () if envelope is None else (envelope,)
+    return (decode(frames, limit_bytes=limit_bytes),)
 
 
 class RouterEndpoint:
-    """The dispatcher's socket. Calls `receive` for everything that arrives, on the loop; it never waits."""
+    """The dispatcher's socket. On the loop it calls `receive` for everything that arrives, and `turned` after what came together.
 
-    def __init__(self, address: str, *, receive: Callable[[Arrival], None], limit_bytes: int, piece_bytes: int) -> None:
+    It never waits. What is sent before `turned` has returned leaves then, all that is for one peer in one bundle."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        receive: Callable[[Arrival], None],
+        turned: Callable[[], None] = lambda: None,
+        limit_bytes: int,
+        piece_bytes: int,
+    ) -> None:
         """Bind.
 
         Raises:
             ConfigError: the address is none, or in use.
         """
-        self._receive, self._limit_bytes, self._piece_bytes = receive, limit_bytes, piece_bytes
+        self._receive, self._turned, self._limit_bytes, self._piece_bytes = receive, turned, limit_bytes, piece_bytes
+        self._is_turning = False
         self._assemblers: dict[RoutingId, Assembler] = {}  # of the bulk connections of those who were welcomed
         self._greeted: dict[int, RoutingId] = {}  # descriptor -> the control connection that said hello over it
         self._transfers = itertools.count(1)
+        self._outbox: dict[RoutingId, list[Letter]] = {}  # of this turn of the loop, by control connection
+        self._refused: list[Undelivered] = []
+        self._is_flushed_soon = False
+        self._loop = asyncio.get_running_loop()
+        self.messages_in = self.messages_out = self.parcels_in = self.parcels_out = 0
         self._context: zmq.Context[Any] = zmq.Context()
-        self._watched = WatchedSocket(self._context, zmq.ROUTER, read=self._read_batch, noticed=self._noticed, limit_bytes=limit_bytes)
+        self._watched = WatchedSocket(self._context, zmq.ROUTER, read=self._read_turn, noticed=self._noticed, limit_bytes=limit_bytes)
         self._watched.socket.set(zmq.ROUTER_MANDATORY, 1)  # without it a message to a stuck peer vanishes
         self._watched.socket.set(zmq.ROUTER_HANDOVER, 1)  # a peer that comes back is heard, though its old connection lingers
         try:
@@ -262,37 +307,95 @@ class RouterEndpoint:
 
     def close(self, *, linger_s: float = 0.0) -> None:
         """Unbind. Blocks for up to `linger_s` seconds while what was sent last leaves."""
+        self.flush()
         self._watched.close(linger_s=linger_s)
         self._context.term()
 
-    def send(self, control: RoutingId, message: Message, *, session: int, term: int, blobs: tuple[Blob, ...] = ()) -> bool:
-        """Send to the peer of this control connection. False: refused; a big message may be torn, and its receiver drops it."""
+    def send(self, control: RoutingId, message: Message, *, session: int, term: int, blobs: tuple[Blob, ...] = ()) -> None:
+        """Send to the peer of this control connection, with whatever else this turn of the loop has for it.
+
+        What is not taken comes back as `Undelivered`; a big message may be torn then, and its receiver drops it."""
         if type(message) is Welcome:
             self._assemblers[bulk_of(control)] = Assembler(session=session, term=term, limit_bytes=self._limit_bytes)
-        is_bulk, parcel = parcels(
-            message, session=session, term=term, blobs=blobs, transfers=self._transfers, piece_bytes=self._piece_bytes
-        )
-        route = bulk_of(control) if is_bulk else control
-        return all(self._watched.send([route, *frames]) for frames in parcel)
+        is_bulk, ready = letter(message, session=session, term=term, blobs=blobs)
+        self.messages_out += 1
+        if not is_bulk:
+            letters = self._outbox.setdefault(control, [])
+            letters.append(ready)
+            if len(letters) >= TURN_MESSAGES:
+                self.flush()
+            else:
+                self._flush_soon()
+            return
+        pieces = parcels(ready, session=session, term=term, transfers=self._transfers, piece_bytes=self._piece_bytes)
+        route = bulk_of(control)
+        self.parcels_out += max(sum(-(-blob.size // self._piece_bytes) for blob in blobs), 1)
+        if not all(self._watched.send([route, *frames]) for frames in pieces):
+            self._refused.append(Undelivered(control, (message,)))
+            self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if not self._is_flushed_soon and not self._is_turning:
+            self._is_flushed_soon = True
+            self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Let go what was sent. Done by itself at the end of a turn of the loop."""
+        self._is_flushed_soon = False
+        if self._watched.socket.closed:
+            return
+        outbox, self._outbox = self._outbox, {}
+        for control, letters in outbox.items():
+            for carried, frames in bundles(letters):
+                self.parcels_out += 1
+                if not self._watched.send([control, *frames]):
+                    self._refused.append(Undelivered(control, tuple(one.message for one in carried)))
+        refused, self._refused = self._refused, []
+        for undelivered in refused:
+            self._receive(undelivered)
+        if refused:
+            self._loop.call_soon(self._turned)
+
+    def counters(self) -> dict[str, float]:
+        """What has come and gone, by name. A parcel is one message of libzmq: a bundle, or a piece."""
+        names = ("messages_in", "messages_out", "parcels_in", "parcels_out")
+        return {name: float(getattr(self, name)) for name in names}
 
     def drain(self) -> None:
         """Take everything that has arrived, for once without regard to others: before peers are judged by a loop that was late."""
-        self._read_batch(DRAIN_ALL)
+        self._read_batch(DRAIN_ALL, sys.maxsize)
 
-    def _read_batch(self, limit: int = DRAIN_LIMIT) -> None:
+    def _read_turn(self) -> None:
+        self._is_turning = True
+        try:
+            self._read_batch(DRAIN_LIMIT, TURN_MESSAGES)
+            self._turned()
+        finally:
+            self._is_turning = False
+            self.flush()
+
+    def _read_batch(self, limit: int, turn: int) -> None:
+        """Read up to `limit` parcels. After each `turn` messages others have something to do already."""
+        turn_at = self.messages_in + turn
         for route, *frames in self._watched.batch(limit):
             routing_id = RoutingId(bytes(route))
+            self.parcels_in += 1
             try:
-                envelope = read(frames, self._assemblers.get(routing_id), limit_bytes=self._limit_bytes)
-                if envelope is not None:
+                envelopes = read(frames, self._assemblers.get(routing_id), limit_bytes=self._limit_bytes)
+                for envelope in envelopes:
                     _check_connection(routing_id, envelope.message)
             except WireError as error:
                 self._receive(Malformed(routing_id, error))
                 continue
-            if envelope is not None:
+            self.messages_in += len(envelopes)
+            for envelope in envelopes:
                 if isinstance(envelope.message, HELLOS):
                     self._greet(routing_id)
                 self._receive(Received(routing_id, envelope))
+            if self.messages_in >= turn_at:
+                turn_at = self.messages_in + turn
+                self._turned()
+                self.flush()
 
     def _greet(self, routing_id: RoutingId) -> None:
         """Learn over which descriptor the peer speaks, so that the end of its connection can be told at once."""
@@ -308,6 +411,7 @@ class RouterEndpoint:
         if routing_id not in self._greeted.values():  # else it has said hello again over a new connection
             self._assemblers.pop(bulk_of(routing_id), None)
             self._receive(Disconnected(routing_id))
+            self._loop.call_soon(self._turned)
 
 
 def _check_connection(routing_id: RoutingId, message: Message) -> None:

@@ -19,8 +19,10 @@ Threads only say what happened, in batches, by `notify` on the loop; whoever is 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -43,6 +45,7 @@ from adapt.protocol.wire import Blob
 log = logging.getLogger(__name__)
 
 INLINE_BYTES = 64 << 10
+SHORT_S = 0.002  # a stage that took less last time is not said to have begun: its answer says as much
 HEADER_BYTES = 64 << 10  # at least what the frames of a message take besides its tensors
 ALIGNMENT_BYTES = 64  # of torch's own memory: the interpreter copies what is less aligned
 MESSAGE_CHARACTERS = 3000  # of an error; the wire allows 4096
@@ -73,6 +76,7 @@ class Work:
     arrived_at: float
     state: State = State.WAITING
     is_cancelled: bool = False
+    is_queued: bool = False  # for the compute thread
     decoded: Future[None] | None = None  # None: it is small, and decoded on the compute thread
     inputs: list[Value] = field(default_factory=list)
     input_digest: bytes = b""
@@ -138,6 +142,7 @@ class Executor:
         threads: that torch uses within one operator.
         limit_bytes: the most that the tensors of one message may take, decoded or encoded.
         notify: is given events, in order, on the loop.
+        at_once_s: a stage that took less last time is run on the loop itself, if nothing else runs; 0: none is.
     """
 
     def __init__(
@@ -149,6 +154,7 @@ class Executor:
         notify: Callable[[list[Event]], None],
         clock: Clock = monotonic,
         codec_threads: int = 2,
+        at_once_s: float = 0.0,
     ) -> None:
         self._device, self._threads = device, threads
         self.limit_bytes = limit_bytes  # may be changed at any time
@@ -159,6 +165,10 @@ class Executor:
         self._lock = threading.Lock()
         self._outbox: list[Event] = []  # under the lock; not empty: the loop has been called
         self._unsaid: list[Event] = []  # of the compute thread; said together with what it does next
+        self._took_s: dict[str, float] = {}  # what each stage took last, by artifact
+        self._at_once_s = at_once_s if device == "cpu" and threads == 1 else 0.0
+        self._soon: deque[Work] = deque()  # run on the loop, in a moment
+        self._queued = 0  # works that the compute thread was given and has not ended, as far as the loop knows
         self._progress = 0
         self._warm: Future[None] = Future()
         # A daemon: a model that never returns must not keep the process from ending.
@@ -167,6 +177,7 @@ class Executor:
     async def start(self) -> None:
         """Start the compute thread and wait until the libraries below torch are set up."""
         self._loop = asyncio.get_running_loop()
+        devices.limit_threads(self._threads)  # this thread computes as well
         self._compute_thread.start()
         await asyncio.wrap_future(self._warm)
 
@@ -178,10 +189,45 @@ class Executor:
     def submit(self, order: RunStage, blobs: tuple[Blob, ...], stage: RunnableStage) -> Work:
         """Take an attempt; its end is told by `notify`, unless `cancel` tells."""
         work = Work(order, blobs, stage, self._clock())
-        if not _is_small(sum(blob.size for blob in blobs), _packs(order)):
+        is_small = _is_small(sum([blob.size for blob in blobs]), _packs(order))
+        if not is_small:
             work.decoded = self._pool.submit(self._decode, work)
-        self._queue.put(work)
+        if self._soon or self._runs_at_once(work):
+            if not self._soon:
+                self._loop.call_soon(self.run_soon)
+            self._soon.append(work)
+        else:
+            self._enqueue(work)
         return work
+
+    def _runs_at_once(self, work: Work) -> bool:
+        """Whether it takes less than to wake another thread, and nothing else runs."""
+        is_short = self._took_s.get(work.order.artifact, self._at_once_s) < self._at_once_s
+        return is_short and work.decoded is None and self._queued == 0
+
+    def run_soon(self) -> None:
+        """Run what came together, in its order; what is not short, and all after it, on the compute thread. Called by itself as well."""
+        if not self._soon:
+            return
+        events: list[Event] = []
+        began = self._clock()
+        while self._soon:
+            work = self._soon.popleft()
+            if work.is_withdrawn:
+                continue
+            if self._runs_at_once(work):
+                self._compute(work, events)
+            else:
+                self._enqueue(work)
+            if self._clock() - began > SHORT_S:  # so long nothing that has been done waits for what has not
+                self._notify(events)
+                events, began = [], self._clock()
+        self._notify(events)
+
+    def _enqueue(self, work: Work) -> None:
+        self._queued += 1
+        work.is_queued = True
+        self._queue.put(work)
 
     def withdraw(self, work: Work) -> bool:
         """Take a work back that has not begun: nothing more is heard of it. False: it has begun, and goes on."""
@@ -189,6 +235,7 @@ class Executor:
             if work.state is not State.WAITING:
                 return False
             work.state = State.ENDED
+        self._queued -= work.is_queued
         work.blobs = ()  # a decode that is under way has its own reference
         return True
 
@@ -220,7 +267,7 @@ class Executor:
         self._warm.set_result(None)
         try:
             while (work := self._next()) is not None:
-                self._compute(work)
+                self._compute(work, self._unsaid)
                 del work  # or the last work, and its tensors, would stay until the next one comes
         except BaseException as error:
             self._say(*self._unsaid, Crashed(error))
@@ -231,28 +278,29 @@ class Executor:
             self._say_rest()
         return self._queue.get()
 
-    def _compute(self, work: Work) -> None:
-        if not self._begin(work):
+    def _compute(self, work: Work, events: list[Event]) -> None:
+        """Run a work; what happens is added to `events`."""
+        if not self._begin(work, events):
             return
         started_at = self._clock()
         try:
             outputs = work.stage.run(work.take_inputs())
         except Exception as error:  # foreign code: the model, and torch below it
-            self._end(work, Failed(work, _as_adapt_error(error)))
+            self._end(work, Failed(work, _as_adapt_error(error)), events)
             return
-        work.compute_s = self._clock() - started_at
+        work.compute_s = self._took_s[work.order.artifact] = self._clock() - started_at
         self._progress += 1
         with self._lock:
             work.state = State.ENCODING
             is_cancelled = work.is_cancelled
         if is_cancelled:
-            self._end(work, Cancelled(work))
-        elif _is_small(sum(value.nbytes for value in outputs if isinstance(value, torch.Tensor)), work.order.codec != "raw"):
-            self._unsaid.append(self._encode(work, outputs))
+            self._end(work, Cancelled(work), events)
+        elif _is_small(sum([value.nbytes for value in outputs if isinstance(value, torch.Tensor)]), work.order.codec != "raw"):
+            events.append(self._encode(work, outputs))
         else:
             self._pool.submit(self._encode_and_say, work, outputs)
 
-    def _begin(self, work: Work) -> bool:
+    def _begin(self, work: Work, events: list[Event]) -> bool:
         """A work's turn has come. Whether it is to be computed; its inputs are decoded then."""
         if work.is_withdrawn:  # if it is from here on, that is seen below
             return False
@@ -264,7 +312,7 @@ class Executor:
                     self._say_rest()
                 work.decoded.result()
         except Exception as error:
-            self._end(work, Failed(work, error if isinstance(error, AdaptError) else WireError(_text_of(error))))
+            self._end(work, Failed(work, error if isinstance(error, AdaptError) else WireError(_text_of(error))), events)
             return False
         with self._lock:
             if work.is_withdrawn:
@@ -272,27 +320,30 @@ class Executor:
             work.state = State.RUNNING
         work.began_at = self._clock()
         if work.began_at - work.arrived_at >= work.order.budget_s:
-            self._end(work, Failed(work, DeadlineExceededError(work.order.budget_s)))
+            self._end(work, Failed(work, DeadlineExceededError(work.order.budget_s)), events)
             return False
         self._progress += 1
-        self._unsaid.append(Begun(work))
-        self._say_rest()
+        if self._took_s.get(work.order.artifact, SHORT_S) >= SHORT_S:
+            events.append(Begun(work))
+        if events is self._unsaid:
+            self._say_rest()
         return True
 
-    def _end(self, work: Work, event: Event) -> None:
+    def _end(self, work: Work, event: Event, events: list[Event]) -> None:
         with self._lock:
             if work.state is State.ENDED:  # cancelled while it waited: that has been told
                 return
             work.state = State.ENDED
         work.inputs, work.blobs = [], ()
-        self._unsaid.append(event)
+        events.append(event)
 
     # --- on any thread ---------------------------------------------------------------------------------------------
 
     def _say_rest(self) -> None:
         if self._unsaid:
-            self._say(*self._unsaid)
-            self._unsaid.clear()
+            events = self._unsaid.copy()
+            self._unsaid.clear()  # before it is said: then the loop may think that this thread rests
+            self._say(*events)
 
     def _say(self, *events: Event) -> None:
         """Tell the loop. One call of the loop carries whatever is said before it gets to run."""
@@ -309,6 +360,7 @@ class Executor:
     def _deliver(self) -> None:
         with self._lock:
             events, self._outbox = self._outbox, []
+        self._queued -= sum([not isinstance(event, (Begun, Crashed)) for event in events])
         self._notify(events)
 
     def _decode(self, work: Work) -> None:
@@ -318,9 +370,10 @@ class Executor:
         left_bytes = self.limit_bytes
         for leaf in work.order.leaves:
             if isinstance(leaf, TensorHeader):
-                array = _decoded(leaf, next(blobs), left_bytes)
+                blob = next(blobs)
+                array = _decoded(leaf, blob, left_bytes)
                 left_bytes -= array.nbytes
-                _digest_tensor(digest, leaf.dtype, array)
+                _digest_tensor(digest, leaf, array, blob)
                 work.inputs.append(_to_tensor(array, leaf.dtype))
             else:
                 digest.update(repr(leaf).encode())
@@ -381,6 +434,8 @@ def _decoded(header: TensorHeader, blob: Blob, limit_bytes: int) -> codecs.Array
             return codecs.decode(header, view, limit_bytes=limit_bytes)
     if blob.size > limit_bytes:
         raise WireError(f"tensors of {blob.size} bytes: {limit_bytes} bytes of the limit are left")
+    if blob.size <= INLINE_BYTES:  # the interpreter will align so little
+        return codecs.decode(header, bytearray(blob.contiguous()), limit_bytes=limit_bytes)
     target = torch.empty(blob.size, dtype=torch.uint8).numpy()
     begin = 0
     for part in blob.parts:
@@ -402,16 +457,29 @@ def _to_tensor(array: codecs.Array, dtype: str) -> torch.Tensor:
 
 def _to_array(tensor: torch.Tensor) -> tuple[codecs.Array, str]:
     """An array over the same memory if that is contiguous and on the CPU, and the wire's name of its type."""
-    tensor = tensor.detach().cpu().contiguous()
-    name = str(tensor.dtype).removeprefix("torch.")
+    if tensor.requires_grad or not tensor.is_cpu or not tensor.is_contiguous():
+        tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype is torch.bfloat16:  # numpy has none
-        return tensor.view(torch.int16).numpy().view(np.uint16), name
-    return tensor.numpy(), name
+        return tensor.view(torch.int16).numpy().view(np.uint16), "bfloat16"
+    return tensor.numpy(), _name_of(tensor.dtype)
 
 
-def _digest_tensor(digest: Any, dtype: str, array: codecs.Array) -> None:
-    digest.update(f"{dtype} {array.shape}".encode())
-    digest.update(array.reshape(-1).view(np.uint8).data)
+@functools.cache
+def _name_of(dtype: torch.dtype) -> str:
+    """The wire's name of a type."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _digest_tensor(digest: Any, header: TensorHeader, array: codecs.Array, blob: Blob) -> None:
+    """Add a tensor as it was before the codec. What travels raw has been summed already."""
+    digest.update(_label(header.dtype, array.shape))
+    checksum = blob.checksum if header.codec == "raw" else xxhash.xxh3_64_intdigest(array.reshape(-1).view(np.uint8).data)
+    digest.update(checksum.to_bytes(8, "big"))
+
+
+@functools.lru_cache(1024)
+def _label(dtype: str, shape: tuple[int, ...]) -> bytes:
+    return f"{dtype} {shape}".encode()
 
 
 def _encoded(outputs: Sequence[Value], codec: str, tolerance: float | None, limit_bytes: int) -> tuple[list[Leaf], tuple[Blob, ...], bytes]:
@@ -422,10 +490,10 @@ def _encoded(outputs: Sequence[Value], codec: str, tolerance: float | None, limi
     for value in outputs:
         if isinstance(value, torch.Tensor):
             array, dtype = _to_array(value)
-            _digest_tensor(digest, dtype, array)
             header, payload = codecs.encode(array, codec=codec, tolerance=tolerance, dtype=dtype)
             leaves.append(header)
             blobs.append(Blob.of(payload))
+            _digest_tensor(digest, header, array, blobs[-1])
         else:
             digest.update(repr(value).encode())
             leaves.append(value)

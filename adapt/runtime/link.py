@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import zmq
+from msgspec import Struct
 
 from adapt.clock import Clock, monotonic
 from adapt.errors import AdaptError, ConfigError, WireError
 from adapt.protocol.ids import routing_ids
 from adapt.protocol.messages import Attach, ClientHello, Goodbye, Message, Refused, Welcome, WorkerHello
 from adapt.protocol.pieces import Assembler
-from adapt.protocol.wire import Blob, Envelope, encode
-from adapt.runtime.endpoint import WatchedSocket, parcels, read
+from adapt.protocol.wire import Blob, Envelope, Letter, bundles, encode
+from adapt.runtime.endpoint import TURN_MESSAGES, WatchedSocket, letter, parcels, read
 from adapt.scheduling.session import PeerSession, Step
 
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 500, 1_500
 RECONNECT_MS, RECONNECT_MAX_MS = 100, 1_000
-DEFAULT_PIECE_BYTES = 256 << 10
+DEFAULT_PIECE_BYTES = 1 << 20
+UNTAKEN_PAUSE_S = 0.05  # before what the socket did not take is given to it again
 _CLOSED = "the connection was closed"
 _RENEWED = "the dispatcher asked for a new session"
 
 
-@dataclass(frozen=True, slots=True)
-class SessionOpened:
+class SessionOpened(Struct, frozen=True):
     """Say now what has to be said in every session."""
 
     welcome: Welcome
@@ -35,20 +36,17 @@ class SessionOpened:
     term: int
 
 
-@dataclass(frozen=True, slots=True)
-class SessionLost:
+class SessionLost(Struct, frozen=True):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class LinkRefused:
+class LinkRefused(Struct, frozen=True):
     """The dispatcher will not have us; the link is of no use any more."""
 
     error: AdaptError
 
 
-@dataclass(frozen=True, slots=True)
-class LinkReceived:
+class LinkReceived(Struct, frozen=True):
     message: Message
     blobs: tuple[Blob, ...]
 
@@ -64,6 +62,7 @@ class PeerLink:
         name: of this worker or client, with `incarnation` its address on the other side.
         hello: makes the hello, given the highest term met so far.
         receive: called on the loop with everything that happens.
+        turned: called after what has happened together; what is sent until then leaves together.
     """
 
     def __init__(
@@ -74,12 +73,14 @@ class PeerLink:
         incarnation: int,
         hello: Callable[[int], WorkerHello | ClientHello],
         receive: Callable[[LinkEvent], None],
+        turned: Callable[[], None] = lambda: None,
         limit_bytes: int,
         clock: Clock = monotonic,
     ) -> None:
         self.address = address
         self._routing_ids = routing_ids(name, incarnation)
-        self._hello, self._receive, self._limit_bytes, self._clock = hello, receive, limit_bytes, clock
+        self._hello, self._receive, self._turned, self._limit_bytes, self._clock = hello, receive, turned, limit_bytes, clock
+        self._is_turning = False
         self._session = PeerSession()
         self._assembler: Assembler | None = None  # of the last session
         self._piece_bytes = DEFAULT_PIECE_BYTES
@@ -87,6 +88,8 @@ class PeerLink:
         self._timer: asyncio.TimerHandle | None = None
         self._context: zmq.Context[Any] | None = None
         self._sockets: list[WatchedSocket] = []
+        self._outbox: list[Letter] = []  # for control, of the open session; leaves at the end of this turn of the loop
+        self._flush: asyncio.Handle | None = None
         self._bulk_stands = False
         self._reason = _CLOSED
 
@@ -131,19 +134,53 @@ class PeerLink:
         return watched
 
     def send(self, message: Message, blobs: tuple[Blob, ...] = ()) -> bool:
-        """Send within the open session. False: there is none, or the socket refuses; say it again after `SessionOpened`."""
+        """Send within the open session, with whatever else this turn of the loop has to say.
+
+        False: there is none, or bulk refuses; say it again after `SessionOpened`. What was taken and does not leave is lost only with
+        the session."""
         if not self.is_open:
             return False
-        is_bulk, parcel = parcels(
-            message,
-            session=self._session.session,
-            term=self._session.term,
-            blobs=blobs,
-            transfers=self._transfers,
-            piece_bytes=self._piece_bytes,
-        )
-        socket = self._bulk if is_bulk else self._control
-        return all(socket.send(frames) for frames in parcel)
+        session, term = self._session.session, self._session.term
+        is_bulk, ready = letter(message, session=session, term=term, blobs=blobs)
+        if not is_bulk:
+            self._outbox.append(ready)
+            if len(self._outbox) >= TURN_MESSAGES and self._flush is None:
+                self._flush_outbox()
+            elif self._flush is None and not self._is_turning:
+                self._flush = asyncio.get_running_loop().call_soon(self._flush_outbox)
+            return True
+        pieces = parcels(ready, session=session, term=term, transfers=self._transfers, piece_bytes=self._piece_bytes)
+        return all(self._bulk.send(frames) for frames in pieces)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """What is sent within leaves at its end, together."""
+        if self._is_turning:
+            yield
+            return
+        self._is_turning = True
+        try:
+            yield
+        finally:
+            self._is_turning = False
+            if self._outbox and self._flush is None:
+                self._flush_outbox()
+
+    def _flush_outbox(self) -> None:
+        self._flush = None
+        letters, self._outbox = self._outbox, []
+        for carried, frames in bundles(letters):
+            if not self._control.send(frames):
+                self._outbox = letters[letters.index(carried[0]) :]
+                self._flush = asyncio.get_running_loop().call_later(UNTAKEN_PAUSE_S, self._flush_outbox)
+                return
+
+    def _clear_outbox(self) -> None:
+        """What was to be said in a session that is over."""
+        self._outbox.clear()
+        if self._flush is not None:
+            self._flush.cancel()
+            self._flush = None
 
     async def close(self, *, linger_s: float = 0.0) -> None:
         """Disconnect. `linger_s`: how long what was sent last may take to leave."""
@@ -153,6 +190,8 @@ class PeerLink:
         if self._context is None:
             return
         context, self._context = self._context, None
+        self._flush_outbox()
+        self._clear_outbox()
         self._session = PeerSession()
         for watched in self._sockets:
             watched.close(linger_s=linger_s)
@@ -167,16 +206,21 @@ class PeerLink:
         self._read(self._bulk, self._assembler)
 
     def _read(self, watched: WatchedSocket, assembler: Assembler | None) -> None:
+        with self.turn():
+            self._read_batch(watched, assembler)
+            self._turned()
+
+    def _read_batch(self, watched: WatchedSocket, assembler: Assembler | None) -> None:
         for frames in watched.batch():
             try:
-                envelope = read(frames, assembler, limit_bytes=self._limit_bytes)
+                envelopes = read(frames, assembler, limit_bytes=self._limit_bytes)
             except WireError as error:
                 self._spoilt(error)
                 continue
-            if envelope is not None:
+            for envelope in envelopes:
                 self._take(self._session.received(envelope, self._clock()), envelope)
-            if self._context is None:  # closed by whoever was told
-                return
+                if self._context is None:  # closed by whoever was told
+                    return
 
     def _spoilt(self, error: WireError) -> None:
         """A message that cannot be read: only a new session tells the dispatcher that it was lost."""
@@ -193,6 +237,7 @@ class PeerLink:
             self._take(self._session.connected(self._clock()), None)
         elif event == zmq.EVENT_DISCONNECTED:
             self._take(self._session.disconnected(), None)
+        self._turned()
 
     def _noticed_on_bulk(self, event: int, descriptor: int) -> None:
         """libzmq reconnects by itself, but not without loss: pieces that were under way are gone."""
@@ -201,10 +246,12 @@ class PeerLink:
         elif event == zmq.EVENT_DISCONNECTED and self._bulk_stands:
             self._bulk_stands = False
             self._tear("the bulk connection was closed")
+            self._turned()
 
     def _tick(self) -> None:
         self._timer = None
         self._take(self._session.tick(self._clock()), None)
+        self._turned()
 
     def _take(self, steps: list[Step], envelope: Envelope | None) -> None:
         """Do what the session says."""
@@ -219,6 +266,7 @@ class PeerLink:
                     assert envelope is not None
                     self._receive(LinkReceived(envelope.message, envelope.blobs))
                 case Step.LOST:
+                    self._clear_outbox()
                     self._renew_bulk()  # now: libzmq would go on with the rest of what it had, as soon as it has connected again
                     said_goodbye = envelope is not None and isinstance(envelope.message, Goodbye)
                     self._receive(SessionLost("the dispatcher said goodbye" if said_goodbye else self._reason))

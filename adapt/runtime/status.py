@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from adapt.protocol.codecs import DTYPES, TensorHeader
@@ -15,12 +14,25 @@ from adapt.scheduling.roster import Member
 from adapt.scheduling.scheduler import Scheduler
 
 
-def count_tensors(counters: Counter[str], leaves: Sequence[Leaf], blobs: Sequence[Blob]) -> None:
-    """Count tensors on the links to and from workers, by codec: as they were before and as they travel."""
-    tensors = [leaf for leaf in leaves if isinstance(leaf, TensorHeader)]
-    for header, blob in zip(tensors, blobs, strict=True):
-        counters[f"link_bytes.{header.codec}"] += blob.size
-        counters[f"link_raw_bytes.{header.codec}"] += math.prod(header.shape) * DTYPES[header.dtype].itemsize
+class LinkTally:
+    """Counts tensors on the links to and from workers, by codec: as they were before and as they travel."""
+
+    def __init__(self) -> None:
+        self._sent_bytes: dict[str, int] = {}
+        self._raw_bytes: dict[str, int] = {}
+
+    def count(self, leaves: Sequence[Leaf], blobs: Sequence[Blob]) -> None:
+        sizes = iter(blobs)
+        for leaf in leaves:
+            if type(leaf) is TensorHeader:
+                sent = next(sizes).size
+                raw = sent if leaf.codec == "raw" else math.prod(leaf.shape) * DTYPES[leaf.dtype].itemsize
+                self._sent_bytes[leaf.codec] = self._sent_bytes.get(leaf.codec, 0) + sent
+                self._raw_bytes[leaf.codec] = self._raw_bytes.get(leaf.codec, 0) + raw
+
+    def counters(self) -> dict[str, float]:
+        sent = {f"link_bytes.{codec}": float(count) for codec, count in self._sent_bytes.items()}
+        return sent | {f"link_raw_bytes.{codec}": float(count) for codec, count in self._raw_bytes.items()}
 
 
 def counters(scheduler: Scheduler) -> dict[str, float]:

@@ -59,6 +59,7 @@ from adapt.version import VERSION
 
 log = logging.getLogger(__name__)
 
+AT_ONCE_S = 0.0005  # what takes less is computed on the loop: the way to a thread and back takes as long
 FIRST_HEARTBEAT_S = 0.5  # until a `Welcome` says how often
 OVERLOADED_RETRY_S = 0.1
 INTERRUPTED_STATUS = 130
@@ -96,6 +97,7 @@ class Worker:
         self._incarnation = secrets.randbits(63)
         self._store = ArtifactStore(config.cache_dir)
         self._load_stage = load_stage or self._interpreted
+        self._is_interpreting = load_stage is None  # a stage of another kind may block
         self._holdings = Holdings(credit=config.credit)
         self._works: dict[AttemptId, Work] = {}  # one per held attempt
         self._begun: Work | None = None  # begun, and not said yet: it rides on the answer of the one before
@@ -126,6 +128,7 @@ class Worker:
             threads=self._config.threads,
             limit_bytes=self._config.max_message_bytes,
             notify=self._executed,
+            at_once_s=AT_ONCE_S if self._is_interpreting else 0.0,
             clock=self._clock,
         )
         self._stages: ResidentStages[RunnableStage] = ResidentStages(
@@ -142,6 +145,7 @@ class Worker:
             incarnation=self._incarnation,
             hello=self._hello,
             receive=self._receive,
+            turned=self._executor.run_soon,
             clock=self._clock,
             limit_bytes=self._config.max_message_bytes,
         )
@@ -359,6 +363,10 @@ class Worker:
 
     def _executed(self, events: list[Event]) -> None:
         """The executor says what has happened."""
+        with self._link.turn():
+            self._tell(events)
+
+    def _tell(self, events: list[Event]) -> None:
         for event in events:
             if isinstance(event, Begun):  # first, so that it can ride on an answer that is told with it
                 self._begun = event.work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -29,15 +30,15 @@ class Admission:
     def __len__(self) -> int:
         return len(self._reserved)
 
-    def admit(self, request_id: RequestId, peak_bytes: int, *, predicted_wait_s: float) -> None:
+    def admit(self, request_id: RequestId, peak_bytes: int, *, predicted_wait_s: Callable[[], float]) -> None:
         """Let the request in, or raise OverloadedError, at once, with a jittered `retry_after_s`."""
         limits = self._limits
         if len(self._reserved) >= limits.max_requests:
-            raise self._refusal(f"{limits.max_requests} requests are in flight, the most that this dispatcher allows", predicted_wait_s)
+            raise self._refusal(f"{limits.max_requests} requests are in flight, the most that this dispatcher allows", predicted_wait_s())
         if self._reserved and self.reserved_bytes + peak_bytes > limits.max_retained_bytes:
             raise self._refusal(
                 f"the request may retain {peak_bytes} bytes, and {self.reserved_bytes} of {limits.max_retained_bytes} are reserved",
-                predicted_wait_s,
+                predicted_wait_s(),
             )
         self._reserved[request_id] = peak_bytes
         self.reserved_bytes += peak_bytes

@@ -11,6 +11,15 @@ Key = TypeVar("Key", bound=Hashable)
 _SLACK = 64  # stale entries that are tolerated before the heap is rebuilt
 
 
+def earliest(*moments: float | None) -> float | None:
+    """The first of the moments that there are. (`min` over a generator takes three times as long, and is asked at every turn.)"""
+    first: float | None = None
+    for moment in moments:
+        if moment is not None and (first is None or moment < first):
+            first = moment
+    return first
+
+
 class Deadlines(Generic[Key]):
     """At most one moment per key. Ties fall due in the order in which they were set.
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from msgspec import Struct
+
 from adapt.errors import AdaptError
 from adapt.planning.placement import Plan
 from adapt.protocol.ids import AttemptId, ClientId, Digest, RequestId, WorkerId
@@ -13,8 +15,7 @@ from adapt.protocol.messages import Leaf, StageTimes
 from adapt.protocol.wire import Blob
 
 
-@dataclass(frozen=True, slots=True)
-class Activation:
+class Activation(Struct, frozen=True):
     """The tensors between two stages, or at an end of the model, as they came: headers read, bytes unopened."""
 
     leaves: Sequence[Leaf]
@@ -42,15 +43,13 @@ class Version:
 # ── events: workers ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerExpected:
+class WorkerExpected(Struct, frozen=True, kw_only=True):
     """The worker served an earlier reign of this dispatcher and may come back."""
 
     worker_id: WorkerId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerJoined:
+class WorkerJoined(Struct, frozen=True, kw_only=True):
     """A worker has said hello and attached; this ends whatever session it had before."""
 
     worker_id: WorkerId
@@ -62,99 +61,85 @@ class WorkerJoined:
     finished: frozenset[AttemptId]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerHeard:
+class WorkerHeard(Struct, frozen=True, kw_only=True):
     worker_id: WorkerId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerDisconnected:
+class WorkerDisconnected(Struct, frozen=True, kw_only=True):
     """The worker's session has ended; what it held is nowhere now."""
 
     worker_id: WorkerId
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseEnded:
+class LeaseEnded(Struct, frozen=True, kw_only=True):
     worker_id: WorkerId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseRenewed:
+class LeaseRenewed(Struct, frozen=True, kw_only=True):
     """A lease that had ended is in force again."""
 
     worker_id: WorkerId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerDraining:
+class WorkerDraining(Struct, frozen=True, kw_only=True):
     """The worker takes nothing new and has handed back what it had not begun."""
 
     worker_id: WorkerId
     handed_back: frozenset[AttemptId]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerLeft:
+class WorkerLeft(Struct, frozen=True, kw_only=True):
     """The worker has ended by intent."""
 
     worker_id: WorkerId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageBegun:
+class StageBegun(Struct, frozen=True, kw_only=True):
     worker_id: WorkerId
     attempt: AttemptId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageFinished:
+class StageFinished(Struct, frozen=True, kw_only=True):
     worker_id: WorkerId
     attempt: AttemptId
     output: Activation
     times: StageTimes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttemptFailed:
+class AttemptFailed(Struct, frozen=True, kw_only=True):
     worker_id: WorkerId
     attempt: AttemptId
     error: AdaptError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttemptCancelled:
+class AttemptCancelled(Struct, frozen=True, kw_only=True):
     """A cancelled attempt has left its slot."""
 
     worker_id: WorkerId
     attempt: AttemptId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DispatchRefused:
+class DispatchRefused(Struct, frozen=True, kw_only=True):
     """The socket did not take the `Dispatch`: the attempt never started."""
 
     worker_id: WorkerId
     attempt: AttemptId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageResident:
+class StageResident(Struct, frozen=True, kw_only=True):
     worker_id: WorkerId
     artifact: Digest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadProgressed:
+class LoadProgressed(Struct, frozen=True, kw_only=True):
     """The worker has asked for another piece of the artifact."""
 
     worker_id: WorkerId
     artifact: Digest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageRefused:
+class StageRefused(Struct, frozen=True, kw_only=True):
     """The worker cannot make the stage resident."""
 
     worker_id: WorkerId
@@ -165,25 +150,21 @@ class StageRefused:
 # ── events: clients and deployments ──────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientArrived:
+class ClientArrived(Struct, frozen=True, kw_only=True):
     client_id: ClientId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientDisconnected:
+class ClientDisconnected(Struct, frozen=True, kw_only=True):
     client_id: ClientId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientLeft:
+class ClientLeft(Struct, frozen=True, kw_only=True):
     """The client has ended by intent; nobody waits for its requests."""
 
     client_id: ClientId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestArrived:
+class RequestArrived(Struct, frozen=True, kw_only=True):
     request_id: RequestId
     deployment: str
     version: int  # 0: the newest
@@ -194,18 +175,15 @@ class RequestArrived:
     input: Activation
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestCancelled:
+class RequestCancelled(Struct, frozen=True, kw_only=True):
     request_id: RequestId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutcomeAcknowledged:
+class OutcomeAcknowledged(Struct, frozen=True, kw_only=True):
     request_id: RequestId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VersionDeployed:
+class VersionDeployed(Struct, frozen=True, kw_only=True):
     """A version's stages are made resident; when they are, it takes the requests of its deployment.
 
     `is_restored`: it did so already in an earlier reign, and does from now on; its workers may come back with its stages."""
@@ -214,21 +192,18 @@ class VersionDeployed:
     is_restored: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VersionWithdrawn:
+class VersionWithdrawn(Struct, frozen=True, kw_only=True):
     """Who asked for the version does not wait for it any more."""
 
     deployment: str
     number: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Undeployed:
+class Undeployed(Struct, frozen=True, kw_only=True):
     deployment: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DrainBegun:
+class DrainBegun(Struct, frozen=True, kw_only=True):
     """Take no new requests; what lives is finished."""
 
 
@@ -244,8 +219,7 @@ Event: TypeAlias = (
 # ── actions ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dispatch:
+class Dispatch(Struct, frozen=True, kw_only=True):
     """Send the attempt with this input to the worker."""
 
     worker_id: WorkerId
@@ -257,32 +231,27 @@ class Dispatch:
     input: Activation
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cancel:
+class Cancel(Struct, frozen=True, kw_only=True):
     worker_id: WorkerId
     attempt: AttemptId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Acknowledge:
+class Acknowledge(Struct, frozen=True, kw_only=True):
     worker_id: WorkerId
     attempt: AttemptId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class Load(Struct, frozen=True, kw_only=True):
     worker_id: WorkerId
     artifact: Digest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unload:
+class Unload(Struct, frozen=True, kw_only=True):
     worker_id: WorkerId
     artifact: Digest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accept:
+class Accept(Struct, frozen=True, kw_only=True):
     """Tell the client which version its request is pinned to."""
 
     request_id: RequestId
@@ -291,8 +260,7 @@ class Accept:
     program: Digest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Answer(Struct, frozen=True, kw_only=True):
     """Send the result. The same action again answers a re-submission."""
 
     request_id: RequestId
@@ -301,44 +269,38 @@ class Answer:
     numeric_classes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fail:
+class Fail(Struct, frozen=True, kw_only=True):
     request_id: RequestId
     error: AdaptError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evict:
+class Evict(Struct, frozen=True, kw_only=True):
     """The worker is lost: end its session and its lease."""
 
     worker_id: WorkerId
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanChanged:
+class PlanChanged(Struct, frozen=True, kw_only=True):
     """The version's plan has a new epoch; remember it."""
 
     version: Version
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VersionReady:
+class VersionReady(Struct, frozen=True, kw_only=True):
     """Every stage of the version is resident on a worker."""
 
     version: Version
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VersionFailed:
+class VersionFailed(Struct, frozen=True, kw_only=True):
     """The version can not be made resident; it takes no requests."""
 
     version: Version
     error: AdaptError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VersionReleased:
+class VersionReleased(Struct, frozen=True, kw_only=True):
     """The last request of a replaced or removed version has ended; its artifacts are needed no more."""
 
     version: Version

@@ -21,13 +21,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from msgspec import Struct
+
 from adapt.errors import AdaptError, DeadlineExceededError, InputMismatchError, OverloadedError
 from adapt.protocol.ids import Digest, RequestId
 from adapt.protocol.messages import Accepted, CancelRequest, InferRequest, Leaf, Reply, ReplyAck, RequestFailed
 from adapt.protocol.wire import Blob
-from adapt.scheduling.deadlines import Deadlines
+from adapt.scheduling.deadlines import Deadlines, earliest
 
 ACKS_PER_MESSAGE = 4096
+ACK_S = 0.1  # how long an acknowledgement waits for a request that it can ride on
 SMALL_BYTES = 64 << 10  # goes on control; what goes on bulk follows `Attach`, and may take long
 UNHEARD_PAUSE_S = 1.0  # doubled each time
 UNSAID_PAUSE_S = 0.05  # after the socket did not take a request
@@ -37,8 +40,7 @@ RETRY_PAUSES_S = (0.01, 5.0)  # between these a dispatcher may ask for when it i
 LAST_WORD_SHARE, LAST_WORD_S = 0.02, 0.05
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class Question(Struct, frozen=True, kw_only=True):
     """What is asked of the cluster. `deadline`: a moment on the clock of `now`; `budget_s`: as the user gave it."""
 
     deployment: str
@@ -50,16 +52,14 @@ class Question:
     deadline: float
 
 
-@dataclass(frozen=True, slots=True)
-class Say:
+class Say(Struct, frozen=True):
     """Action: send this. If the socket does not take an `InferRequest`, tell `unsaid`."""
 
     message: InferRequest | CancelRequest | ReplyAck
     blobs: tuple[Blob, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Resolve:
+class Resolve(Struct, frozen=True):
     """Action: the request's one outcome, a reply with its blobs or an error. Cancelled requests have none: who cancels knows."""
 
     request_id: RequestId
@@ -81,20 +81,16 @@ class _Open:
     patience_s: float = UNHEARD_PAUSE_S
 
 
-@dataclass(frozen=True, slots=True)
-class _Due:
-    kind: str  # "deadline", "again"
-    request_id: RequestId
-
-
 class Outcomes:
     """See the head of this file. `now`: seconds, monotonic, never going back."""
 
     def __init__(self) -> None:
         self._open: dict[RequestId, _Open] = {}  # in the order in which they were submitted
-        self._due: Deadlines[_Due] = Deadlines()
+        self._due: Deadlines[tuple[str, RequestId]] = Deadlines()  # "deadline" or "again", and of which request
         self._cancels: list[RequestId] = []  # not said yet
         self._acks: list[RequestId] = []  # not said yet
+        self._acks_due: float | None = None  # when they have to be
+        self._has_spoken = False  # a request was said in this turn of the loop
         self._term = 0
         self._limit_bytes: int | None = None  # None: there is no session
         self._end: AdaptError | None = None  # what everything ends in from now on
@@ -112,7 +108,7 @@ class Outcomes:
         if self._end is not None:
             return [Resolve(request_id, self._end)]
         self._open[request_id] = _Open(question, program=question.program)
-        self._due.set(_Due("deadline", request_id), question.deadline)
+        self._due.set(("deadline", request_id), question.deadline)
         return self._say(request_id, now)
 
     def cancel(self, request_id: RequestId) -> list[Action]:
@@ -127,6 +123,7 @@ class Outcomes:
         if term != self._term:
             self._cancels.clear()
             self._acks.clear()
+            self._acks_due = None
         self._term, self._limit_bytes = term, limit_bytes
         actions: list[Action] = [Say(CancelRequest(request_id=request_id)) for request_id in self._cancels]
         self._cancels.clear()
@@ -142,7 +139,7 @@ class Outcomes:
     def unsaid(self, request_id: RequestId, now: float) -> None:
         """The socket did not take the request."""
         if request_id in self._open:
-            self._due.set(_Due("again", request_id), now + UNSAID_PAUSE_S)
+            self._due.set(("again", request_id), now + UNSAID_PAUSE_S)
 
     def give_up(self, error: AdaptError) -> list[Action]:
         """There will be no session any more: what is open, and what comes, ends in this error."""
@@ -159,7 +156,7 @@ class Outcomes:
         request = self._open.get(message.request_id)
         if request is None:
             return
-        self._due.clear(_Due("again", message.request_id))
+        self._due.clear(("again", message.request_id))
         if not request.version:
             request.version, request.program = message.version, Digest(message.program)
 
@@ -174,7 +171,7 @@ class Outcomes:
         if request is not None and request.version and isinstance(error, OverloadedError):
             pause_s = _retry_pause_s(error)
             if now + pause_s < request.question.deadline:
-                self._due.set(_Due("again", message.request_id), now + pause_s)
+                self._due.set(("again", message.request_id), now + pause_s)
                 return []
         self._acks.append(message.request_id)
         if self._close(message.request_id) is None or request is None:
@@ -184,10 +181,18 @@ class Outcomes:
             error = DeadlineExceededError(request.question.budget_s, attempts=attempts if isinstance(attempts, list) else None)
         return [Resolve(message.request_id, error)]
 
-    def take_acks(self) -> list[Action]:
-        """The acknowledgements of what has come, for the end of a turn of the loop; none while there is no session."""
+    def take_acks(self, now: float) -> list[Action]:
+        """For the end of a turn of the loop: the acknowledgements of what has come, if they can ride on a request or have waited long.
+
+        None while there is no session."""
+        has_spoken, self._has_spoken = self._has_spoken, False
         if self._limit_bytes is None or not self._acks:
             return []
+        if self._acks_due is None:
+            self._acks_due = now + ACK_S
+        if not has_spoken and now < self._acks_due:
+            return []
+        self._acks_due = None
         acks, self._acks = self._acks, []
         batches = [acks[start : start + ACKS_PER_MESSAGE] for start in range(0, len(acks), ACKS_PER_MESSAGE)]
         return [Say(ReplyAck(request_ids=batch)) for batch in batches]
@@ -197,20 +202,20 @@ class Outcomes:
     def tick(self, now: float) -> list[Action]:
         """Do what has fallen due."""
         actions: list[Action] = []
-        for due in self._due.take_due(now):
-            request = self._open.get(due.request_id)
+        for kind, request_id in self._due.take_due(now):
+            request = self._open.get(request_id)
             if request is None:  # its other moment was due as well
                 continue
-            if due.kind == "again":
-                actions += self._say(due.request_id, now)
+            if kind == "again":
+                actions += self._say(request_id, now)
                 continue
-            actions.append(Resolve(due.request_id, DeadlineExceededError(request.question.budget_s)))
-            actions += self.cancel(due.request_id)
+            actions.append(Resolve(request_id, DeadlineExceededError(request.question.budget_s)))
+            actions += self.cancel(request_id)
         return actions
 
     def next_wakeup(self) -> float | None:
-        """The moment of the next `tick`; after `tick(now)` it is later than `now`."""
-        return self._due.next_wakeup()
+        """The moment of the next `tick` and `take_acks`; after them it is later than `now`."""
+        return earliest(self._due.next_wakeup(), None if self._limit_bytes is None else self._acks_due)
 
     # ── the parts ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -219,7 +224,7 @@ class Outcomes:
         request = self._open[request_id]
         question = request.question
         budget_s = question.deadline - now - min(LAST_WORD_SHARE * question.budget_s, LAST_WORD_S)
-        self._due.clear(_Due("again", request_id))
+        self._due.clear(("again", request_id))
         if self._limit_bytes is None or budget_s <= 0:
             return []
         size_bytes = sum(blob.size for blob in question.blobs)
@@ -228,9 +233,9 @@ class Outcomes:
             reason = f"the inputs take {size_bytes} bytes, and the dispatcher accepts messages of up to {self._limit_bytes}; send fewer at a time"
             return [Resolve(request_id, InputMismatchError(reason))]
         if size_bytes <= SMALL_BYTES:
-            self._due.set(_Due("again", request_id), now + request.patience_s)
+            self._due.set(("again", request_id), now + request.patience_s)
             request.patience_s *= 2
-        request.was_said = True
+        request.was_said = self._has_spoken = True
         message = InferRequest(
             request_id=request_id,
             deployment=question.deployment,
@@ -250,8 +255,8 @@ class Outcomes:
 
     def _close(self, request_id: RequestId) -> _Open | None:
         """The request is open no more; None if it was not."""
-        self._due.clear(_Due("deadline", request_id))
-        self._due.clear(_Due("again", request_id))
+        self._due.clear(("deadline", request_id))
+        self._due.clear(("again", request_id))
         return self._open.pop(request_id, None)
 
 

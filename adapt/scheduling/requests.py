@@ -65,7 +65,8 @@ class Request:
 
     def is_current(self, attempt: AttemptId) -> bool:
         """Whether an answer to `attempt` can still advance this request."""
-        return attempt.task == self.task and attempt.attempt in self.issued
+        _, generation, stage, number = attempt
+        return stage == self.stage and generation == self.generation and number in self.issued and attempt.request == self.request_id
 
     def note(self, worker_id: WorkerId, number: int, outcome: str) -> None:
         """Add a line to the story that an error will tell."""

@@ -10,6 +10,8 @@ from adapt.protocol.ids import AttemptId, Digest, WorkerId
 from adapt.protocol.messages import StageTimes
 from adapt.scheduling.liveness import Verdict
 
+STEADY = 2  # tasks that a worker is given whatever they take: one runs, one waits
+AHEAD_S = 0.01  # it is given more, up to its credit, while all that it holds takes less than this: the way there and back takes as long
 LEARNING_RATE = 0.25  # weight of the newest sample in every moving average
 
 
@@ -61,6 +63,7 @@ class Member:
     refused: dict[Digest, AdaptError] = field(default_factory=dict)  # until it joins again
     services: dict[Digest, Service] = field(default_factory=dict)
     slowness: float = 1.0  # measured seconds per predicted second, over all stages
+    held_s: float = 0.0  # expected of all that it holds
     busy_until: float = 0.0  # moment at which it should have finished all it holds
     last_used: float = 0.0
     tally: Tally = field(default_factory=Tally)
@@ -71,8 +74,10 @@ class Member:
         return self.verdict is Verdict.READY and not self.is_draining
 
     @property
-    def has_credit(self) -> bool:
-        return len(self.slots) < self.credit
+    def has_room(self) -> bool:
+        """Whether it has credit, and is better off with one more task there than here."""
+        held = len(self.slots)
+        return held < self.credit and (held < STEADY or self.held_s < AHEAD_S)
 
     def backlog_s(self, now: float) -> float:
         """Seconds until it has finished what it holds. If it should have finished already, it is expected to be late by as much again."""
@@ -95,6 +100,7 @@ class Member:
         """Occupy a slot."""
         busy_s, _ = self.expect(artifact, predicted_s)
         self.slots[attempt] = Slot(artifact, now, busy_s, predicted_s)
+        self.held_s += busy_s
         self.busy_until = max(self.busy_until, now) + busy_s
         self.last_used = now
 
@@ -102,7 +108,8 @@ class Member:
         """Vacate the slot, if the attempt had one."""
         slot = self.slots.pop(attempt, None)
         if slot is not None:
-            self.busy_until = now + sum(other.busy_s for other in self.slots.values())
+            self.held_s = self.held_s - slot.busy_s if self.slots else 0.0
+            self.busy_until = now + self.held_s
         return slot
 
     def learn(self, slot: Slot, times: StageTimes, now: float) -> None:

@@ -22,6 +22,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
+from typing import TypeAlias
 
 from adapt.errors import (
     AdaptError,
@@ -38,7 +39,7 @@ from adapt.planning.placement import StageNeed, WorkerOffer
 from adapt.protocol.ids import AttemptId, ClientId, Digest, RequestId, WorkerId
 from adapt.scheduling import events as ev
 from adapt.scheduling.admission import Admission, AdmissionLimits
-from adapt.scheduling.deadlines import Deadlines
+from adapt.scheduling.deadlines import Deadlines, earliest
 from adapt.scheduling.liveness import Liveness, Verdict
 from adapt.scheduling.policies import POLICIES, Candidate
 from adapt.scheduling.queues import StageKey, StageQueues
@@ -47,9 +48,12 @@ from adapt.scheduling.residency import LiveVersion, Residency
 from adapt.scheduling.roster import Member, Roster, Slot
 
 STORY_LENGTH = 200
-REMEMBER_S = 5.0  # how long beyond its deadline a request's id is remembered
+ACCEPT_S = 0.5  # a request that was answered sooner is not accepted besides; less than a client's patience
+REMEMBER_S = 5.0  # how long a request's id is remembered, beyond its deadline or the acknowledgement of its answer
 EARLY_CANCEL_S = 120.0  # how long a cancel that has overtaken its request is remembered
 MEMBER_MEMORY_S = 600.0  # how long a lost worker is shown
+REGAINED_SHARE = 0.05  # a worker that rests is thought to be nearer by so much of its rest: else one bad moment would keep it resting
+WORTH_S = 0.01  # a better worker is waited for if that saves more than this
 LOOK_AGAIN_S = 0.01  # the least pause before looking whether a busy worker is still worth waiting for
 
 
@@ -70,12 +74,11 @@ class SchedulerSettings:
     max_kept_bytes: int = 256 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class _Due:
-    """What can fall due, as a key of the deadline heap."""
+# What can fall due, as a key of the deadline heap: "deadline", "attempt", "forget", "client", "member" or "look", and of whom.
+_Due: TypeAlias = tuple[str, RequestId | AttemptId | ClientId | WorkerId]
 
-    kind: str  # "deadline", "attempt", "forget", "client", "member", "look"
-    subject: RequestId | AttemptId | ClientId | WorkerId
+
+_NOTHING = ev.Activation((), ())
 
 
 class Scheduler:
@@ -94,6 +97,8 @@ class Scheduler:
         self._ended = EndedRequests(max_kept_bytes=self.settings.max_kept_bytes)
         self._queues = StageQueues()
         self._due: Deadlines[_Due] = Deadlines()
+        self._unaccepted: deque[tuple[float, Request]] = deque()  # until when they may be answered without an acceptance, in that order
+        self._acknowledged: deque[tuple[float, RequestId]] = deque()  # until when they are remembered, in that order
         self._arrivals = 0
         self._is_draining = False
         self._actions: list[ev.Action] = []
@@ -102,10 +107,21 @@ class Scheduler:
     # ── the doors ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def handle(self, event: ev.Event, now: float) -> list[ev.Action]:
-        """Take note of one fact."""
+        """Take note of one fact, and decide."""
+        self.note(event, now)
+        return self.decide(now)
+
+    def note(self, event: ev.Event, now: float) -> None:
+        """Take note of one fact; `decide` has to follow before the next `tick`, and may follow many."""
         self.story.append((now, type(event).__name__, _subject(event)))
         self._note(event, now)
-        return self._finish(now)
+
+    def decide(self, now: float) -> list[ev.Action]:
+        """What follows from all that was noted since."""
+        self._pump(now)
+        actions = self._actions.copy()
+        self._actions.clear()
+        return actions
 
     def tick(self, now: float) -> list[ev.Action]:
         """Do what has fallen due."""
@@ -116,10 +132,11 @@ class Scheduler:
             self._residency.refused(self.roster.member(worker_id), artifact, error, now)
         for due in self._due.take_due(now):
             self._fell_due(due, now)
-        return self._finish(now)
+        self._accept_slow(now)
+        return self.decide(now)
 
     def _fell_due(self, due: _Due, now: float) -> None:
-        match due.kind, due.subject:
+        match due:
             case "deadline", RequestId() as request_id:
                 self._deadline_passed(request_id, now)
             case "attempt", AttemptId() as attempt:
@@ -137,8 +154,7 @@ class Scheduler:
 
     def next_wakeup(self) -> float | None:
         """The moment of the next `tick`; after `tick(now)` it is later than `now`."""
-        sources = (self._liveness.next_wakeup(), self._residency.next_wakeup(), self._due.next_wakeup())
-        return min((moment for moment in sources if moment is not None), default=None)
+        return earliest(self._liveness.next_wakeup(), self._residency.next_wakeup(), self._due.next_wakeup(), self._first_unaccepted())
 
     def offers(self) -> list[WorkerOffer]:
         """What the workers that are ready have to give."""
@@ -179,8 +195,7 @@ class Scheduler:
             case ev.RequestArrived():
                 self._request_arrived(event, now)
             case ev.OutcomeAcknowledged():
-                if self._ended.get(event.request_id) is not None:
-                    self._ended.bury(event.request_id)
+                self._outcome_acknowledged(event.request_id, now)
             case ev.RequestCancelled():
                 self._request_cancelled(event.request_id, now)
             case ev.AttemptFailed():
@@ -219,11 +234,11 @@ class Scheduler:
             case ev.WorkerLeft():
                 self._worker_left(event.worker_id, now)
             case ev.ClientArrived():
-                self._due.clear(_Due("client", event.client_id))
+                self._due.clear(("client", event.client_id))
             case ev.ClientDisconnected():
-                self._due.set(_Due("client", event.client_id), now + self.settings.client_grace_s)
+                self._due.set(("client", event.client_id), now + self.settings.client_grace_s)
             case ev.ClientLeft():
-                self._due.clear(_Due("client", event.client_id))
+                self._due.clear(("client", event.client_id))
                 self._client_gone(event.client_id, now)
             case ev.VersionDeployed():
                 self._residency.deploy(event.version, now, is_restored=event.is_restored)
@@ -235,12 +250,6 @@ class Scheduler:
                 self._is_draining = True
             case _:
                 raise AssertionError(f"unknown event {event!r}")
-
-    def _finish(self, now: float) -> list[ev.Action]:
-        self._pump(now)
-        actions = self._actions.copy()
-        self._actions.clear()
-        return actions
 
     # ── requests arrive and end ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -280,7 +289,7 @@ class Scheduler:
             raise DeadlineExceededError(event.budget_s)
         version = live.version
         peak_bytes = int(event.input.size_bytes * max(version.peak_ratio, 1.0))
-        self._admission.admit(event.request_id, peak_bytes, predicted_wait_s=self._predicted_wait_s(live))
+        self._admission.admit(event.request_id, peak_bytes, predicted_wait_s=lambda: self._predicted_wait_s(live))
         budget_s = min(event.budget_s, self.settings.max_budget_s)
         self._arrivals += 1
         request = Request(
@@ -294,13 +303,36 @@ class Scheduler:
             activation=event.input,
         )
         self._ended.forget(event.request_id)
-        self._due.clear(_Due("forget", event.request_id))
+        self._due.clear(("forget", event.request_id))
         self._requests[event.request_id] = request
-        self._due.set(_Due("deadline", event.request_id), request.deadline)
+        self._due.set(("deadline", event.request_id), request.deadline)
         self._residency.request_began(live)
         self.counters["requests_accepted"] += 1
-        self._accept(request)
+        self._unaccepted.append((now + ACCEPT_S, request))
         self._enqueue(request)
+
+    def _first_unaccepted(self) -> float | None:
+        """When the first request that lives and was not accepted yet has to be."""
+        waiting = self._unaccepted
+        while waiting and self._requests.get(waiting[0][1].request_id) is not waiting[0][1]:
+            waiting.popleft()
+        return waiting[0][0] if waiting else None
+
+    def _accept_slow(self, now: float) -> None:
+        """An answer that comes soon says all that an acceptance would. When one has to be said, those that follow soon go with it."""
+        if (due := self._first_unaccepted()) is None or due > now:
+            return
+        while (moment := self._first_unaccepted()) is not None and moment <= now + ACCEPT_S / 2:
+            self._accept(self._unaccepted.popleft()[1])
+
+    def _outcome_acknowledged(self, request_id: RequestId, now: float) -> None:
+        """Its client asks no more: what it has sent before can still come, and only that has to be known again."""
+        if self._ended.get(request_id) is not None:
+            self._ended.bury(request_id)
+            self._due.clear(("forget", request_id))
+            self._acknowledged.append((now + REMEMBER_S, request_id))
+        while self._acknowledged and self._acknowledged[0][0] <= now:
+            self._ended.forget(self._acknowledged.popleft()[1])
 
     def _predicted_wait_s(self, live: LiveVersion) -> float:
         return live.requests * max(need.cost_s / max(len(at), 1) for need, at in zip(live.plan.stages, live.plan.places, strict=True))
@@ -324,9 +356,9 @@ class Scheduler:
         """Stop all work for a request and remember its id for a while."""
         del self._requests[request.request_id]
         request.ticket = 0
-        request.activation = ev.Activation((), ())  # its place in a queue may outlive it; the bytes are reserved no more
-        self._due.clear(_Due("deadline", request.request_id))
-        self._due.set(_Due("forget", request.request_id), request.deadline + REMEMBER_S)
+        request.activation = _NOTHING  # its place in a queue may outlive it; the bytes are reserved no more
+        self._due.clear(("deadline", request.request_id))
+        self._due.set(("forget", request.request_id), request.deadline + REMEMBER_S)
         self._admission.release(request.request_id)
         self._call_off(request)
         self._residency.request_ended(request.version)
@@ -335,7 +367,7 @@ class Scheduler:
         """Cancel every attempt of the current stage that still holds a slot."""
         for number, attempt in request.attempts.items():
             attempt_id = request.attempt_id(number)
-            self._due.clear(_Due("attempt", attempt_id))
+            self._due.clear(("attempt", attempt_id))
             member = self.roster.get(attempt.worker_id)
             if member is not None and attempt_id in member.slots:
                 self._actions.append(ev.Cancel(worker_id=attempt.worker_id, attempt=attempt_id))
@@ -353,7 +385,7 @@ class Scheduler:
             self.counters["requests_cancelled"] += 1
             self._release(request, now)
         elif self._ended.get(request_id) is None:  # the cancel has overtaken its request
-            self._due.set(_Due("forget", request_id), now + EARLY_CANCEL_S)
+            self._due.set(("forget", request_id), now + EARLY_CANCEL_S)
         self._ended.bury(request_id)
 
     def _client_gone(self, client_id: ClientId, now: float) -> None:
@@ -403,7 +435,7 @@ class Scheduler:
 
     def _free(self, member: Member, attempt: AttemptId, now: float) -> Slot | None:
         """Free the attempt's slot; what waits for this worker may go now."""
-        self._due.clear(_Due("attempt", attempt))
+        self._due.clear(("attempt", attempt))
         self._wake(member)
         return member.free(attempt, now)
 
@@ -477,7 +509,7 @@ class Scheduler:
             self._enqueue(request)
         else:
             attempt.is_expired = False
-            self._due.set(_Due("attempt", attempt_id), now + attempt.timeout_s)
+            self._due.set(("attempt", attempt_id), now + attempt.timeout_s)
 
     def _has_alternative(self, request: Request, now: float) -> bool:
         """Whether another worker can run the request's stage now, or will be able to after loading it."""
@@ -511,30 +543,37 @@ class Scheduler:
     def _pump_stage(self, key: StageKey, now: float) -> None:
         put_back = []
         waiting_s: dict[WorkerId, float] = {}  # backlog of those in this queue that rather wait for a better worker
+        usual: list[Member] | None = None  # whoever may run a request that is not choosy
         while (entry := self._queues.pop(key)) is not None:
             request = entry[3]
-            eligible = self._eligible(request)
-            if not eligible:
-                if self._wait_for_worker(request, now):
-                    put_back.append(entry)
-                if request.is_choosy:
-                    continue  # the next one may go all the same
-                break
-            if not any(member.has_credit for member in eligible):
-                put_back.append(entry)
-                if request.is_choosy:
-                    continue
-                break
-            chosen = self._choose(request, eligible, waiting_s, now)
-            if chosen.has_credit:
-                self._dispatch(request, chosen, now)
+            if request.is_choosy:
+                eligible = self._eligible(request)
             else:
+                eligible = usual = self._eligible(request) if usual is None else usual
+            if any(member.has_room for member in eligible):
+                if not self._place(request, eligible, waiting_s, now):
+                    put_back.append(entry)
+                continue
+            if eligible or self._wait_for_worker(request, now):
                 put_back.append(entry)
+            if not request.is_choosy:  # else the next one may go all the same
+                break
+        self._queues.put_back(key, put_back)
+
+    def _place(self, request: Request, eligible: list[Member], waiting_s: dict[WorkerId, float], now: float) -> bool:
+        """Dispatch the request where it should be finished first. False: that is where there is no room yet, and worth the wait."""
+        chosen, finish_s = self._choose(request, eligible, waiting_s, now)
+        if not chosen.has_room:
+            second, later_s = self._choose(request, [member for member in eligible if member.has_room], waiting_s, now)
+            if later_s - finish_s > WORTH_S:
                 service_s = self._expect(request, chosen)[0]
                 # It may be late; then look again whether it is still worth waiting for.
-                self._due.set(_Due("look", chosen.worker_id), now + max(chosen.backlog_s(now), service_s, LOOK_AGAIN_S))
+                self._due.set(("look", chosen.worker_id), now + max(chosen.backlog_s(now), service_s, LOOK_AGAIN_S))
                 waiting_s[chosen.worker_id] = waiting_s.get(chosen.worker_id, 0.0) + service_s
-        self._queues.put_back(key, put_back)
+                return False
+            chosen = second
+        self._dispatch(request, chosen, now)
+        return True
 
     def _wait_for_worker(self, request: Request, now: float) -> bool:
         """Nobody can run the request now: whether it stays in the queue. Asks a worker to load the stage if that would help."""
@@ -544,7 +583,7 @@ class Scheduler:
             request.ticket = 0
             for number, attempt in request.attempts.items():
                 attempt.is_expired = False
-                self._due.set(_Due("attempt", request.attempt_id(number)), now + attempt.timeout_s)
+                self._due.set(("attempt", request.attempt_id(number)), now + attempt.timeout_s)
             return False
         if request.numeric_class and not any(member.verdict is not Verdict.LOST and self._suits(request, member) for member in self.roster):
             if request.stage > 0:
@@ -568,18 +607,19 @@ class Scheduler:
                 able.append(member)
         return [member for member in able if member.worker_id not in request.failed_on] or able
 
-    def _choose(self, request: Request, eligible: list[Member], waiting_s: dict[WorkerId, float], now: float) -> Member:
-        def candidate(member: Member) -> Candidate:
-            service_s, transfer_s = self._expect(request, member)
-            return Candidate(
-                worker_id=member.worker_id,
-                backlog_s=member.backlog_s(now) + waiting_s.get(member.worker_id, 0.0),
-                service_s=service_s,
-                transfer_s=transfer_s,
-                last_used=member.last_used,
-            )
-
-        return min(eligible, key=lambda member: self._policy(candidate(member)))
+    def _choose(self, request: Request, among: list[Member], waiting_s: dict[WorkerId, float], now: float) -> tuple[Member, float]:
+        """The worker that the policy puts first, and the seconds after which the request should be finished there."""
+        need = self._need(request)
+        best: tuple[tuple[float, float, WorkerId], Member, float] | None = None
+        for member in among:
+            service_s, transfer_s = member.expect(need.artifact, need.cost_s)
+            transfer_s = max(transfer_s - REGAINED_SHARE * (now - member.last_used), 0.0)
+            backlog_s = member.backlog_s(now) + waiting_s.get(member.worker_id, 0.0)
+            rank = self._policy(Candidate(member.worker_id, backlog_s, service_s, transfer_s, member.last_used))
+            if best is None or rank < best[0]:
+                best = (rank, member, backlog_s + service_s + transfer_s)
+        assert best is not None
+        return best[1], best[2]
 
     def _expect(self, request: Request, member: Member) -> tuple[float, float]:
         need = self._need(request)
@@ -600,7 +640,7 @@ class Scheduler:
         if request.exact and not request.numeric_class:
             request.numeric_class = member.numeric_class
         member.take(attempt_id, need.artifact, need.cost_s, now)
-        self._due.set(_Due("attempt", attempt_id), now + self.settings.attempt_timeout_s)
+        self._due.set(("attempt", attempt_id), now + self.settings.attempt_timeout_s)
         self.counters["tasks_dispatched"] += 1
         self.counters["retries"] += number > 1
         dispatch = ev.Dispatch(
@@ -643,7 +683,7 @@ class Scheduler:
             self._loss(member, attempt, "it was not listed in the worker's hello", now)
         for attempt in sorted(event.held | event.finished):
             self._reconcile(member, attempt, now, is_held=attempt in event.held)
-        self._due.clear(_Due("member", event.worker_id))
+        self._due.clear(("member", event.worker_id))
         self._verdict_changed(member, now)
         self._residency.joined(member, now)
 
@@ -663,7 +703,7 @@ class Scheduler:
             member.take(attempt, need.artifact, need.cost_s, now)
         request.attempts.setdefault(attempt.attempt, Attempt(member.worker_id, self.settings.attempt_timeout_s)).is_expired = False
         request.ticket = 0  # no second attempt while this one is there
-        self._due.set(_Due("attempt", attempt), now + self.settings.attempt_timeout_s)
+        self._due.set(("attempt", attempt), now + self.settings.attempt_timeout_s)
 
     def _heard(self, worker_id: WorkerId, now: float) -> None:
         self._liveness.heard(worker_id, now)
@@ -704,8 +744,10 @@ class Scheduler:
         member = self.roster.get(worker_id)
         if member is None:
             return
-        for attempt in list(member.slots):
-            self._loss(member, attempt, reason, now, is_free=not member.slots[attempt].begun)
+        for index, attempt in enumerate(list(member.slots)):
+            # Of what is short a worker does not say that it has begun; if anything of that had, it was the first.
+            has_begun = member.slots[attempt].begun or index == 0
+            self._loss(member, attempt, reason, now, is_free=not has_begun)
         self._residency.session_ended(member)
         self._verdict_changed(member, now)
 
@@ -738,15 +780,19 @@ class Scheduler:
     def _lost(self, member: Member, now: float) -> None:
         """Out of every plan, and forgotten after a while."""
         self._residency.left(member, now)
-        self._due.set(_Due("member", member.worker_id), now + MEMBER_MEMORY_S)
+        self._due.set(("member", member.worker_id), now + MEMBER_MEMORY_S)
 
 
 def _subject(event: ev.Event) -> object:
     """What the story says of an event: an id, never a tensor."""
-    for name in ("attempt", "request_id", "worker_id", "client_id", "deployment"):
-        if (subject := getattr(event, name, None)) is not None:
-            return subject
-    return None
+    kind = type(event)
+    if kind not in _SUBJECTS:
+        names = ("attempt", "request_id", "worker_id", "client_id", "deployment", "version")
+        _SUBJECTS[kind] = next((name for name in names if hasattr(event, name)), "__class__")
+    return getattr(event, _SUBJECTS[kind])
+
+
+_SUBJECTS: dict[type, str] = {}
 
 
 def _id_used_twice(request_id: RequestId) -> AdaptError:

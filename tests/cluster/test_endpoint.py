@@ -10,18 +10,32 @@ import re
 import selectors
 import signal
 import socket
+import struct
 import time
 
 import pytest
+import xxhash
 import zmq
 
 from adapt.errors import ConfigError, VersionError
 from adapt.protocol import messages as msg
-from adapt.protocol.ids import RoutingId, routing_ids
+from adapt.protocol.codecs import TensorHeader
+from adapt.protocol.ids import RequestId, RoutingId, routing_ids
 from adapt.protocol.pieces import split
-from adapt.protocol.wire import Blob, encode, encode_head
+from adapt.protocol.wire import INLINE_BYTES, Blob, encode, encode_head
 from adapt.runtime import endpoint as endpoint_module
-from adapt.runtime.endpoint import DRAIN_LIMIT, MAX_PARTS, Disconnected, Malformed, Received, RouterEndpoint, WatchedSocket
+from adapt.runtime.endpoint import (
+    DRAIN_LIMIT,
+    MAX_PARTS,
+    TURN_MESSAGES,
+    Disconnected,
+    Malformed,
+    Received,
+    RouterEndpoint,
+    Undelivered,
+    WatchedSocket,
+)
+from adapt.runtime.link import LinkReceived
 from tests.cluster.ends import LIMIT_BYTES, PIECE_BYTES, WAIT_S, Echo, calling, echoing, on_loop, process, proxied
 
 CLIENT = bytes(range(16))
@@ -136,12 +150,144 @@ async def test_a_socket_of_the_file_system_serves_as_well(tmp_path):
 
 
 @on_loop
-async def test_sending_to_nobody_is_refused():
+async def test_what_is_sent_to_nobody_comes_back():
     async with echoing() as echo:
         nobody = RoutingId(b"nobody.c")
-        assert not echo.endpoint.send(nobody, msg.SayHello(), session=1, term=1)
+        small = [msg.CallDone(call=number) for number in range(3)]
+        for message in small:
+            echo.endpoint.send(nobody, message, session=1, term=1)
+        assert not echo.all(Undelivered), "not while it is sent: whoever sends may be in the middle of something"
+        await echo.until(lambda: echo.all(Undelivered))
+        assert echo.all(Undelivered) == [Undelivered(nobody, tuple(small))]
         big = msg.ArtifactPiece(artifact="a" * 64, offset=0, file_bytes=1)
-        assert not echo.endpoint.send(nobody, big, session=1, term=1, blobs=(Blob.of(b"x"),))
+        echo.endpoint.send(nobody, big, session=1, term=1, blobs=(Blob.of(b"x"),))
+        await echo.until(lambda: len(echo.all(Undelivered)) == 2)
+        assert echo.all(Undelivered)[1] == Undelivered(nobody, (big,))
+
+
+@on_loop
+async def test_what_comes_back_is_followed_by_a_turn():
+    """Else nobody would look at it before the next message arrives."""
+    happened: list[object] = []
+    told = asyncio.Event()
+    undelivered = Undelivered(CONTROL, (msg.CallDone(call=1),))
+
+    def turned() -> None:
+        if undelivered in happened:
+            told.set()
+
+    endpoint = RouterEndpoint("tcp://127.0.0.1:*", receive=happened.append, turned=turned, limit_bytes=LIMIT_BYTES, piece_bytes=PIECE_BYTES)
+    try:
+        endpoint.send(CONTROL, msg.CallDone(call=1), session=1, term=1)
+        async with asyncio.timeout(WAIT_S):
+            await told.wait()
+        assert happened == [undelivered]
+    finally:
+        endpoint.close()
+
+
+@on_loop
+async def test_what_is_sent_while_things_are_received_leaves_after_the_turn():
+    """One bundle for all that a turn has to say to a peer, however many messages it has answered."""
+    order: list[object] = []
+
+    def receive(arrival) -> None:
+        order.append(type(arrival.envelope.message))
+        endpoint.send(CONTROL, msg.CallDone(call=len(order)), session=1, term=1)
+
+    endpoint = RouterEndpoint(
+        "tcp://127.0.0.1:*",
+        receive=receive,
+        turned=lambda: order.append(endpoint.parcels_out),
+        limit_bytes=LIMIT_BYTES,
+        piece_bytes=PIECE_BYTES,
+    )
+    try:
+        with dealer(endpoint.address, CONTROL) as plug:
+            plug.send_multipart(bundled(*[encode(msg.StatusQuery(call=number), session=1, term=1) for number in range(5)]))
+            async with asyncio.timeout(WAIT_S):
+                while endpoint.parcels_out == 0:
+                    await asyncio.sleep(0)
+            asked = order.index(msg.StatusQuery)
+            assert order[asked : asked + 6] == [msg.StatusQuery] * 5 + [0], "it leaves after `turned`"
+            assert endpoint.parcels_out == 1 and endpoint.messages_out == 5
+            assert await asyncio.to_thread(plug.poll, 5000)
+            assert plug.recv_multipart()[0][:2] == b"BU"
+    finally:
+        endpoint.close()
+
+
+@on_loop
+async def test_what_is_sent_to_a_peer_that_has_gone_comes_back():
+    async with echoing() as echo:
+        with dealer(echo.address, CONTROL) as plug:
+            greet(plug)
+            await echo.until(lambda: echo.messages(msg.ClientHello))
+        await echo.until(lambda: echo.all(Disconnected))
+        echo.endpoint.send(CONTROL, msg.CallDone(call=1), session=1, term=1)
+        await echo.until(lambda: echo.all(Undelivered))
+        assert echo.all(Undelivered) == [Undelivered(CONTROL, (msg.CallDone(call=1),))]
+
+
+@on_loop
+async def test_what_is_sent_in_one_turn_arrives_in_order_and_in_few_parcels():
+    async with echoing() as echo, calling(echo.address) as caller:
+        session = await echo.attached()
+        before = echo.endpoint.counters()
+        for number in range(10 * TURN_MESSAGES):
+            echo.endpoint.send(session.routing_id, msg.CallDone(call=number), session=session.number, term=1)
+        await caller.until(lambda: len(caller.received(msg.CallDone)) == 10 * TURN_MESSAGES)
+        assert [done.call for done in caller.received(msg.CallDone)] == list(range(10 * TURN_MESSAGES))
+        after = echo.endpoint.counters()
+        assert after["messages_out"] - before["messages_out"] == 10 * TURN_MESSAGES
+        assert after["parcels_out"] - before["parcels_out"] == 10
+
+
+@on_loop
+async def test_what_peers_say_at_a_time_is_answered_at_a_time():
+    async with echoing() as echo, calling(echo.address) as caller, calling(echo.address) as other:
+        await caller.echo(10)
+        await other.echo(10)
+        before = echo.endpoint.counters()
+        requests = [(one, one.send(100 + number)) for number in range(3 * TURN_MESSAGES) for one in (caller, other)]
+        for one, (sent, sequence, data) in requests:
+            assert sent
+            reply = await one.until(lambda one=one, sequence=sequence: one.reply(sequence))
+            assert bytes(reply.blobs[0].contiguous()) == data
+        for one in (caller, other):
+            order = [reply.request_id.sequence for reply in one.received(msg.Reply)]
+            assert order == sorted(order)
+        after = echo.endpoint.counters()
+        assert after["messages_in"] - before["messages_in"] == after["messages_out"] - before["messages_out"] == len(requests)
+        assert 2 <= after["parcels_in"] - before["parcels_in"] <= 6
+        assert after["parcels_out"] - before["parcels_out"] <= 12
+
+
+@on_loop
+async def test_messages_of_all_sizes_in_one_turn_come_back_the_same():
+    sizes = [0, 1, INLINE_BYTES, INLINE_BYTES + 1, 30_000, 60_000, 65_536, 65_537, 200_000, 10] * 4
+    async with echoing() as echo, calling(echo.address) as caller:
+        await echo.attached()
+        requests = [caller.send(size) for size in sizes]
+        for sent, sequence, data in requests:
+            assert sent
+            reply = await caller.until(lambda sequence=sequence: caller.reply(sequence))
+            assert bytes(reply.blobs[0].contiguous()) == data
+        assert not echo.all(Malformed) and len(caller.received(msg.Reply)) == len(sizes)
+
+
+@on_loop
+async def test_a_small_message_that_follows_a_big_one_does_not_wait_for_it():
+    async with echoing() as echo, calling(echo.address) as caller:
+        session = await echo.attached()
+        data = random.Random(1).randbytes(20_000_000)
+        header = TensorHeader(dtype="uint8", shape=(len(data),), codec="raw", payload_bytes=len(data))
+        big = msg.Reply(request_id=RequestId(CLIENT, 1), leaves=[header], attempts=1, numeric_classes=[])
+        echo.endpoint.send(session.routing_id, big, session=session.number, term=1, blobs=(Blob.of(data),))
+        echo.endpoint.send(session.routing_id, msg.CallDone(call=1), session=session.number, term=1)
+        await caller.until(lambda: caller.received(msg.Reply))
+        assert [type(event.message) for event in caller.all(LinkReceived)] == [msg.CallDone, msg.Reply]
+        assert bytes(caller.all(LinkReceived)[1].blobs[0].contiguous()) == data
 
 
 @on_loop
@@ -157,12 +303,15 @@ async def test_sending_to_a_peer_that_does_not_read_is_refused_and_others_are_se
         try:
             greet(plug)
             await echo.until(lambda: echo.messages(msg.ClientHello))
-            accepted = 0
-            while echo.endpoint.send(CONTROL, msg.Goodbye(reason="x" * 4000), session=1, term=1):
-                accepted += 1
-                assert accepted < 20_000
-                if accepted % 10 == 0:
+            sent = 0
+            while not echo.all(Undelivered):
+                echo.endpoint.send(CONTROL, msg.CallFailed(call=sent, code="x", message="x" * 4000, fields={}), session=1, term=1)
+                sent += 1
+                assert sent < 20_000
+                if sent % 10 == 0:
                     await asyncio.sleep(0)  # its queue empties into the buffers of the system, until they are full
+            refused = [message.call for message in echo.all(Undelivered)[0].messages]
+            assert refused == list(range(refused[0], refused[0] + len(refused))) and refused[-1] < sent
             async with calling(echo.address) as caller:
                 await caller.echo(10)
                 await caller.echo(200_000)
@@ -208,10 +357,19 @@ async def test_bulk_messages_wait_for_the_bulk_connection():
             greet(plug)
             await echo.until(lambda: echo.messages(msg.ClientHello))
             piece = msg.ArtifactPiece(artifact="a" * 64, offset=0, file_bytes=1)
-            assert not echo.endpoint.send(CONTROL, piece, session=1, term=1, blobs=(Blob.of(b"x"),))
+            echo.endpoint.send(CONTROL, piece, session=1, term=1, blobs=(Blob.of(b"x"),))
+            await echo.until(lambda: echo.all(Undelivered))
+            assert echo.all(Undelivered) == [Undelivered(CONTROL, (piece,))]
 
 
 # ── what is no message ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def bundled(*messages: list[bytes]) -> list[bytes]:
+    """A bundle with a right checksum, whatever is in it."""
+    body = b"".join(struct.pack(">2sI", frames[0][:2], len(frames[1])) + frames[1] for frames in messages)
+    return [b"BU" + xxhash.xxh3_64_digest(body) + body]
+
 
 GOOD = encode(msg.StatusQuery(call=1), session=1, term=1)
 HUGE = encode_head(msg.StatusQuery(call=1), session=1, term=1)[0]
@@ -226,6 +384,12 @@ BAD = {
     "surplus payload": ([*GOOD, b"x"], "names 0 payload frames, 1 came"),
     "a piece of nothing": ([b"PI"], "a piece has 3 or 4 frames"),
     "a spoilt piece": ([b"PI" + bytes(8), b"\x80", b""], "checksum"),
+    "an empty bundle": ([b"BU" + xxhash.xxh3_64_digest(b"")], "a bundle of 0 messages"),
+    "a spoilt bundle": ([b"BU" + bytes(8) + b"\x80"], "checksum"),
+    "half a bundle": ([b"BU"], "checksum"),
+    "a hello in a bundle": (bundled(encode(hello(), session=0, term=0)), "ClientHello does not travel in a bundle"),
+    "a bundle in a bundle": (bundled([b"BU", b"\x80"]), "unknown kind"),
+    "a spoilt message in a bundle": (bundled(GOOD, [GOOD[0], GOOD[1][:-1]]), "not one msgpack value"),
     "another version": (encode(hello(protocol_version=99), session=0, term=0), "protocol version 99 was spoken, this side speaks 1"),
     "another's hello": (encode(hello(client_id=bytes(16)), session=0, term=0), "does not come from the control connection"),
     "another life's hello": (encode(hello(incarnation=2), session=0, term=0), "does not come from the control connection"),
@@ -440,8 +604,9 @@ async def test_a_peer_that_came_back_over_a_new_connection_is_not_ended_by_the_o
                     await echo.until(lambda: len(echo.messages(msg.ClientHello)) == 3)
                 await echo.until(lambda: echo.all(Disconnected))
                 assert echo.all(Disconnected) == [Disconnected(routing_ids(CLIENT.hex(), 5)[0])]
-                assert echo.endpoint.send(CONTROL, msg.SayHello(), session=1, term=1)
+                echo.endpoint.send(CONTROL, msg.SayHello(), session=1, term=1)
                 assert await asyncio.to_thread(second.poll, 5000)
+                assert not echo.all(Undelivered)
             await echo.until(lambda: Disconnected(CONTROL) in echo.arrivals)
 
 

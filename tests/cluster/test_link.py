@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -19,6 +20,7 @@ from adapt.scheduling.session import GREETING_TIMEOUT_S
 from tests.cluster.ends import (
     LIMIT_BYTES,
     PIECE_BYTES,
+    WAIT_S,
     WELCOME,
     Caller,
     Echo,
@@ -95,9 +97,8 @@ async def test_refused_is_told_with_its_reason_and_nothing_follows():
         async with calling(echo.address) as caller:
             await echo.until(lambda: echo.messages(msg.ClientHello))
             code, message, fields = ConnectError(echo.address, "the name is taken").to_wire()
-            assert echo.endpoint.send(
-                echo.arrivals[0].routing_id, msg.Refused(code=code, message=message, fields=fields), session=0, term=1
-            )
+            refusal = msg.Refused(code=code, message=message, fields=fields)
+            echo.endpoint.send(echo.arrivals[0].routing_id, refusal, session=0, term=1)
             await caller.until(lambda: caller.events)
             (refused,) = caller.events
             assert isinstance(refused, LinkRefused)
@@ -147,6 +148,83 @@ async def test_a_hello_that_is_not_answered_is_said_again_and_only_then():
             assert len(caller.terms) == 3
 
 
+# ── many messages in one turn ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def calls(echo: Echo) -> list[int]:
+    return [query.call for query in echo.messages(msg.StatusQuery)]
+
+
+@on_loop
+async def test_what_is_said_in_one_turn_leaves_together_and_in_order():
+    async with echoing() as echo, calling(echo.address) as caller:
+        await echo.attached()
+        parcels = echo.endpoint.parcels_in
+        for number in range(100):
+            assert caller.link.send(msg.StatusQuery(call=number))
+        await echo.until(lambda: len(calls(echo)) == 100)
+        assert calls(echo) == list(range(100))
+        assert echo.endpoint.parcels_in - parcels <= 10
+        with caller.link.turn():
+            for number in range(100, 110):
+                assert caller.link.send(msg.StatusQuery(call=number))
+        await echo.until(lambda: len(calls(echo)) == 110)
+        assert calls(echo) == list(range(110))
+        assert echo.endpoint.parcels_in - parcels <= 11
+
+
+def refusing(caller: Caller, refused: Callable[[int], bool]) -> list[int]:
+    """Let control refuse some of the parcels of requests, by their number; hellos pass. Returns where the numbers gather."""
+    numbers: list[int] = []
+    send = caller.link._control.send
+
+    def sieve(frames: list[bytes]) -> bool:
+        if bytes(frames[0][:2]) == msg.ClientHello.KIND:
+            return send(frames)
+        numbers.append(len(numbers))
+        return not refused(numbers[-1]) and send(frames)
+
+    caller.link._control.send = sieve
+    return numbers
+
+
+@pytest.mark.parametrize("refused", [{0}, {1}, {0, 1, 2}, {1, 3}, {2}], ids=str)
+@on_loop
+async def test_what_the_socket_does_not_take_is_given_to_it_again_once_and_in_order(refused):
+    """Half of the messages are alike: what has left is not told by its looks."""
+    async with echoing() as echo, calling(echo.address) as caller:
+        await echo.attached()
+        refusing(caller, lambda number: number in refused)
+        for number in range(100):
+            assert caller.link.send(msg.Goodbye(reason="x" * 3000) if number % 2 else msg.StatusQuery(call=number))
+        await echo.until(lambda: len(calls(echo)) >= 50)
+        assert caller.link.send(msg.StatusQuery(call=100))
+        await echo.until(lambda: 100 in calls(echo))
+        assert calls(echo) == [*range(0, 100, 2), 100]
+        assert len(echo.messages(msg.Goodbye)) == 50
+        assert not caller.all(SessionLost)
+
+
+@on_loop
+async def test_what_was_to_be_said_in_a_session_is_not_said_in_the_next():
+    async with echoing() as echo, calling(echo.address) as caller:
+        session = await echo.attached()
+        is_stuck = True
+        numbers = refusing(caller, lambda number: is_stuck)
+        assert caller.link.send(msg.StatusQuery(call=1))
+        async with asyncio.timeout(WAIT_S):
+            while not numbers:
+                await asyncio.sleep(0)
+        echo.sessions.end(session.number)
+        echo.endpoint.send(session.routing_id, msg.SayHello(), session=session.number, term=1)
+        await caller.until(lambda: len(caller.all(SessionOpened)) == 2)
+        is_stuck = False
+        assert caller.link.send(msg.StatusQuery(call=2))
+        await echo.until(lambda: 2 in calls(echo))
+        await caller.echo(10)
+        assert calls(echo) == [2]
+
+
 # ── sessions that end ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -172,9 +250,9 @@ async def test_what_belongs_to_another_session_is_not_delivered():
     async with echoing(term=2) as echo, calling(echo.address) as caller:
         session = await echo.attached()
         for number, term in ((session.number + 1, 2), (session.number - 1, 2), (session.number, 1), (session.number, 3), (0, 0)):
-            assert echo.endpoint.send(session.routing_id, msg.CallDone(call=1), session=number, term=term)
-            assert echo.endpoint.send(session.routing_id, msg.SayHello(), session=number, term=term)
-        assert echo.endpoint.send(session.routing_id, msg.CallDone(call=2), session=session.number, term=2)
+            echo.endpoint.send(session.routing_id, msg.CallDone(call=1), session=number, term=term)
+            echo.endpoint.send(session.routing_id, msg.SayHello(), session=number, term=term)
+        echo.endpoint.send(session.routing_id, msg.CallDone(call=2), session=session.number, term=2)
         await caller.until(lambda: caller.received(msg.CallDone))
         assert caller.received(msg.CallDone) == [msg.CallDone(call=2)]
         assert len(caller.all(SessionOpened)) == 1

@@ -1,4 +1,4 @@
-"""The README's program runs as it stands there."""
+"""The README's programs run as they stand there."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
-def test_the_program_in_the_readme_runs(tmp_path):
-    (program,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+@pytest.mark.parametrize(("index", "output"), [(0, "(1, 1000) (1, 1000) ["), (1, "(1, 1000) 8\n")])
+def test_the_programs_in_the_readme_run(tmp_path, index, output):
+    programs = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(programs) == 2
     script = tmp_path / "readme.py"
-    script.write_text(program, encoding="utf-8")
+    script.write_text(programs[index], encoding="utf-8")
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=110, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("(1, 1000) (1, 1000) [")
+    assert result.stdout.startswith(output)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from adapt.config import DispatcherConfig
 from adapt.interfaces.cli import logs
-from adapt.interfaces.cli.doors import run_door
+from adapt.interfaces.cli.doors import run_door, spare_the_collector
 
 PROGRAM = "adapt-dispatcher"
 ABOUT = "Accept workers and clients, plan where stages run, and answer every request once."
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
 async def _run(config: DispatcherConfig) -> int:
     from adapt.runtime.dispatcher import Dispatcher  # a wrong flag is told before anything heavy is loaded
 
+    spare_the_collector()
     return await Dispatcher(config).run()
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.markup import escape
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def to_plain(report: StatusReport) -> dict[str, Any]:
     """For JSON. `call` only pairs question and answer, and a model's interface is JSON itself."""
-    plain = dataclasses.asdict(report)
+    plain = msgspec.to_builtins(report)
     del plain["call"]
     for deployment in plain["deployments"]:
         deployment["interface"] = json.loads(deployment["interface"])

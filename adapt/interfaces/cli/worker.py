@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from adapt.config import WorkerConfig
 from adapt.errors import ConfigError
 from adapt.interfaces.cli import logs
-from adapt.interfaces.cli.doors import run_door
+from adapt.interfaces.cli.doors import run_door, spare_the_collector
 
 PROGRAM = "adapt-worker"
 ABOUT = "Execute stages of models on this device for a dispatcher."
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
 async def _run(config: WorkerConfig) -> int:
     from adapt.runtime.worker import Worker  # torch takes a second: --help and a wrong flag do not wait for it
 
+    spare_the_collector()
     return await Worker(config).run()
 
 

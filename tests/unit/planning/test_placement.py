@@ -34,7 +34,7 @@ def plan_of(needs: list[StageNeed], places) -> Plan:
 
 
 @given(NEEDS, OFFERS)
-def test_every_stage_has_one_worker_and_no_worker_more_than_its_memory(pairs, triples):
+def test_every_stage_has_a_worker_and_no_worker_more_than_its_memory(pairs, triples):
     needs, offers = needs_of(pairs), offers_of(triples)
     free = {offer.worker_id: offer.free_bytes for offer in offers}
     try:
@@ -48,10 +48,15 @@ def test_every_stage_has_one_worker_and_no_worker_more_than_its_memory(pairs, tr
         assert float(best_mib) * MIB <= free[WorkerId(worker_id)]
         return
     assert len(places) == len(needs)
+    stages_of = {worker_id: [index for index, at in enumerate(places) if worker_id in at] for worker_id in free}
     for need, workers in zip(needs, places, strict=True):
-        assert len(workers) == 1
-        free[workers[0]] -= need.memory_bytes
+        assert 1 <= len(workers) == len(set(workers))
+        assert all(len(stages_of[worker]) == 1 for worker in workers[1:]), "only who has nothing else relieves"
+        for worker in workers:
+            free[worker] -= need.memory_bytes
     assert all(left >= 0 for left in free.values())
+    least = min(need.memory_bytes for need in needs)
+    assert all(stages or free[worker_id] < least for worker_id, stages in stages_of.items()), "nobody with room for a stage is left idle"
 
 
 @given(NEEDS, OFFERS, st.randoms(use_true_random=False))
@@ -66,12 +71,27 @@ def test_the_order_of_the_offers_does_not_matter(pairs, triples, random):
 
 @given(NEEDS, st.integers(1, 4))
 def test_equal_workers_with_room_share_the_work(pairs, workers):
-    """Each stage goes where the load is least: the busiest stands above the idlest by one stage at most."""
+    """Each stage goes where the load is least, shared with whoever has none: the busiest stands above the idlest by one stage at most."""
     needs = needs_of(pairs)
     load_s = {f"w{i}": 0.0 for i in range(workers)}
-    for need, (worker_id,) in zip(needs, place(needs, offers_of([(99, 0, 1.0)] * workers)), strict=True):
-        load_s[worker_id] += need.cost_s
+    places = place(needs, offers_of([(99, 0, 1.0)] * workers))
+    for need, at in zip(needs, places, strict=True):
+        for worker_id in at:
+            load_s[worker_id] += need.cost_s / len(at)
     assert max(load_s.values()) - min(load_s.values()) <= max(need.cost_s for need in needs)
+    assert {worker_id for at in places for worker_id in at} == load_s.keys()
+
+
+@given(st.integers(1, 4), st.integers(1, 3))
+def test_stages_of_equal_cost_have_as_many_workers_each(stages, times):
+    places = place(needs_of([(1, 2)] * stages), offers_of([(9, 0, 1.0)] * (stages * times)))
+    assert [len(at) for at in places] == [times] * stages
+
+
+def test_who_is_left_over_relieves_the_busiest_that_it_has_room_to_relieve():
+    needs = needs_of([(6, 4), (2, 3), (1, 1)])
+    offers = offers_of([(6, 0, 1.0), (2, 0, 1.0), (9, 0, 1.0), (2, 1, 1.0), (0, 1, 1.0)])
+    assert place(needs, offers) == (("w2",), ("w0", "w3"), ("w1",)), "w3 has no room for the costliest, w4 for none"
 
 
 def test_no_worker_at_all_says_how_to_start_one():
@@ -94,9 +114,10 @@ def test_a_tight_fit_is_not_spoilt_by_a_loose_one():
 
 
 def test_a_slow_or_busy_worker_is_given_less():
-    assert place(needs_of([(1, 2)]), offers_of([(9, 0, 2.0), (9, 0, 1.0)])) == (("w1",),)
-    assert place(needs_of([(1, 2)]), offers_of([(9, 3, 1.0), (9, 0, 1.0)])) == (("w1",),)
-    assert place(needs_of([(1, 2)]), offers_of([(9, 1, 1.0), (9, 0, 2.0)])) == (("w0",),)  # 1 + 2 before 0 + 4
+    assert place(needs_of([(1, 2)]), offers_of([(9, 0, 2.0), (9, 0, 1.0)])) == (("w1", "w0"),)  # the other one relieves it
+    assert place(needs_of([(1, 2)]), offers_of([(9, 3, 1.0), (9, 0, 1.0)])) == (("w1", "w0"),)
+    assert place(needs_of([(1, 2)]), offers_of([(9, 1, 1.0), (9, 0, 2.0)])) == (("w0", "w1"),)  # 1 + 2 before 0 + 4
+    assert place(needs_of([(1, 2)] * 3), offers_of([(9, 0, 2.0), (9, 0, 1.0)])) == (("w1",), ("w0",), ("w1",))
 
 
 # ── substitute ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import types
 import typing
-from dataclasses import fields, is_dataclass
 from typing import Annotated, Any
 
 import msgspec
 from hypothesis import strategies as st
+from msgspec.structs import fields, replace
 
 from adapt.protocol.codecs import TensorHeader
 from adapt.protocol.messages import BY_KIND, HELLOS, PROTOCOL_VERSION, ArtifactPiece, Message
@@ -32,13 +31,15 @@ def of_type(declared: Any) -> st.SearchStrategy[Any]:
         return _bounded(inner[0], [meta for meta in inner[1:] if isinstance(meta, msgspec.Meta)])
     if origin in (typing.Union, types.UnionType):
         return st.one_of([of_type(one) for one in inner])
+    if origin is typing.Literal:
+        return st.sampled_from(inner)
     if origin is list:
         return st.lists(of_type(inner[0]), max_size=3)
     if origin is tuple:
         return st.lists(of_type(inner[0]), max_size=3).map(tuple)
     if origin is dict:
         return st.dictionaries(TEXT, of_type(inner[1]), max_size=3)
-    if is_dataclass(declared):
+    if isinstance(declared, type) and issubclass(declared, msgspec.Struct):
         hints = typing.get_type_hints(declared, include_extras=True)
         return st.builds(declared, **{field.name: of_type(hints[field.name]) for field in fields(declared)})
     if isinstance(declared, type) and issubclass(declared, tuple):  # a NamedTuple
@@ -87,9 +88,9 @@ def messages(draw: st.DrawFn, kinds: Any = KINDS, payloads: st.SearchStrategy[by
     for leaf in message.leaves:
         if isinstance(leaf, TensorHeader):
             carried.append(draw(blobs(payload)))
-            leaf = dataclasses.replace(leaf, payload_bytes=carried[-1].size)
+            leaf = replace(leaf, payload_bytes=carried[-1].size)
         leaves.append(leaf)
-    return dataclasses.replace(message, leaves=leaves), tuple(carried)
+    return replace(message, leaves=leaves), tuple(carried)
 
 
 @st.composite

@@ -6,7 +6,6 @@ limited, so that a bomb is one too. Exit status 0: everything was answered with 
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import resource
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import asdict
 
 from adapt.errors import WireError
 from adapt.protocol import codecs
@@ -35,7 +35,7 @@ def good_messages(rng: np.random.Generator) -> list[tuple[codecs.TensorHeader, b
 
 
 def mutated_header(draw: random.Random, header: codecs.TensorHeader) -> dict[str, Any]:
-    fields: dict[str, Any] = dataclasses.asdict(header)
+    fields: dict[str, Any] = asdict(header)
     for _ in range(draw.choice((0, 1, 1, 2))):
         match draw.randrange(6):
             case 0:

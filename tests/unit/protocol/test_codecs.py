@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 import zfpy
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from adapt.errors import ConfigError, InputMismatchError, WireError
 from adapt.protocol import codecs
@@ -285,7 +285,7 @@ def test_malformed_headers_are_wire_errors(codec, changes, reason):
     header, payload = encode(array, codec=codec, tolerance=0.1)
     assert header.codec == codec
     with pytest.raises(WireError, match=reason):
-        decode(dataclasses.replace(header, **changes), payload, limit_bytes=LIMIT_BYTES)
+        decode(replace(header, **changes), payload, limit_bytes=LIMIT_BYTES)
 
 
 def test_an_lz4_bomb_is_refused_before_it_grows():

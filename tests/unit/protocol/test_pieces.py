@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from adapt.errors import WireError
 from adapt.protocol import messages as msg
@@ -70,7 +70,8 @@ def test_whatever_is_cut_is_whole_again(sent, piece_bytes):
     message, blobs = sent
     pieces = pieces_of(message, blobs, piece_bytes=piece_bytes)
     assert all(is_piece(piece) for piece in pieces)
-    assert all(len(frame) <= piece_bytes for piece in pieces[1:] for frame in piece[2:])
+    assert all(len(frame) <= piece_bytes for piece in pieces for frame in piece[4 if piece is pieces[0] else 2 :])
+    assert len(pieces) == max(sum(-(-blob.size // piece_bytes) for blob in blobs), 1), "the first piece brings a slice already"
     envelope = put_together(pieces)
     assert repr(envelope.message) == repr(message)  # NaN is equal to itself there
     assert (envelope.session, envelope.term) == (SESSION, TERM)
@@ -106,9 +107,9 @@ def test_forwarding_copies_nothing():
     message, blobs = message_of(3 * SMALL + 10)
     arrived = put_together(pieces_of(message, blobs))
     parcels = list(split(arrived.message, session=1, term=1, blobs=arrived.blobs, transfer=1, piece_bytes=SMALL))
-    assert [parcel[2].obj if isinstance(parcel[2], memoryview) else parcel[2] for parcel in parcels[1:]] == list(arrived.blobs[0].parts)
-    for parcel, part in zip(parcels[1:], arrived.blobs[0].parts, strict=True):
-        assert (parcel[2].obj if isinstance(parcel[2], memoryview) else parcel[2]) is part
+    slices = [parcel[-1].obj if isinstance(parcel[-1], memoryview) else parcel[-1] for parcel in parcels]
+    assert slices == list(arrived.blobs[0].parts)
+    assert all(cut is part for cut, part in zip(slices, arrived.blobs[0].parts, strict=True))
 
 
 def test_a_message_without_payload_is_one_piece():
@@ -206,24 +207,30 @@ INNER = SPLIT[0][2:]
 @pytest.mark.parametrize(
     "pieces, told",
     [
-        ([piece_with(INNER, count=2)], r"are 6 pieces, not 2"),
-        ([piece_with(INNER, count=0)], r"are 6 pieces, not 0"),
-        ([piece_with(INNER, count=2**63 - 1)], "are 6 pieces, not"),
-        ([piece_with(INNER, count=6, piece_bytes=1 << 20)], "are 4 pieces, not 6"),
-        ([piece_with([], count=6)], "carries 2 frames, this one 0"),
-        ([piece_with(INNER[:1], count=6)], "carries 2 frames, this one 1"),
-        ([piece_with([*INNER, b""], count=6)], "carries 2 frames, this one 3"),
-        ([piece_with([INNER[0], INNER[1][:-1]], count=6)], "checksum"),
-        ([piece_with([b"x"], index=3, count=6)], "its first piece never came"),
-        ([SPLIT[0], piece_with([SPLIT[1][2][:-1]], index=1, count=6)], "expected one frame of 4096 bytes"),
-        ([SPLIT[0], piece_with([SPLIT[1][2] + b"x"], index=1, count=6)], "expected one frame of 4096 bytes"),
-        ([SPLIT[0], piece_with([], index=1, count=6)], "expected one frame"),
-        ([SPLIT[0], piece_with([SPLIT[1][2]] * 2, index=1, count=6)], "expected one frame"),
-        ([SPLIT[0], piece_with([SPLIT[1][2]], index=1, count=7)], "expected piece 1 of 6, got 1 of 7"),
-        ([SPLIT[0], piece_with([SPLIT[1][2]], index=2, count=6)], "expected piece 1 of 6, got 2 of 6"),
-        ([SPLIT[0], piece_with([SPLIT[1][2]], index=1, count=6, piece_bytes=5000)], "expected piece 1"),
-        ([SPLIT[0], piece_with([b"\xff" * SMALL], index=1, count=6), *SPLIT[2:4]], "10000 bytes does not match its checksum"),
-        ([SPLIT[0], piece_with([SPLIT[1][2]], index=1, count=6, transfer=2)], "its first piece never came"),
+        ([piece_with(INNER, count=2)], r"are 5 pieces, not 2"),
+        ([piece_with(INNER, count=0)], r"are 5 pieces, not 0"),
+        ([piece_with(INNER, count=2**63 - 1)], "are 5 pieces, not"),
+        ([piece_with(INNER, count=5, piece_bytes=1 << 20)], "are 3 pieces, not 5"),
+        ([piece_with([], count=5)], "carries 2 or 3 frames, this one 0"),
+        ([piece_with(INNER[:1], count=5)], "carries 2 or 3 frames, this one 1"),
+        ([piece_with(INNER[:2], count=5)], "expected one frame of 4096 bytes"),
+        ([piece_with([*INNER, b""], count=5)], "carries 2 or 3 frames, this one 4"),
+        ([piece_with([*INNER[:2], INNER[2][:-1]], count=5)], "expected one frame of 4096 bytes"),
+        ([piece_with([*INNER[:2], INNER[2] + b"x"], count=5)], "expected one frame of 4096 bytes"),
+        ([piece_with([*INNER[:2], b"\xff" * SMALL], count=5), *SPLIT[1:3]], "10000 bytes does not match its checksum"),
+        ([piece_with([INNER[0], INNER[1][:-1], INNER[2]], count=5)], "checksum"),
+        ([piece_with([*pieces_of(*message_of(0, 0))[0][2:], b""], count=1)], "a slice of blobs that have no bytes"),
+        ([piece_with([*pieces_of(msg.Progress(call=1, step=""), ())[0][2:], b"x"], count=1)], "a slice of blobs that have no bytes"),
+        ([piece_with([b"x"], index=3, count=5)], "its first piece never came"),
+        ([SPLIT[0], piece_with([SPLIT[1][2][:-1]], index=1, count=5)], "expected one frame of 4096 bytes"),
+        ([SPLIT[0], piece_with([SPLIT[1][2] + b"x"], index=1, count=5)], "expected one frame of 4096 bytes"),
+        ([SPLIT[0], piece_with([], index=1, count=5)], "expected one frame"),
+        ([SPLIT[0], piece_with([SPLIT[1][2]] * 2, index=1, count=5)], "expected one frame"),
+        ([SPLIT[0], piece_with([SPLIT[1][2]], index=1, count=6)], "expected piece 1 of 5, got 1 of 6"),
+        ([SPLIT[0], piece_with([SPLIT[1][2]], index=2, count=5)], "expected piece 1 of 5, got 2 of 5"),
+        ([SPLIT[0], piece_with([SPLIT[1][2]], index=1, count=5, piece_bytes=5000)], "expected piece 1"),
+        ([SPLIT[0], piece_with([b"\xff" * SMALL], index=1, count=5), SPLIT[2]], "10000 bytes does not match its checksum"),
+        ([SPLIT[0], piece_with([SPLIT[1][2]], index=1, count=5, transfer=2)], "its first piece never came"),
     ],
 )
 def test_a_piece_that_does_not_fit_is_named(pieces, told):
@@ -296,12 +303,12 @@ def test_pieces_of_another_session_do_not_disturb():
 def test_a_message_and_its_pieces_are_of_one_session():
     inner = encode_head(BIG, session=SESSION - 1, term=TERM, blobs=BIG_BLOBS)
     with pytest.raises(WireError, match="different sessions"):
-        decode_piece(piece_with(inner, count=6), assembler())
+        decode_piece(piece_with([*inner, INNER[2]], count=5), assembler())
 
 
 def test_parts_of_a_finished_message_are_those_that_arrived():
     """The dispatcher keeps inputs: a copy of each would double its memory."""
-    frames = [piece[2] for piece in SPLIT[1:]]
+    frames = [piece[-1] for piece in SPLIT]
     arrived = put_together(SPLIT)
     assert [part for blob in arrived.blobs for part in blob.parts if part] == frames
     assert all(part is frame for part, frame in zip((part for blob in arrived.blobs for part in blob.parts if part), frames, strict=True))
@@ -309,6 +316,6 @@ def test_parts_of_a_finished_message_are_those_that_arrived():
 
 def test_the_leaves_of_a_message_bound_its_pieces():
     """A header that promises other blobs than its tensors need is refused before any of them comes."""
-    lying = dataclasses.replace(BIG, leaves=BIG.leaves[:1])
+    lying = replace(BIG, leaves=BIG.leaves[:1])
     with pytest.raises(WireError, match="payload frames"):
         decode_piece(pieces_of(lying, BIG_BLOBS)[0], assembler())

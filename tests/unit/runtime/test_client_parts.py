@@ -8,7 +8,7 @@ import pytest
 
 from adapt.errors import ConfigError, UnknownModelError
 from adapt.protocol.ids import RequestId
-from adapt.runtime import client
+from adapt.runtime import calls
 from adapt.runtime.conversation import InferFuture
 
 
@@ -32,36 +32,36 @@ class Größe:
     ],
 )
 def test_a_deployment_is_named_after_its_model(model, name, expected):
-    assert client._deployment_name(model, name) == expected
+    assert calls.deployment_name(model, name) == expected
 
 
 @pytest.mark.parametrize("name", ["", "a b", "-a", "x" * 65, 5, "ü"])
 def test_an_impossible_name_is_a_config_error(name):
     with pytest.raises(ConfigError, match="name="):
-        client._deployment_name("torchvision/resnet50", name)
+        calls.deployment_name("torchvision/resnet50", name)
 
 
 def test_a_model_without_a_name_is_unknown():
     with pytest.raises(UnknownModelError):
-        client._deployment_name("torchvision/", None)
+        calls.deployment_name("torchvision/", None)
 
 
 @pytest.mark.parametrize(("stages", "count"), [("auto", 0), (1, 1), (7, 7)])
 def test_stages(stages, count):
-    assert client._stage_count(stages) == count
+    assert calls.stage_count(stages) == count
 
 
 @pytest.mark.parametrize("stages", [0, -1, True, 1.0, "3", None])
 def test_impossible_stages(stages):
     with pytest.raises(ConfigError, match="stages="):
-        client._stage_count(stages)
+        calls.stage_count(stages)
 
 
 def test_suggestions_are_like_what_was_asked_for():
     names = ["resnet18", "resnet50", "vgg16"]
-    assert set(client._closest("resnet", names)) == set(names[:2])
-    assert client._closest("zzz", names) == names
-    assert client._closest("resnet", []) == []
+    assert set(calls.closest("resnet", names)) == set(names[:2])
+    assert calls.closest("zzz", names) == names
+    assert calls.closest("resnet", []) == []
 
 
 def test_a_future_tells_of_its_cancelling_at_once_and_others_by_delivery():

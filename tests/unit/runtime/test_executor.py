@@ -22,6 +22,7 @@ from adapt.runtime.executor import Begun, Cancelled, Crashed, Done, Executor, Fa
 
 WAIT_S = 20.0
 LIMIT_BYTES = 64 << 20
+SHORT, LONG = "0" * 64, "1" * 64  # artifacts
 BIG = 100_000  # float32: beyond what is decoded and encoded on the compute thread
 
 
@@ -29,12 +30,14 @@ class GatedStage:
     """Adds one. Stops in each run until the test lets it go on."""
 
     def __init__(self) -> None:
+        self.threads: list[int] = []
         self.entered: list[Future[None]] = [Future() for _ in range(8)]
         self.gates = [threading.Event() for _ in range(8)]
         self.runs = 0
 
     def run(self, inputs):
         run, self.runs = self.runs, self.runs + 1
+        self.threads.append(threading.get_ident())
         self.entered[run].set_result(None)
         assert self.gates[run].wait(WAIT_S)
         return [value + 1 for value in inputs]
@@ -48,12 +51,12 @@ class FreeStage:
         self.run = function
 
 
-def order(sequence: int = 1, *arrays, codec="raw", tolerance=None, budget_s=60.0, dtype=None, sent_as="raw"):
+def order(sequence: int = 1, *arrays, codec="raw", tolerance=None, budget_s=60.0, dtype=None, sent_as="raw", artifact=SHORT):
     """A RunStage of these arrays, and its blobs."""
     encoded = [codecs.encode(array, codec=sent_as, dtype=dtype) for array in arrays]
     message = RunStage(
         attempt=AttemptId(RequestId(bytes(16), sequence), 1, 0, 1),
-        artifact="0" * 64,
+        artifact=artifact,
         budget_s=budget_s,
         codec=codec,
         tolerance=tolerance,
@@ -73,11 +76,11 @@ def big(value: float = 0.0):
 class Harness:
     """An executor, and what it has said."""
 
-    def __init__(self, clock=None) -> None:
+    def __init__(self, clock=None, **options) -> None:
         self.events: list[object] = []
         self.batches: list[list[object]] = []
         self.arrived = asyncio.Event()
-        options = {} if clock is None else {"clock": clock}
+        options |= {} if clock is None else {"clock": clock}
         self.executor = Executor(device="cpu", threads=1, limit_bytes=LIMIT_BYTES, notify=self._notify, **options)
 
     def _notify(self, events) -> None:
@@ -117,6 +120,12 @@ def run(test):
 def output(event) -> list[np.ndarray]:
     blobs = iter(event.blobs)
     return [codecs.decode(leaf, next(blobs).contiguous(), limit_bytes=LIMIT_BYTES) for leaf in event.leaves]
+
+
+@pytest.fixture(autouse=True)
+def every_stage_is_long(monkeypatch):
+    """However quick the machine: each says that it has begun. Tests of short stages say what is short."""
+    monkeypatch.setattr(executor_module, "SHORT_S", 0.0)
 
 
 @pytest.mark.parametrize("make", [small, big])
@@ -182,6 +191,127 @@ def test_begun_of_the_next_is_said_in_one_batch_with_the_answer_before():
             stage.gates[1].set()
             await harness.event(Done, second)
             assert harness.kinds(first) == harness.kinds(second) == [Begun, Done]
+
+    run(test)
+
+
+def test_a_stage_that_was_short_the_last_time_is_not_said_to_have_begun(monkeypatch):
+    monkeypatch.setattr(executor_module, "SHORT_S", 3600.0)
+
+    async def test():
+        async with Harness() as harness:
+            works = []
+            for number in range(3):
+                works.append(harness.submit(FreeStage(), number, small(number)))
+                await harness.event(Done, works[-1])
+            other = harness.submit(FreeStage(), 9, small(), artifact=LONG)
+            await harness.event(Done, other)
+            assert [harness.kinds(work) for work in (*works, other)] == [[Begun, Done], [Done], [Done], [Begun, Done]]
+
+    run(test)
+
+
+def test_the_answers_of_short_stages_do_not_wait_behind_a_long_one(monkeypatch):
+    monkeypatch.setattr(executor_module, "SHORT_S", 3600.0)
+
+    async def test():
+        async with Harness() as harness:
+            await harness.event(Done, harness.submit(FreeStage(), 0, small()))
+            gated, long = GatedStage(), GatedStage()
+            first = harness.submit(gated, 1, small())
+            await gated.reached(0)
+            works = [harness.submit(FreeStage(), number, small(number)) for number in range(2, 48)]
+            last = harness.submit(long, 99, small(), artifact=LONG)
+            gated.gates[0].set()
+            await long.reached(0)
+            for work in (first, *works):
+                await harness.event(Done, work)
+            assert [event.work for event in harness.events if isinstance(event, Done)][1:] == [first, *works], "in their order"
+            await harness.event(Begun, last)
+            long.gates[0].set()
+            await harness.event(Done, last)
+
+    run(test)
+
+
+def test_what_takes_less_than_the_way_to_a_thread_is_run_on_the_loop():
+    async def test():
+        async with Harness(at_once_s=3600.0) as harness:
+            stage = GatedStage()
+            for gate in stage.gates:
+                gate.set()
+            first = harness.submit(stage, 1, small(1))
+            await harness.event(Done, first)
+            works = [harness.submit(stage, 2, small(2)), harness.submit(stage, 3, small(3))]
+            assert stage.runs == 1, "not within `submit`: whoever submits has not noted yet that it did"
+            for work in works:
+                done = await harness.event(Done, work)
+            np.testing.assert_array_equal(output(done)[0], small(4))
+            late = harness.submit(stage, 4, big(4))
+            await harness.event(Done, late)
+            here = threading.get_ident()
+            assert [thread == here for thread in stage.threads] == [False, True, True, False], "neither what is new nor what is big"
+
+    run(test)
+
+
+def test_what_came_first_is_run_first_wherever_it_runs():
+    """Behind what is not short all else goes to the compute thread, and while that has work nothing is run on the loop."""
+
+    async def test():
+        async with Harness(at_once_s=3600.0) as harness:
+            await harness.event(Done, harness.submit(FreeStage(), 0, small()))
+            ran = []
+            stages = [
+                FreeStage(lambda inputs, number=number: [ran.append((number, threading.get_ident())), 1.0][1:]) for number in range(6)
+            ]
+            makes = [small, small, big, small, small, small]
+            works = [harness.submit(stages[number], number + 1, makes[number]()) for number in range(5)]
+            while not ran:
+                await asyncio.sleep(0)
+            works.append(harness.submit(stages[5], 6, makes[5]()))
+            for work in works:
+                await harness.event(Done, work)
+            assert [number for number, _ in ran] == list(range(6))
+            here = threading.get_ident()
+            assert [thread == here for _, thread in ran[:5]] == [True, True, False, False, False]
+
+    run(test)
+
+
+@pytest.mark.parametrize("makes", [[small, small], [small, big], [big, small]], ids=["here", "last on the thread", "both on the thread"])
+@pytest.mark.parametrize("withdrawn", [0, 1])
+def test_what_is_withdrawn_before_the_loop_gets_to_it_is_not_run_and_leaves_no_trace(makes, withdrawn):
+    async def test():
+        async with Harness(at_once_s=3600.0) as harness:
+            await harness.event(Done, harness.submit(FreeStage(), 0, small()))
+            ran = []
+            works = [
+                harness.submit(FreeStage(lambda inputs, number=number: [ran.append(number), 1.0][1:]), number + 1, make())
+                for number, make in enumerate(makes)
+            ]
+            assert harness.executor.withdraw(works[withdrawn])
+            assert not harness.executor.withdraw(works[withdrawn])
+            await harness.event(Done, works[1 - withdrawn])
+            stage = GatedStage()
+            stage.gates[0].set()
+            await harness.event(Done, harness.submit(stage, 9, small()))
+            assert ran == [1 - withdrawn] and harness.kinds(works[withdrawn]) == []
+            assert stage.threads == [threading.get_ident()], "nothing else runs: it is run at once, as before"
+
+    run(test)
+
+
+def test_an_error_of_the_model_on_the_loop_is_its_own():
+    def fail(inputs):
+        raise ValueError("no")
+
+    async def test():
+        async with Harness(at_once_s=3600.0) as harness:
+            await harness.event(Done, harness.submit(FreeStage(), 0, small()))
+            failed = await harness.event(Failed, harness.submit(FreeStage(fail), 1, small()))
+            assert isinstance(failed.error, ModelError)
+            await harness.event(Done, harness.submit(FreeStage(), 2, small()))
 
     run(test)
 

@@ -36,7 +36,7 @@ def test_what_is_reserved_is_what_was_admitted_and_never_above_the_limits(steps)
             case "admit" if one not in reserved:
                 fits = sum(reserved.values()) + size_bytes <= LIMITS.max_retained_bytes or not reserved
                 try:
-                    admission.admit(one, size_bytes, predicted_wait_s=2.0)
+                    admission.admit(one, size_bytes, predicted_wait_s=lambda: 2.0)
                 except OverloadedError as error:
                     assert len(reserved) == LIMITS.max_requests or not fits
                     assert 1.0 <= error.retry_after_s <= 3.0
@@ -56,29 +56,29 @@ def test_what_is_reserved_is_what_was_admitted_and_never_above_the_limits(steps)
 def test_a_request_larger_than_the_limit_is_let_in_alone():
     """Nothing could ever run it otherwise; beside it there is room for nothing."""
     admission = an_admission()
-    admission.admit(request(1), 100, predicted_wait_s=0.0)
+    admission.admit(request(1), 100, predicted_wait_s=lambda: 0.0)
     with pytest.raises(OverloadedError, match="100 of 10 are reserved"):
-        admission.admit(request(2), 1, predicted_wait_s=0.0)
+        admission.admit(request(2), 1, predicted_wait_s=lambda: 0.0)
     admission.release(request(1))
-    admission.admit(request(2), 1, predicted_wait_s=0.0)
+    admission.admit(request(2), 1, predicted_wait_s=lambda: 0.0)
 
 
 def test_the_limit_itself_may_be_reached():
     admission = an_admission()
-    admission.admit(request(1), 4, predicted_wait_s=0.0)
-    admission.admit(request(2), 6, predicted_wait_s=0.0)
+    admission.admit(request(1), 4, predicted_wait_s=lambda: 0.0)
+    admission.admit(request(2), 6, predicted_wait_s=lambda: 0.0)
     with pytest.raises(OverloadedError, match="may retain 1 bytes, and 10 of 10"):
-        admission.admit(request(3), 1, predicted_wait_s=0.0)
+        admission.admit(request(3), 1, predicted_wait_s=lambda: 0.0)
 
 
 def test_a_refusal_names_the_limit_and_leaves_nothing_behind():
     admission = an_admission()
     for number in range(LIMITS.max_requests):
-        admission.admit(request(number), 0, predicted_wait_s=0.0)
+        admission.admit(request(number), 0, predicted_wait_s=lambda: 0.0)
     with pytest.raises(OverloadedError, match="4 requests are in flight"):
-        admission.admit(request(9), 0, predicted_wait_s=0.0)
+        admission.admit(request(9), 0, predicted_wait_s=lambda: 0.0)
     admission.release(request(0))
-    admission.admit(request(9), 0, predicted_wait_s=0.0)
+    admission.admit(request(9), 0, predicted_wait_s=lambda: 0.0)
 
 
 def test_those_who_are_refused_together_do_not_come_back_together():
@@ -86,7 +86,7 @@ def test_those_who_are_refused_together_do_not_come_back_together():
     pauses_s = []
     for number in range(20):
         with pytest.raises(OverloadedError) as caught:
-            admission.admit(request(number), 0, predicted_wait_s=0.0)
+            admission.admit(request(number), 0, predicted_wait_s=lambda: 0.0)
         pauses_s.append(caught.value.retry_after_s)
     assert len(set(pauses_s)) > 10
     assert min(pauses_s) > 0.0, "nobody is told to come back at once"

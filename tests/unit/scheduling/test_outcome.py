@@ -18,7 +18,7 @@ from adapt.errors import (
 from adapt.protocol.ids import Digest, RequestId
 from adapt.protocol.messages import Accepted, CancelRequest, InferRequest, Reply, ReplyAck, RequestFailed
 from adapt.protocol.wire import Blob
-from adapt.scheduling.outcome import ACKS_PER_MESSAGE, SMALL_BYTES, Outcomes, Question, Resolve, Say
+from adapt.scheduling.outcome import ACK_S, ACKS_PER_MESSAGE, SMALL_BYTES, Outcomes, Question, Resolve, Say
 
 LIMIT_BYTES = 1 << 20
 PROGRAM = Digest("a" * 64)
@@ -67,6 +67,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.said_in: dict[RequestId, int] = {}  # -> the last session in which the request was said
         self.excused: set[RequestId] = set()  # need not have been said in this session: told to wait, or no time left
         self.owed: list[RequestId] = []
+        self.owed_until: float | None = None  # when they have to be said, if nothing comes that they can ride on
+        self.has_spoken = False  # a request was said in this turn
         self.owed_cancels: set[RequestId] = set()
         self.submitted = 0
 
@@ -80,11 +82,13 @@ class AnyOrder(RuleBasedStateMachine):
                     assert message.version == self.pins.get(message.request_id, 0)
                     assert (message.program is None) == (message.version == 0)
                     self.said_in[message.request_id] = self.session
+                    self.has_spoken = True
                 case Say(message=CancelRequest(request_id=request_id)):
                     assert self.is_open and self.decided[request_id] in ("cancel", "deadline")
                     self.owed_cancels.discard(request_id)
                 case Say(message=ReplyAck(request_ids=request_ids)):
                     assert self.is_open and request_ids == self.owed
+                    assert self.has_spoken or (self.owed_until is not None and self.owed_until <= self.now), "alone before its time"
                     self.owed.clear()
                 case Resolve(request_id=request_id, outcome=outcome):
                     is_late = isinstance(outcome, DeadlineExceededError)
@@ -150,6 +154,7 @@ class AnyOrder(RuleBasedStateMachine):
         if later_term:
             self.term += 1
             self.owed.clear()
+            self.owed_until = None
             self.owed_cancels.clear()
         self.is_open, self.session = True, self.session + 1
         self.excused.clear()
@@ -161,18 +166,25 @@ class AnyOrder(RuleBasedStateMachine):
         self.is_open = False
         self.outcomes.lost()
 
-    @rule(wait=st.integers(0, 3))
+    @rule(wait=st.sampled_from([0, ACK_S / 2, ACK_S, 1, 2, 3]))
     def wait(self, wait):
         self.now += wait
         self.take(self.outcomes.tick(self.now))
         assert all(deadline > self.now for deadline in self.deadlines.values())
+        self.end_turn()
         wakeup = self.outcomes.next_wakeup()
         assert wakeup is None or wakeup > self.now, "the loop would spin"
 
     @rule()
     def end_turn(self):
-        self.take(self.outcomes.take_acks())
-        assert not (self.is_open and self.owed)
+        if self.is_open and self.owed and self.owed_until is None:
+            self.owed_until = self.now + ACK_S
+        self.take(self.outcomes.take_acks(self.now))
+        self.has_spoken = False
+        if self.is_open and self.owed:
+            assert self.now < self.owed_until and self.outcomes.next_wakeup() <= self.owed_until, "it waits for a little while at most"
+        elif self.is_open:
+            self.owed_until = None
 
     @precondition(lambda self: self.session > 3)
     @rule()
@@ -218,9 +230,30 @@ def test_a_deadline_tells_the_cluster_and_a_late_answer_is_acknowledged():
     outcomes = Outcomes()
     outcomes.opened(1, limit_bytes=LIMIT_BYTES, now=0)
     outcomes.submit(rid(1), question(5), 0)
+    assert outcomes.take_acks(0) == []
     assert said(outcomes.tick(5), CancelRequest) == [CancelRequest(request_id=rid(1))]
     assert outcomes.replied(reply(1), ()) == []
-    assert said(outcomes.take_acks(), ReplyAck) == [ReplyAck(request_ids=[rid(1)])]
+    assert outcomes.take_acks(5) == []
+    assert outcomes.next_wakeup() == 5 + ACK_S
+    assert said(outcomes.take_acks(5 + ACK_S), ReplyAck) == [ReplyAck(request_ids=[rid(1)])]
+    assert outcomes.next_wakeup() is None
+
+
+def test_an_acknowledgement_rides_on_the_next_request_or_waits_a_little():
+    outcomes = Outcomes()
+    outcomes.opened(1, limit_bytes=LIMIT_BYTES, now=0)
+    for number in (1, 2, 3):
+        outcomes.submit(rid(number), question(90), 0)
+    assert outcomes.take_acks(0) == []
+    outcomes.replied(reply(1), ())
+    outcomes.submit(rid(4), question(90), 1)
+    assert said(outcomes.take_acks(1), ReplyAck) == [ReplyAck(request_ids=[rid(1)])], "it rides"
+    outcomes.replied(reply(2), ())
+    assert outcomes.take_acks(2) == []
+    outcomes.replied(reply(3), ())
+    assert outcomes.take_acks(2 + ACK_S / 2) == []
+    assert outcomes.next_wakeup() == 2 + ACK_S, "what comes meanwhile does not put it off"
+    assert said(outcomes.take_acks(2 + ACK_S), ReplyAck) == [ReplyAck(request_ids=[rid(2), rid(3)])]
 
 
 def test_the_dispatchers_story_of_a_deadline_comes_before_our_own_timer():
@@ -247,12 +280,15 @@ def test_cancels_and_acks_wait_for_a_session_but_not_for_another_reign():
         outcomes.submit(rid(number), question(9), 0)
     outcomes.replied(reply(1), ())
     outcomes.lost()
-    assert outcomes.cancel(rid(2)) == [] and outcomes.take_acks() == []
-    again = outcomes.opened(7, limit_bytes=LIMIT_BYTES, now=1) + outcomes.take_acks()
+    assert outcomes.cancel(rid(2)) == [] and outcomes.take_acks(0) == outcomes.take_acks(1) == []
+    assert outcomes.next_wakeup() is None, "without a session there is nothing to wake up for"
+    again = outcomes.opened(7, limit_bytes=LIMIT_BYTES, now=1) + outcomes.take_acks(1) + outcomes.take_acks(1 + ACK_S)
     assert said(again, CancelRequest | ReplyAck) == [CancelRequest(request_id=rid(2)), ReplyAck(request_ids=[rid(1)])]
     outcomes.replied(reply(1), ())
+    assert outcomes.take_acks(2) == []
     outcomes.lost()
-    assert outcomes.opened(8, limit_bytes=LIMIT_BYTES, now=1) + outcomes.take_acks() == []
+    assert outcomes.opened(8, limit_bytes=LIMIT_BYTES, now=3) + outcomes.take_acks(3) + outcomes.take_acks(4) == []
+    assert outcomes.next_wakeup() is None
 
 
 def test_a_request_that_was_accepted_is_said_again_with_its_pin_and_the_time_left():
@@ -321,7 +357,8 @@ def test_acks_fit_into_messages():
     outcomes.opened(1, limit_bytes=LIMIT_BYTES, now=0)
     for number in range(ACKS_PER_MESSAGE + 1):
         outcomes.replied(reply(number), ())
-    assert [len(message.request_ids) for message in said(outcomes.take_acks(), ReplyAck)] == [ACKS_PER_MESSAGE, 1]
+    assert outcomes.take_acks(0) == []
+    assert [len(message.request_ids) for message in said(outcomes.take_acks(ACK_S), ReplyAck)] == [ACKS_PER_MESSAGE, 1]
 
 
 @pytest.mark.parametrize("wish", [None, "soon", -1.0, 0.0, float("nan"), 1e9, True])

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,7 +46,7 @@ def test_a_choice_does_not_depend_on_the_order_of_the_candidates(offered, name, 
 @given(candidates(), st.sampled_from(["backlog_s", "service_s", "transfer_s"]))
 def test_a_worker_that_gets_slower_is_not_chosen_for_it(offered, what):
     chosen = min(offered, key=earliest_finish)
-    slower = [replace(one, **{what: getattr(one, what) + 1}) if one is not chosen else one for one in offered]
+    slower = [one._replace(**{what: getattr(one, what) + 1}) if one is not chosen else one for one in offered]
     assert min(slower, key=earliest_finish) == chosen
 
 
@@ -56,4 +54,4 @@ def test_the_fast_worker_is_waited_for_only_while_that_ends_earlier():
     fast = Candidate(worker_id=WorkerId("fast"), backlog_s=2, service_s=1, transfer_s=0, last_used=0)
     slow = Candidate(worker_id=WorkerId("slow"), backlog_s=0, service_s=4, transfer_s=0, last_used=0)
     assert min([slow, fast], key=earliest_finish) is fast
-    assert min([slow, replace(fast, backlog_s=4)], key=earliest_finish) is slow
+    assert min([slow, fast._replace(backlog_s=4)], key=earliest_finish) is slow

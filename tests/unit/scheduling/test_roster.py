@@ -10,7 +10,7 @@ from adapt.errors import AdaptError
 from adapt.protocol.ids import AttemptId, Digest, RequestId, WorkerId
 from adapt.protocol.messages import StageTimes
 from adapt.scheduling.liveness import Verdict
-from adapt.scheduling.roster import LEARNING_RATE, Member, Roster
+from adapt.scheduling.roster import AHEAD_S, LEARNING_RATE, STEADY, Member, Roster
 
 A, B = Digest("a"), Digest("b")
 
@@ -83,7 +83,7 @@ def test_a_stage_without_a_prediction_says_nothing_about_slowness():
 
 @given(st.lists(st.tuples(st.sampled_from(["take", "take", "free"]), st.integers(0, 5), st.integers(0, 3), st.integers(0, 3)), max_size=30))
 def test_slots_and_the_moment_at_which_all_is_done(steps):
-    member, now = Member(WorkerId("w1"), credit=3), 0
+    member, now = Member(WorkerId("w1"), credit=4), 0
     held: dict[AttemptId, int] = {}
     for step, number, cost_s, wait_s in steps:
         now += wait_s
@@ -101,8 +101,22 @@ def test_slots_and_the_moment_at_which_all_is_done(steps):
                 assert (slot.busy_s, slot.predicted_s, slot.artifact) == (held.pop(one), slot.predicted_s, A)
                 assert member.busy_until == now + sum(held.values())
         assert set(member.slots) == set(held)
-        assert member.has_credit == (len(held) < 3)
+        assert member.held_s == sum(held.values())
+        assert member.has_room == (len(held) < STEADY or (len(held) < 4 and sum(held.values()) == 0)), "beyond two only what is short"
         assert member.busy_until - now <= sum(held.values()), "it is never thought busier than with all that it holds"
+
+
+@pytest.mark.parametrize("credit", [0, 1, STEADY, STEADY + 1, 9])
+@pytest.mark.parametrize("busy_s", [0.0, AHEAD_S / 8, AHEAD_S / 2, AHEAD_S, 1.0])
+def test_a_worker_has_room_for_two_tasks_and_for_more_while_all_it_holds_is_short(credit, busy_s):
+    member = Member(WorkerId("w1"), credit=credit)
+    for number in range(12):
+        is_expected = number < credit and (number < STEADY or number * busy_s < AHEAD_S)
+        assert member.has_room == is_expected
+        member.take(attempt(number), A, busy_s, 0.0)
+    for number in range(12):
+        member.free(attempt(number), 0.0)
+    assert member.held_s == 0.0 and member.has_room == (credit > 0), "what was held leaves no trace"
 
 
 def test_a_new_session_keeps_what_was_learnt_and_begins_the_rest():

@@ -26,7 +26,18 @@ from adapt.protocol.messages import StageTimes
 from adapt.protocol.wire import Blob
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
-from adapt.scheduling.scheduler import EARLY_CANCEL_S, MEMBER_MEMORY_S, REMEMBER_S, STORY_LENGTH, Scheduler, SchedulerSettings
+from adapt.scheduling.roster import AHEAD_S, STEADY, Service
+from adapt.scheduling.scheduler import (
+    ACCEPT_S,
+    EARLY_CANCEL_S,
+    MEMBER_MEMORY_S,
+    REGAINED_SHARE,
+    REMEMBER_S,
+    STORY_LENGTH,
+    WORTH_S,
+    Scheduler,
+    SchedulerSettings,
+)
 
 SILENCE_S, GRACE_S, TIMEOUT_S, LOAD_TIMEOUT_S, CLIENT_GRACE_S = 3.0, 2.0, 20.0, 60.0, 10.0
 ANNE, BERT = ClientId(b"a" * 16), ClientId(b"b" * 16)
@@ -216,11 +227,11 @@ def only(actions: list[ev.Action], kind: type) -> list:
 def test_a_request_from_its_arrival_to_its_answer():
     cluster = a_cluster("w1", "w2", places=("w1", "w2"))
     request_id = cluster.submit()
-    accept, dispatch = cluster.taken()
-    assert accept == ev.Accept(request_id=request_id, deployment="d", version=1, program=Digest("d"))
+    (dispatch,) = cluster.taken()
     assert (dispatch.worker_id, dispatch.artifact, dispatch.budget_s, dispatch.codec) == ("w1", "d.0", 100.0, "raw")
     assert dispatch.attempt == AttemptId(request_id, 1, 0, 1)
     cluster.wait(2)
+    assert cluster.taken() == [ev.Accept(request_id=request_id, deployment="d", version=1, program=Digest("d"))]
     cluster.finish(Sent("w1", dispatch.attempt, dispatch), size_bytes=7)
     acknowledge, dispatch = cluster.taken()
     assert acknowledge == ev.Acknowledge(worker_id=WorkerId("w1"), attempt=AttemptId(request_id, 1, 0, 1))
@@ -235,6 +246,20 @@ def test_a_request_from_its_arrival_to_its_answer():
     assert (cluster.scheduler.unacknowledged, cluster.scheduler.kept_bytes) == (1, 3)
     cluster.tell(ev.OutcomeAcknowledged(request_id=request_id))
     assert (cluster.scheduler.unacknowledged, cluster.scheduler.kept_bytes) == (0, 0)
+
+
+def test_what_is_answered_at_once_is_not_accepted_besides():
+    cluster = a_cluster("w1")
+    quick, gone, slow = cluster.submit(), cluster.submit(), cluster.submit()
+    sent = {one.request: one for one in cluster.sent()}
+    cluster.wait(ACCEPT_S / 2)
+    late = cluster.submit()
+    assert only(cluster.finish(sent[quick]), ev.Answer)
+    cluster.tell(ev.RequestCancelled(request_id=gone))
+    assert cluster.scheduler.next_wakeup() == pytest.approx(cluster.now + ACCEPT_S / 2)
+    assert [accept.request_id for accept in only(cluster.wait(ACCEPT_S / 2 + 0.001), ev.Accept)] == [slow]
+    assert [accept.request_id for accept in only(cluster.wait(ACCEPT_S / 2), ev.Accept)] == [late]
+    assert only(cluster.wait(1), ev.Accept) == [], "once is enough"
 
 
 def test_a_request_for_what_is_not_deployed_is_refused_by_name():
@@ -301,9 +326,37 @@ def test_nothing_falls_due_for_a_request_that_has_ended():
     cluster.finish(cluster.the_one_sent())
     cluster.taken()
     assert len(cluster.scheduler._due) == 1, "the end of the memory of its id"
+    assert cluster.scheduler.next_wakeup() > cluster.now + ACCEPT_S
     cluster.wait(TIMEOUT_S + 5)
     assert cluster.taken() == []
     assert cluster.scheduler.counters["deadlines_exceeded"] == cluster.scheduler.counters["attempt_timeouts"] == 0
+
+
+# ── many facts, one decision ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_noted_together_is_decided_together():
+    """The more urgent request goes first, though it was the later to come; and nothing is dispatched before all is known."""
+    cluster = Cluster()
+    cluster.join("w1", credit=1)
+    cluster.deploy("w1")
+    running = cluster.submit()
+    sent = cluster.the_one_sent()
+    times = StageTimes(wait_s=0.0, decode_s=0.0, compute_s=1.0, encode_s=0.0)
+    arrivals = []
+    for number, budget_s in ((11, 90.0), (12, 50.0)):
+        request_id = RequestId(BERT, number)
+        arrived = ev.RequestArrived(
+            request_id=request_id, deployment="d", version=0, program=None, budget_s=budget_s, exact=False, fingerprint=1, input=tensor(1)
+        )
+        arrivals.append(arrived)
+    finished = ev.StageFinished(worker_id=WorkerId("w1"), attempt=sent.attempt, output=tensor(1), times=times)
+    for event in (finished, *arrivals):
+        cluster.scheduler.note(event, cluster.now)
+    actions = cluster.scheduler.decide(cluster.now)
+    assert [type(action) for action in actions] == [ev.Acknowledge, ev.Answer, ev.Dispatch]
+    assert actions[1].request_id == running and actions[2].attempt.request == arrivals[1].request_id
+    assert cluster.scheduler.decide(cluster.now) == []
 
 
 # ── order ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -339,15 +392,31 @@ def test_later_stages_go_first():
 def test_no_worker_gets_more_than_its_credit():
     cluster = Cluster()
     cluster.join("w1", credit=3)
-    cluster.deploy("w1")
+    cluster.deploy("w1", cost_s=AHEAD_S / 100)
     for _ in range(5):
         cluster.submit()
     sent = cluster.sent()
     assert len(sent) == cluster.slots("w1") == 3
     cluster.fail(sent[0], WireError("flipped"))
     assert len(cluster.sent()) == 1 and cluster.slots("w1") == 3
-    cluster.finish(sent[1])
+    cluster.finish(sent[1], busy_s=AHEAD_S / 100)
     assert len(cluster.sent()) == 1 and cluster.slots("w1") == 3
+
+
+@pytest.mark.parametrize("cost_s, given", [(1.0, STEADY), (AHEAD_S, STEADY), (AHEAD_S / 2, STEADY), (AHEAD_S / 4.5, 5), (0.0, 8)])
+def test_a_worker_is_given_more_than_two_tasks_only_while_they_are_short(cost_s, given):
+    """What waits there can go nowhere else; what waits here goes wherever it is finished first."""
+    cluster = Cluster()
+    cluster.join("w1", credit=8)
+    cluster.deploy("w1", cost_s=cost_s)
+    for _ in range(10):
+        cluster.submit()
+    sent = cluster.sent()
+    assert len(sent) == cluster.slots("w1") == given
+    cluster.finish(sent[0], busy_s=1.0)  # and now it is known to be long
+    for one in sent[1:]:
+        cluster.finish(one, busy_s=1.0)
+    assert cluster.slots("w1") == STEADY
 
 
 # ── the choice of a worker ───────────────────────────────────────────────────────────────────────────────────────────
@@ -394,6 +463,32 @@ def test_the_slower_worker_gets_what_it_would_finish_earlier():
     cluster = a_fast_and_a_slow_worker(2.0, 5.0)
     requests = [cluster.submit() for _ in range(4)]
     assert [(one.worker, one.request) for one in cluster.sent()] == [("fast", requests[0]), ("slow", requests[2])]
+
+
+@pytest.mark.parametrize("saved_s, is_waited_for", [(WORTH_S / 2, False), (WORTH_S * 2, True)])
+def test_a_better_worker_is_waited_for_only_if_that_is_worth_it(saved_s, is_waited_for):
+    """The fast one takes 2 s after the 2 s of what it runs; the slow one begins at once and takes a little more than 4."""
+    cluster = a_fast_and_a_slow_worker(2.0, 4.0 + saved_s)
+    first, second = cluster.submit(), cluster.submit()
+    sent = [(one.worker, one.request) for one in cluster.sent()]
+    assert sent == ([("fast", first)] if is_waited_for else [("fast", first), ("slow", second)])
+
+
+def test_a_worker_whose_way_was_long_once_is_tried_again_after_a_rest():
+    cluster = a_cluster("far", "near")
+    began = cluster.now
+    for worker, transfer_s in (("far", 3.0), ("near", 0.0)):
+        member = cluster.scheduler.roster.member(WorkerId(worker))
+        member.services[Digest("d.0")], member.last_used = Service(1.0, transfer_s), began
+    chosen = []
+    while "far" not in chosen:
+        cluster.submit()
+        sent = cluster.the_one_sent()
+        chosen.append(sent.worker)
+        rested_s = cluster.now - began
+        cluster.wait(1)
+        cluster.finish(sent)
+    assert rested_s == pytest.approx(3.0 / REGAINED_SHARE, abs=1.0)
 
 
 def test_of_equal_workers_the_one_that_has_rested_longest_is_chosen():
@@ -671,15 +766,51 @@ def test_an_input_that_kills_its_workers_has_an_end():
 
 
 def test_losses_before_the_task_had_begun_cost_nothing():
-    cluster = a_cluster("w1", "w2", max_failures=2)
-    cluster.submit(budget_s=1000.0)
+    """Of what a worker holds only the oldest can have begun without its saying so."""
+    cluster = a_cluster("w1", max_failures=2)
+    behind = cluster.submit(budget_s=1000.0)
+    ahead = cluster.submit(budget_s=50.0)
+    cluster.lose("w1")
     for _ in range(10):
-        sent = cluster.the_one_sent()
-        cluster.lose(sent.worker)
         cluster.silent.clear()
-        cluster.join(sent.worker, resident=["d.0"])
+        cluster.join("w1", resident=["d.0"])
+        assert [one.request for one in cluster.sent()[-2:]] == [ahead, behind]
+        cluster.lose("w1")
+        cluster.tell(ev.RequestCancelled(request_id=ahead))
+        ahead = cluster.submit(budget_s=50.0)
+    assert cluster.scheduler.live_requests == 2
+    assert cluster.scheduler.counters["tasks_lost"] == 22
+
+
+def test_the_oldest_task_of_a_lost_worker_counts_as_begun():
+    """Of short tasks a worker says only with their answer that they had begun: an input that kills it must have an end all the same."""
+    cluster = a_cluster("w1", max_failures=2)
+    finished = cluster.submit()
+    killer = cluster.submit()
+    innocent = cluster.submit()
+    first, *_ = cluster.sent()
+    cluster.finish(first)
+    assert first.request == finished and [one.request for one in cluster.sent()] == [innocent]
+    for _ in range(2):
+        cluster.lose("w1")
+        cluster.silent.clear()
+        cluster.join("w1", resident=["d.0"])
+    (fail,) = cluster.taken(ev.Fail)
+    assert fail.request_id == killer and isinstance(fail.error, WorkerLostError)
     assert cluster.scheduler.live_requests == 1
-    assert cluster.scheduler.counters["tasks_lost"] == 10
+
+
+def test_what_had_begun_counts_wherever_it_stands():
+    """Of long tasks it does say so: then the later one cannot be excused by the earlier."""
+    cluster = a_cluster("w1", max_failures=2)
+    cluster.submit()
+    second = cluster.submit()
+    for _ in range(2):
+        cluster.begin(cluster.sent()[1])
+        cluster.lose("w1")
+        cluster.silent.clear()
+        cluster.join("w1", resident=["d.0"])
+    assert second in [fail.request_id for fail in cluster.taken(ev.Fail)]
 
 
 def test_failures_of_one_stage_do_not_count_in_the_next():
@@ -849,6 +980,24 @@ def test_ids_are_forgotten_some_time_after_their_deadline():
     assert cluster.the_one_sent().request == request_id, "a new request, as far as anybody knows"
 
 
+def test_acknowledged_ids_are_forgotten_some_time_after_the_acknowledgement():
+    """What its client had sent before may still be under way, but its client asks no more: no need to wait for the deadline."""
+    cluster = a_cluster("w1")
+    request_id = cluster.submit(budget_s=3000.0)
+    asked = cluster.arrived
+    cluster.finish(cluster.the_one_sent())
+    cluster.tell(ev.OutcomeAcknowledged(request_id=request_id))
+    cluster.wait(REMEMBER_S - 1)
+    assert cluster.tell(asked) == [], "it was on its way when the answer was acknowledged"
+    cluster.tell(ev.OutcomeAcknowledged(request_id=RequestId(ANNE, 99)))
+    assert cluster.tell(asked) == []
+    cluster.wait(1)
+    cluster.tell(ev.OutcomeAcknowledged(request_id=RequestId(ANNE, 99)))
+    assert len(cluster.scheduler._ended) == len(cluster.scheduler._due) == 0
+    cluster.tell(asked)
+    assert cluster.the_one_sent().request == request_id, "a new request, as far as anybody knows"
+
+
 def test_results_that_were_dropped_for_their_size_are_computed_again():
     cluster = a_cluster("w1", max_kept_bytes=10)
     first = cluster.submit(budget_s=30.0)
@@ -942,12 +1091,12 @@ def test_what_a_lost_worker_held_is_dispatched_again_at_once():
     cluster = Cluster()
     for worker in ("w1", "w2"):
         cluster.join(worker, credit=50)
-    cluster.deploy("w1 w2", "w1 w2")
+    cluster.deploy("w1 w2", "w1 w2", cost_s=AHEAD_S / 100)
     for _ in range(40):
         cluster.submit()
     sent = cluster.sent()
     for one in sent[:10]:
-        cluster.finish(one)
+        cluster.finish(one, busy_s=AHEAD_S / 100)
     lost = [one for one in [*sent[10:], *cluster.sent()] if one.worker == "w1"]
     assert len(lost) > 10 and {one.attempt.stage for one in lost} == {0, 1}
     cluster.lose("w1")
@@ -964,7 +1113,8 @@ def test_a_lost_connection_makes_a_suspect_and_after_the_grace_a_loss():
     assert cluster.verdict("w1") is Verdict.SUSPECT
     cluster.submit()
     assert cluster.the_one_sent().worker == "w2", "a suspect gets nothing new"
-    (changed, evict) = cluster.wait(GRACE_S)
+    (accept, changed, evict) = cluster.wait(GRACE_S)
+    assert isinstance(accept, ev.Accept)
     assert isinstance(changed, ev.PlanChanged) and changed.version.plan.places == (("w2",),)
     assert isinstance(evict, ev.Evict) and evict.worker_id == "w1"
     assert cluster.verdict("w1") is Verdict.LOST
@@ -1452,9 +1602,9 @@ def test_a_request_stays_with_the_version_that_accepted_it():
     cluster.taken()
     cluster.finish(sent)
     assert cluster.the_one_sent().request == old
-    cluster.submit()
-    (accept,) = cluster.taken(ev.Accept)
-    assert accept.version == 2
+    new = cluster.submit()
+    accepted = {accept.request_id: accept.version for accept in only(cluster.wait(ACCEPT_S), ev.Accept)}
+    assert accepted == {old: 1, new: 2}
     assert [(version.number, is_ready) for version, is_ready in cluster.scheduler.versions()] == [(2, True)]
 
 

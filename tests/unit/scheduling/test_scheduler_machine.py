@@ -3,6 +3,9 @@
 Workers and the network are modelled as they really behave: a worker answers only what it was sent, keeps its answers until they are
 acknowledged, lists in its hello what it holds; messages to a worker without a session are lost. Time moves in whole seconds, so that
 ties happen. The number that an activation carries tells which stage made it of which request: a mix-up is seen at once.
+
+The dispatcher is modelled too: facts about tasks may gather before anything is decided, every other fact is preceded by a decision, and
+what acknowledges a worker's answers may leave later.
 """
 
 from __future__ import annotations
@@ -13,28 +16,32 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from adapt.errors import AdaptError, ModelError, OverloadedError, StageNotResidentError, WireError
+from adapt.errors import AdaptError, ModelError, OverloadedError, PlanError, StageNotResidentError, WireError, WorkerLostError
 from adapt.planning.placement import Plan, StageNeed, place
 from adapt.protocol.ids import AttemptId, ClientId, Digest, Epoch, RequestId, WorkerId
 from adapt.protocol.messages import StageTimes
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
-from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
+from adapt.scheduling.roster import AHEAD_S, STEADY
+from adapt.scheduling.scheduler import ACCEPT_S, REMEMBER_S, Scheduler, SchedulerSettings
 
 WORKERS = [WorkerId(name) for name in ("w1", "w2", "w3", "w4")]
 CLIENTS = [ClientId(bytes([n]) * 16) for n in (1, 2)]
+CREDIT = dict(zip(WORKERS, (2, 5, 3, 1), strict=True))
+COST_S = {"a": 1.0, "b": AHEAD_S / 4}  # of each stage of a deployment
 STAGES = 3
+OF_TASKS = (ev.RequestArrived, ev.OutcomeAcknowledged, ev.StageBegun, ev.StageFinished)  # facts that may gather
 SETTINGS = SchedulerSettings(
     silence_s=3,
     grace_s=2,
     attempt_timeout_s=5,
     load_timeout_s=10,
     client_grace_s=6,
-    max_requests=6,
+    max_failures=4,
+    max_requests=12,
     max_retained_bytes=1000,
     max_kept_bytes=50,
 )
-TIMES = StageTimes(wait_s=0.0, decode_s=0.0, compute_s=1.0, encode_s=0.0)
 
 
 def artifact(deployment: str, number: int, stage: int) -> Digest:
@@ -65,15 +72,54 @@ class Cluster(RuleBasedStateMachine):
         self.workers = {worker_id: ModelWorker(worker_id) for worker_id in WORKERS}
         self.sequence = 0
         self.submitted: dict[RequestId, ev.RequestArrived] = {}
-        self.admitted: set[RequestId] = set()
-        self.outcomes: dict[RequestId, object] = {}
+        self.admitted: dict[RequestId, float] = {}  # and when
+        self.accepted: set[RequestId] = set()
+        self.asked_twice: set[RequestId] = set()  # while they lived
+        self.outcomes: dict[RequestId, ev.Answer | ev.Fail] = {}
         self.decided: set[RequestId] = set()  # cancelled or acknowledged by the client
+        self.remembered_until: dict[RequestId, float] = {}  # of those that were acknowledged
+        self.is_gathering = False
+        self.acks: dict[WorkerId, list[AttemptId]] = {worker_id: [] for worker_id in WORKERS}  # not said yet
         self.numbers = {"a": 0, "b": 0}
 
     # ── delivering actions ───────────────────────────────────────────────────────────────────────────────────────────
 
     def tell(self, event: ev.Event) -> None:
-        self.perform(self.scheduler.handle(event, self.now))
+        is_gathered = self.is_gathering and isinstance(event, OF_TASKS)
+        if not is_gathered:
+            self.settle()
+        was_live = isinstance(event, ev.RequestArrived) and event.request_id in self.scheduler._requests
+        actions: list[ev.Action] = []
+        if is_gathered:
+            self.scheduler.note(event, self.now)
+        else:
+            actions = self.scheduler.handle(event, self.now)
+        if isinstance(event, ev.RequestArrived) and event.request_id in self.scheduler._requests:
+            if was_live:
+                self.asked_twice.add(event.request_id)
+            else:
+                self.admitted[event.request_id] = self.now
+        self.perform(actions)
+
+    def settle(self) -> None:
+        """Decide on what was noted."""
+        self.perform(self.scheduler.decide(self.now))
+
+    @rule()
+    def gather(self) -> None:
+        self.is_gathering = True
+
+    @rule()
+    def decide(self) -> None:
+        self.is_gathering = False
+        self.settle()
+
+    @rule(worker_id=st.sampled_from(WORKERS))
+    def say_acks(self, worker_id: WorkerId) -> None:
+        attempts, self.acks[worker_id] = self.acks[worker_id], []
+        if self.workers[worker_id].is_connected:
+            for attempt in attempts:
+                self.workers[worker_id].finished.pop(attempt, None)
 
     def perform(self, actions: list[ev.Action]) -> None:
         for action in actions:
@@ -85,9 +131,7 @@ class Cluster(RuleBasedStateMachine):
                     if worker.is_connected and action.attempt in worker.held:
                         worker.cancelled.add(action.attempt)
                 case ev.Acknowledge():
-                    worker = self.workers[action.worker_id]
-                    if worker.is_connected:
-                        worker.finished.pop(action.attempt, None)
+                    self.acks[action.worker_id].append(action.attempt)
                 case ev.Load():
                     worker = self.workers[action.worker_id]
                     if worker.is_connected:
@@ -99,8 +143,10 @@ class Cluster(RuleBasedStateMachine):
                 case ev.Evict():
                     self.workers[action.worker_id].is_connected = False
                 case ev.Accept():
-                    assert action.request_id in self.submitted
-                    self.admitted.add(action.request_id)
+                    assert action.request_id not in self.outcomes and action.request_id not in self.decided
+                    due = self.admitted[action.request_id] + ACCEPT_S
+                    assert action.request_id in self.asked_twice or due <= self.now, "an answer may come before"
+                    self.accepted.add(action.request_id)
                 case ev.Answer() | ev.Fail():
                     self.check_outcome(action)
 
@@ -108,7 +154,10 @@ class Cluster(RuleBasedStateMachine):
         member = self.scheduler.roster.get(action.worker_id)
         worker = self.workers[action.worker_id]
         assert member is not None and member.is_ready, "only a ready worker gets something new"
-        assert len(member.slots) <= max(member.credit, 1), "credit"
+        held_before = list(member.slots)[: list(member.slots).index(action.attempt)]  # while it is decided, nothing is freed
+        assert len(held_before) < member.credit, "credit"
+        held_s = sum(member.slots[attempt].busy_s for attempt in held_before)
+        assert len(held_before) < STEADY or held_s < AHEAD_S + 1e-9, "beyond that only while what it holds is short"
         assert action.artifact in member.resident
         assert action.attempt.request not in self.outcomes, "nothing is dispatched for a request that has ended"
         assert action.attempt.request not in self.decided
@@ -118,6 +167,7 @@ class Cluster(RuleBasedStateMachine):
         if worker.is_connected:
             assert action.attempt not in worker.held, "no attempt is sent twice"
             worker.held[action.attempt] = action
+            self.say_acks(action.worker_id)
 
     def check_outcome(self, action: ev.Answer | ev.Fail) -> None:
         request_id = action.request_id
@@ -151,12 +201,15 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(deployment=st.sampled_from(["a", "b"]))
     def deploy(self, deployment: str) -> None:
+        self.settle()
         offers = self.scheduler.offers()
         if not offers:
             return
         self.numbers[deployment] += 1
         number = self.numbers[deployment]
-        needs = tuple(StageNeed(artifact=artifact(deployment, number, s), memory_bytes=10, cost_s=1.0) for s in range(STAGES))
+        needs = tuple(
+            StageNeed(artifact=artifact(deployment, number, s), memory_bytes=10, cost_s=COST_S[deployment]) for s in range(STAGES)
+        )
         try:
             places = place(needs, offers)
         except AdaptError:
@@ -190,6 +243,7 @@ class Cluster(RuleBasedStateMachine):
             self.hello(worker)
 
     def hello(self, worker: ModelWorker) -> None:
+        self.settle()
         worker.is_connected = True
         worker.asked.clear()
         worker.cancelled.clear()
@@ -197,13 +251,14 @@ class Cluster(RuleBasedStateMachine):
             worker_id=worker.worker_id,
             numeric_class="x" if worker.worker_id in WORKERS[:2] else "y",
             stage_budget_bytes=100,
-            credit=2,
+            credit=CREDIT[worker.worker_id],
             resident=frozenset(worker.resident),
             held=frozenset(worker.held),
             finished=frozenset(worker.finished),
         )
+        said_again = list(worker.finished.values())  # before anything that this session brings can have come
         self.tell(joined)
-        for answer in list(worker.finished.values()):
+        for answer in said_again:
             self.tell(answer)
 
     @rule(worker_id=st.sampled_from(WORKERS))
@@ -223,7 +278,29 @@ class Cluster(RuleBasedStateMachine):
         if worker.is_connected:
             worker.is_connected = False
             worker.asked.clear()
+            self.settle()
+            expected = self.failures_after_a_loss(worker_id)
             self.tell(ev.WorkerDisconnected(worker_id=worker_id, reason="test"))
+            for request_id, failures in expected.items():
+                request = self.scheduler._requests.get(request_id)
+                if request is not None:
+                    assert request.failures == failures < SETTINGS.max_failures
+                else:
+                    error = self.outcomes[request_id].error
+                    assert isinstance(error, WorkerLostError if failures == SETTINGS.max_failures else PlanError), (
+                        "or none of its class is left"
+                    )
+
+    def failures_after_a_loss(self, worker_id: WorkerId) -> dict[RequestId, int]:
+        """It counts for what had begun; of what the worker did not say so, only the oldest can have."""
+        slots = self.scheduler.roster.member(worker_id).slots
+        failures: dict[RequestId, int] = {}
+        for index, (attempt, slot) in enumerate(slots.items()):
+            request = self.scheduler._requests.get(attempt.request)
+            if request is not None and request.is_current(attempt) and attempt.attempt in request.attempts:
+                assert request.request_id not in failures, "no task is twice on one worker"
+                failures[request.request_id] = request.failures + (index == 0 or slot.begun)
+        return failures
 
     @rule()
     def heartbeats(self) -> None:
@@ -252,6 +329,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(worker_id=st.sampled_from(WORKERS))
     def drain(self, worker_id: WorkerId) -> None:
+        self.settle()
         worker = self.workers[worker_id]
         if worker.is_connected and not worker.is_draining:
             worker.is_draining = True
@@ -262,6 +340,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(worker_id=st.sampled_from(WORKERS))
     def leave(self, worker_id: WorkerId) -> None:
+        self.settle()
         worker = self.workers[worker_id]
         if worker.is_connected and worker.is_draining and not worker.held:
             worker.is_connected = worker.is_up = False
@@ -270,7 +349,7 @@ class Cluster(RuleBasedStateMachine):
 
     # ── attempts ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    @rule(worker_id=st.sampled_from(WORKERS), how=st.sampled_from(["done", "done", "done", "model", "wire", "absent", "full"]))
+    @rule(worker_id=st.sampled_from(WORKERS), how=st.sampled_from(["done", "done", "quick", "model", "wire", "absent", "full"]))
     def work(self, worker_id: WorkerId, how: str) -> None:
         """A worker ends what it has held longest. Without a connection the answer is kept for the next hello."""
         worker = self.workers[worker_id]
@@ -286,9 +365,10 @@ class Cluster(RuleBasedStateMachine):
     def answer(self, worker: ModelWorker, attempt: AttemptId, run: ev.Dispatch, how: str) -> ev.Event:
         if attempt in worker.cancelled:
             return ev.AttemptCancelled(worker_id=worker.worker_id, attempt=attempt)
-        if how == "done":
+        if how in ("done", "quick"):
             output = ev.Activation([self.mark(attempt.request, attempt.stage + 1)], ())
-            return ev.StageFinished(worker_id=worker.worker_id, attempt=attempt, output=output, times=TIMES)
+            times = StageTimes(wait_s=0.0, decode_s=0.0, compute_s=1.0 if how == "done" else AHEAD_S / 8, encode_s=0.0)
+            return ev.StageFinished(worker_id=worker.worker_id, attempt=attempt, output=output, times=times)
         error: AdaptError
         match how:
             case "model":
@@ -302,7 +382,7 @@ class Cluster(RuleBasedStateMachine):
                 error = OverloadedError("full", retry_after_s=0.1)
         return ev.AttemptFailed(worker_id=worker.worker_id, attempt=attempt, error=error)
 
-    @rule(hows=st.lists(st.sampled_from(["done", "done", "model", "wire", "absent", "full"]), min_size=4, max_size=12))
+    @rule(hows=st.lists(st.sampled_from(["done", "quick", "quick", "model", "wire", "absent", "full"]), min_size=4, max_size=12))
     def bustle(self, hows: list[str]) -> None:
         """Every worker works, in turn: without this, random events seldom let a request get far."""
         for turn, how in enumerate(hows):
@@ -318,6 +398,7 @@ class Cluster(RuleBasedStateMachine):
     @rule(worker_id=st.sampled_from(WORKERS))
     def refuse_dispatch(self, worker_id: WorkerId) -> None:
         """The socket did not take the last message: the worker never got it."""
+        self.settle()
         worker = self.workers[worker_id]
         if worker.is_connected and worker.held:
             attempt = list(worker.held)[-1]
@@ -344,10 +425,10 @@ class Cluster(RuleBasedStateMachine):
         self.submitted[request_id] = arrived
         self.tell(arrived)
 
-    @rule(client=st.sampled_from(CLIENTS), count=st.integers(2, 6))
-    def submit_many(self, client: ClientId, count: int) -> None:
+    @rule(client=st.sampled_from(CLIENTS), deployment=st.sampled_from(["a", "b"]), count=st.integers(2, 10))
+    def submit_many(self, client: ClientId, deployment: str, count: int) -> None:
         for _ in range(count):
-            self.submit(client, "a", 40, exact=False)
+            self.submit(client, deployment, 40, exact=False)
 
     @precondition(lambda self: self.submitted)
     @rule(data=st.data())
@@ -367,6 +448,7 @@ class Cluster(RuleBasedStateMachine):
     @precondition(lambda self: self.submitted)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
+        self.settle()
         request_id = data.draw(st.sampled_from(sorted(self.submitted)))
         if request_id in self.admitted:
             self.decided.add(request_id)
@@ -374,6 +456,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(client=st.sampled_from(CLIENTS))
     def cancel_before_it_comes(self, client: ClientId) -> None:
+        self.settle()
         self.sequence += 1
         request_id = RequestId(client, self.sequence)
         self.tell(ev.RequestCancelled(request_id=request_id))
@@ -393,11 +476,23 @@ class Cluster(RuleBasedStateMachine):
     @rule(data=st.data())
     def acknowledge(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.outcomes)))
+        if self.scheduler._ended.get(request_id) is not None and request_id not in self.decided:
+            self.remembered_until[request_id] = self.now + REMEMBER_S
         self.decided.add(request_id)
         self.tell(ev.OutcomeAcknowledged(request_id=request_id))
 
+    @precondition(lambda self: self.remembered_until)
+    @rule(data=st.data())
+    def come_late(self, data: st.DataObject) -> None:
+        """A request that was said twice, and answered at the first time: nothing follows from the second."""
+        request_id = data.draw(st.sampled_from(sorted(self.remembered_until)))
+        if self.now < self.remembered_until[request_id]:
+            self.settle()
+            assert self.scheduler.handle(self.submitted[request_id], self.now) == []
+
     @rule(client=st.sampled_from(CLIENTS), how=st.sampled_from(["away", "back", "left"]))
     def client_moves(self, client: ClientId, how: str) -> None:
+        self.settle()
         match how:
             case "away":
                 self.tell(ev.ClientDisconnected(client_id=client))
@@ -409,9 +504,10 @@ class Cluster(RuleBasedStateMachine):
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    @rule(seconds=st.integers(1, 4))
-    def wait(self, seconds: int) -> None:
+    @rule(seconds=st.sampled_from([ACCEPT_S / 2, 1, 2, 3, 4]))
+    def wait(self, seconds: float) -> None:
         """Time passes; whatever falls due is done at its moment. A client that is away too long has its requests cancelled."""
+        self.settle()
         end = self.now + seconds
         while (due := self.scheduler.next_wakeup()) is not None and due <= end:
             self.now = max(due, self.now)
@@ -436,17 +532,42 @@ class Cluster(RuleBasedStateMachine):
                 assert member is not None and request.attempt_id(number) in member.slots, "an attempt in flight has its slot"
 
     @invariant()
+    def nobody_waits_without_reason(self) -> None:
+        """Where everybody who may run it has room, nobody is worth waiting for."""
+        if not self.is_gathering:
+            for request in self.scheduler._requests.values():
+                if request.ticket:
+                    eligible = self.scheduler._eligible(request)
+                    assert not eligible or not all(member.has_room for member in eligible)
+
+    @invariant()
     def live_and_ended_are_apart(self) -> None:
         live = set(self.scheduler._requests)
-        assert live <= self.admitted
-        assert not live & set(self.outcomes) - {r for r in live if self.scheduler._ended.get(r) is None}
+        ending = {action.request_id for action in self.scheduler._actions if isinstance(action, ev.Answer | ev.Fail)}  # to be said
+        assert live <= self.admitted.keys()
+        assert not live & (self.outcomes.keys() | ending) - {r for r in live if self.scheduler._ended.get(r) is None}
         assert not live & self.decided
-        assert self.admitted == live | {r for r in self.admitted if r in self.outcomes or r in self.decided}
+        assert self.admitted.keys() == live | {r for r in self.admitted if r in self.outcomes or r in self.decided or r in ending}
+
+    @invariant()
+    def what_lives_is_accepted_in_time(self) -> None:
+        waking = self.scheduler.next_wakeup()
+        for request_id in self.scheduler._requests.keys() - self.accepted:
+            due = self.admitted[request_id] + ACCEPT_S
+            assert self.now < due and waking is not None and waking <= due
+
+    @invariant()
+    def nothing_is_held_back(self) -> None:
+        """Unless it is not decided yet."""
+        if not self.is_gathering:
+            assert not self.scheduler._actions
 
     @invariant()
     def credit_is_kept(self) -> None:
         for member in self.scheduler.roster:
             worker = self.workers[member.worker_id]
+            assert len(member.slots) <= CREDIT[member.worker_id]
+            assert abs(member.held_s - sum(slot.busy_s for slot in member.slots.values())) < 1e-6
             if member.verdict is Verdict.LOST:
                 assert not member.slots, "a lost worker holds nothing"
             if worker.is_connected:

@@ -1,0 +1,207 @@
+"""What clients ask of a dispatcher besides inference, put together and checked. `Client` and `AsyncClient` add only the waiting."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from adapt.config import check_address, dispatcher_address
+from adapt.errors import ConfigError, ConnectError, ExportError, ExportUnavailableError, UnknownModelError
+from adapt.protocol import messages as msg
+from adapt.protocol.codecs import resolve_codec
+from adapt.protocol.ids import Digest, is_name
+from adapt.runtime.conversation import Call
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+CONNECT_TIMEOUT_S = 5.0
+DEPLOY_TIMEOUT_S = 600.0
+CALL_TIMEOUT_S = 10.0
+NUMERICS = ("close", "exact")
+
+Told: TypeAlias = Callable[[str], None]
+
+_exporting = threading.Lock()  # torch.export changes settings of the whole process while it works
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DeployOrder:
+    """The options of `Client.deploy`, where they are explained. Raises ConfigError or UnknownModelError for impossible ones."""
+
+    model: str | Module
+    example_inputs: Sequence[Any] | None
+    stages: int | str
+    codec: str
+    tolerance: float | None
+    numerics: str | None
+    weights: str | os.PathLike[str] | None
+    seed: int | None
+    model_args: Mapping[str, Any] | None
+    input_shape: Sequence[int] | None
+    name: str | None
+
+    def __post_init__(self) -> None:
+        resolve_codec(self.codec, self.tolerance)
+        if self.numerics not in (None, *NUMERICS):
+            raise ConfigError(f"numerics={self.numerics!r}: expected one of {', '.join(NUMERICS)}, or None")
+        stage_count(self.stages)
+        deployment_name(self.model, self.name)
+        if not self.is_exported_here and self.example_inputs is not None:
+            raise ConfigError("example_inputs are for modules; give a named model its input_shape")
+
+    @property
+    def is_exported_here(self) -> bool:
+        """Whether `call` takes its time, and torch."""
+        return not isinstance(self.model, str) or _is_local_file(self.weights)
+
+    def call(self, told: Told | None) -> Call:
+        """The question to the dispatcher. What was exported for it lies in a folder that goes with it.
+
+        Raises:
+            ExportError, ExportUnavailableError, ConfigError: see `Client.deploy`.
+        """
+        source = self._source()
+        if not self.is_exported_here:
+            return Call(self._message(named=source), progress=told)
+        if told is not None:
+            told("exporting the model in this process")
+        directory = tempfile.mkdtemp(prefix="adapt-export-")
+        try:
+            with _exporting:
+                uploaded, path = _export(self.model, self.example_inputs, source, Path(directory))
+            call = Call(self._message(uploaded=uploaded), progress=told, offered=(Digest(uploaded.program), path))
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        # Not a block that its reader has to leave: a task that was cancelled leaves the thread alone that exports for it.
+        weakref.finalize(call, shutil.rmtree, directory, ignore_errors=True)
+        return call
+
+    def _source(self) -> msg.NamedSource:
+        return msg.NamedSource(
+            model=self.model if isinstance(self.model, str) else "",
+            weights=None if self.weights is None else os.fspath(self.weights),
+            seed=self.seed,
+            model_args=dict(self.model_args or {}),
+            input_shape=None if self.input_shape is None else [int(size) for size in self.input_shape],
+        )
+
+    def _message(self, *, named: msg.NamedSource | None = None, uploaded: msg.ProgramSource | None = None) -> msg.Deploy:
+        return msg.Deploy(
+            call=0,
+            name=deployment_name(self.model, self.name),
+            stages=stage_count(self.stages),
+            codec=self.codec,
+            tolerance=self.tolerance,
+            numerics=self.numerics or "auto",
+            named=named,
+            uploaded=uploaded,
+        )
+
+
+def _export(model: Any, example_inputs: Sequence[Any] | None, source: msg.NamedSource, directory: Path) -> tuple[msg.ProgramSource, Path]:
+    """Build if need be, and export into `directory`. The only place of a client that needs torch."""
+    try:
+        import torch
+
+        from adapt.models.export import export_module
+        from adapt.models.sources import build_named_model
+    except ImportError as error:
+        raise ExportUnavailableError(f"this process has no torch to export the model with: {error}") from None
+    if isinstance(model, str):
+        weights = None if source.weights is None else Path(source.weights)
+        named = build_named_model(model, weights=weights, seed=source.seed, model_args=source.model_args, input_shape=source.input_shape)
+        model, example_inputs = named.module, (named.example_input,)
+    elif not isinstance(model, torch.nn.Module):
+        raise ExportError(f"model: expected the name of a model or an nn.Module, got {type(model).__name__}")
+    elif source.weights is not None or source.seed is not None or source.model_args:
+        raise ConfigError("weights, seed and model_args are for named models; a module brings its own weights")
+    if example_inputs is None:
+        if source.input_shape is None:
+            raise ExportError("example_inputs are needed to export a module: give a tuple of tensors as a call would have them")
+        example_inputs = (torch.rand(source.input_shape, generator=torch.Generator().manual_seed(0)),)
+    elif isinstance(example_inputs, torch.Tensor) or hasattr(example_inputs, "__array_interface__"):
+        example_inputs = (example_inputs,)  # else its batch would be taken for the arguments
+    exported = export_module(model, tuple(example_inputs), directory=directory)
+    uploaded = msg.ProgramSource(program=exported.digest, file_bytes=exported.file_bytes, operator_costs_s=list(exported.operator_costs_s))
+    return uploaded, Path(exported.path)
+
+
+def _is_local_file(weights: str | os.PathLike[str] | None) -> bool:
+    return weights is not None and os.path.isfile(weights)  # False also for what is no path
+
+
+def stage_count(stages: int | str) -> int:
+    if stages == "auto":
+        return 0
+    if isinstance(stages, int) and not isinstance(stages, bool) and stages >= 1:
+        return stages
+    raise ConfigError(f"stages={stages!r}: expected a number of at least 1, or 'auto'")
+
+
+def deployment_name(model: Any, name: str | None) -> str:
+    if name is None and isinstance(model, str):
+        chosen = model.rpartition("/")[2]
+        if not is_name(chosen):
+            raise UnknownModelError(model)
+        return chosen
+    chosen = type(model).__name__ if name is None else name
+    if name is None and not is_name(chosen):
+        return "model"
+    if not isinstance(chosen, str) or not is_name(chosen):
+        raise ConfigError(f"name={str(chosen)[:80]!r}: expected 1 to 64 letters, digits, dots, dashes or underscores")
+    return chosen
+
+
+def record_of(name: str, report: msg.StatusReport) -> msg.DeploymentRecord:
+    """The deployment of this name. Raises UnknownModelError, with the names there are."""
+    deployments = {record.name: record for record in report.deployments}
+    if name not in deployments:
+        raise UnknownModelError(name, suggestions=closest(name, deployments))
+    return deployments[name]
+
+
+def closest(name: str, names: Iterable[str]) -> list[str]:
+    """The names that this one may have meant; without a likeness the first of all."""
+    known = sorted(names)
+    return difflib.get_close_matches(str(name), known, n=3, cutoff=0.5) or known[:5]
+
+
+def address_of(address: str | None) -> str:
+    """Where the dispatcher is. Raises ConfigError."""
+    return dispatcher_address(os.environ) if address is None else check_address(address, key="address", is_listening=False)
+
+
+def check_seconds(key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{key}={value!r}: expected a positive number of seconds")
+
+
+def unanswered(address: str, call: Call, timeout_s: float) -> ConnectError:
+    return ConnectError(address, f"no answer to {type(call.message).__name__} within {timeout_s:g} s")
+
+
+def forked(address: str) -> ConnectError:
+    return ConnectError(address, "this client belongs to the process that this one was forked from; make another")
+
+
+def teller(progress: Told | bool) -> Told | None:
+    """What calls `progress`; True prints."""
+    if not progress:
+        return None
+    if callable(progress):
+        return progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return lambda words: console.print(f"{words} ...", style="dim", highlight=False, markup=False)
