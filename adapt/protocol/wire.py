@@ -45,6 +45,7 @@ BUNDLE = b"BU"
 INLINE_BYTES = 2 << 10  # a blob up to this size travels within the body of a bundle; to copy it costs less than a frame of its own
 MAX_BODY_BYTES = 48 << 10  # of a bundle; a longer one would not be copied when it is received, and its inline blobs would keep it
 MAX_BUNDLE_FRAMES = 64
+MAX_BUNDLE_MESSAGES = 256  # a reader has others to look after
 _ENTRY = struct.Struct(">2sI")  # before each message of a bundle
 _TOLD = 300  # characters of foreign text in an error
 
@@ -155,7 +156,7 @@ def bundles(letters: Sequence[Letter]) -> Iterator[tuple[Sequence[Letter], list[
             else:
                 large += 1
         stands_alone = type(letter.message) in _BY_THEMSELVES
-        is_full = size + taken > MAX_BODY_BYTES or payloads + large > MAX_BUNDLE_FRAMES
+        is_full = size + taken > MAX_BODY_BYTES or payloads + large > MAX_BUNDLE_FRAMES or index - begin >= MAX_BUNDLE_MESSAGES
         if index > begin and (is_closed or stands_alone or is_full):
             yield letters[begin:index], _bundle(letters[begin:index])
             begin, size, payloads = index, 0, 0
@@ -222,6 +223,8 @@ def decode_bundle(frames: Sequence[Buffer], *, limit_bytes: int) -> list[Envelop
     while begin < len(body):
         envelope, begin = _decode_letter(body, begin, payloads)
         envelopes.append(envelope)
+        if len(envelopes) > MAX_BUNDLE_MESSAGES:
+            raise WireError(f"a bundle of more than {MAX_BUNDLE_MESSAGES} messages")
     if next(payloads, None) is not None or not envelopes:
         raise WireError(f"a bundle of {len(envelopes)} messages came with {len(frames) - 1} payload frames, not all of them theirs")
     return envelopes

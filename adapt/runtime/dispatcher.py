@@ -173,6 +173,7 @@ class Dispatcher:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._alarm.cancel()  # once more: it may have been set meanwhile
         self._endpoint.close(linger_s=GOODBYE_S)
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._state.close()
@@ -241,7 +242,7 @@ class Dispatcher:
 
     def _note(self, event: ev.Event) -> None:
         """Of tasks: what follows is decided when all that has come is known."""
-        self._scheduler.note(event, self._now)
+        self._scheduler.note(event, self._clock())
         self._is_undecided = True
 
     def _decide(self) -> None:

@@ -90,6 +90,7 @@ class PeerLink:
         self._sockets: list[WatchedSocket] = []
         self._outbox: list[Letter] = []  # for control, of the open session; leaves at the end of this turn of the loop
         self._flush: asyncio.Handle | None = None
+        self._is_refused = False  # the socket did not take what is in the outbox; it is given it again in a moment
         self._bulk_stands = False
         self._reason = _CLOSED
 
@@ -144,7 +145,8 @@ class PeerLink:
         is_bulk, ready = letter(message, session=session, term=term, blobs=blobs)
         if not is_bulk:
             self._outbox.append(ready)
-            if len(self._outbox) >= TURN_MESSAGES and self._flush is None:
+            if len(self._outbox) >= TURN_MESSAGES and not self._is_refused:
+                self._cancel_flush()
                 self._flush_outbox()
             elif self._flush is None and not self._is_turning:
                 self._flush = asyncio.get_running_loop().call_soon(self._flush_outbox)
@@ -168,16 +170,23 @@ class PeerLink:
 
     def _flush_outbox(self) -> None:
         self._flush = None
+        self._is_refused = False
         letters, self._outbox = self._outbox, []
+        left = 0
         for carried, frames in bundles(letters):
             if not self._control.send(frames):
-                self._outbox = letters[letters.index(carried[0]) :]
+                self._outbox, self._is_refused = letters[left:], True
                 self._flush = asyncio.get_running_loop().call_later(UNTAKEN_PAUSE_S, self._flush_outbox)
                 return
+            left += len(carried)
 
     def _clear_outbox(self) -> None:
         """What was to be said in a session that is over."""
         self._outbox.clear()
+        self._is_refused = False
+        self._cancel_flush()
+
+    def _cancel_flush(self) -> None:
         if self._flush is not None:
             self._flush.cancel()
             self._flush = None

@@ -327,7 +327,8 @@ class Scheduler:
 
     def _outcome_acknowledged(self, request_id: RequestId, now: float) -> None:
         """Its client asks no more: what it has sent before can still come, and only that has to be known again."""
-        if self._ended.get(request_id) is not None:
+        ended = self._ended.get(request_id)
+        if ended is not None and not ended.is_final:
             self._ended.bury(request_id)
             self._due.clear(("forget", request_id))
             self._acknowledged.append((now + REMEMBER_S, request_id))

@@ -20,7 +20,6 @@ from adapt.scheduling.session import GREETING_TIMEOUT_S
 from tests.cluster.ends import (
     LIMIT_BYTES,
     PIECE_BYTES,
-    WAIT_S,
     WELCOME,
     Caller,
     Echo,
@@ -182,6 +181,7 @@ def refusing(caller: Caller, refused: Callable[[int], bool]) -> list[int]:
         if bytes(frames[0][:2]) == msg.ClientHello.KIND:
             return send(frames)
         numbers.append(len(numbers))
+        caller.happened()
         return not refused(numbers[-1]) and send(frames)
 
     caller.link._control.send = sieve
@@ -212,9 +212,7 @@ async def test_what_was_to_be_said_in_a_session_is_not_said_in_the_next():
         is_stuck = True
         numbers = refusing(caller, lambda number: is_stuck)
         assert caller.link.send(msg.StatusQuery(call=1))
-        async with asyncio.timeout(WAIT_S):
-            while not numbers:
-                await asyncio.sleep(0)
+        await caller.until(lambda: numbers)
         echo.sessions.end(session.number)
         echo.endpoint.send(session.routing_id, msg.SayHello(), session=session.number, term=1)
         await caller.until(lambda: len(caller.all(SessionOpened)) == 2)

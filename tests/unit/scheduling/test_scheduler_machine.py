@@ -144,7 +144,7 @@ class Cluster(RuleBasedStateMachine):
                     self.workers[action.worker_id].is_connected = False
                 case ev.Accept():
                     assert action.request_id not in self.outcomes and action.request_id not in self.decided
-                    due = self.admitted[action.request_id] + ACCEPT_S
+                    due = self.admitted[action.request_id] + ACCEPT_S / 2
                     assert action.request_id in self.asked_twice or due <= self.now, "an answer may come before"
                     self.accepted.add(action.request_id)
                 case ev.Answer() | ev.Fail():
@@ -504,7 +504,7 @@ class Cluster(RuleBasedStateMachine):
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    @rule(seconds=st.sampled_from([ACCEPT_S / 2, 1, 2, 3, 4]))
+    @rule(seconds=st.sampled_from([ACCEPT_S / 4, ACCEPT_S / 2, 1, 2, 3, 4]))
     def wait(self, seconds: float) -> None:
         """Time passes; whatever falls due is done at its moment. A client that is away too long has its requests cancelled."""
         self.settle()
