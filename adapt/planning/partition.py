@@ -4,7 +4,7 @@ A stage's cost is the sum of its operators' costs; the pipeline is as slow as it
 link when `link_s_per_byte` is given. Two passes of dynamic programming over the legal cuts:
 
 1. the smallest possible maximum:  best[k][j] = min over i < j of max(best[k-1][i], cost(i, j), link(j))
-2. among the partitions within that maximum, the fewest crossing bytes in all; then the earliest cuts.
+2. among the partitions within that maximum and a little more (`slack`), the fewest crossing bytes in all; then the earliest cuts.
 
 One pass over pairs (maximum, bytes) would be wrong: a prefix with the smaller maximum but more bytes would win,
 although a later stage sets the maximum anyway. O(stages * cuts^2), with numpy for the inner two.
@@ -25,7 +25,9 @@ from adapt.planning.profiles import CutPoint
 Floats = npt.NDArray[np.float64]
 
 
-def partition(costs_s: Sequence[float], cuts: Sequence[CutPoint], stages: int, *, link_s_per_byte: float = 0.0) -> list[int]:
+def partition(
+    costs_s: Sequence[float], cuts: Sequence[CutPoint], stages: int, *, link_s_per_byte: float = 0.0, slack: float = 0.0
+) -> list[int]:
     """Choose `stages - 1` cuts that minimise the cost of the slowest stage.
 
     Args:
@@ -33,6 +35,7 @@ def partition(costs_s: Sequence[float], cuts: Sequence[CutPoint], stages: int, *
         cuts: legal cuts, positions rising; each strictly inside the list of operators.
         stages: how many stages, at least 1.
         link_s_per_byte: time that a byte needs on the link between two stages; 0 leaves links out.
+        slack: how much slower the slowest stage may be, as a share, if fewer bytes cross then.
 
     Returns:
         The positions of the chosen cuts, rising: stage k runs the operators from position k-1 to position k.
@@ -42,12 +45,14 @@ def partition(costs_s: Sequence[float], cuts: Sequence[CutPoint], stages: int, *
         ValueError: costs or cuts are not as described.
     """
     _check(costs_s, cuts, link_s_per_byte)
+    if not 0.0 <= slack < math.inf:
+        raise ValueError(f"slack {slack!r}: expected a share of at least 0")
     if stages < 1:
         raise PlanError(f"a model cannot be cut into {stages} stages; at least 1 is needed")
     if stages > len(cuts) + 1:
         raise PlanError(f"{stages} stages were asked for, but the legal cuts allow at most {len(cuts) + 1}")
     times = _stage_times(costs_s, cuts, link_s_per_byte)
-    limit = _smallest_maximum(times, stages)
+    limit = _smallest_maximum(times, stages) * (1.0 + slack)
     chosen = _fewest_bytes(times <= limit, np.array([0.0, *(cut.crossing_bytes for cut in cuts), 0.0]), stages)
     return [cuts[boundary - 1].position for boundary in chosen]
 

@@ -30,6 +30,7 @@ from adapt.scheduling.events import Version
 
 log = logging.getLogger(__name__)
 
+PROFILE_ERROR = 0.05  # stages that differ by less are alike, as far as the quick profile knows; then fewer bytes count
 NUMERICS = ("auto", "close", "exact")
 
 
@@ -229,7 +230,7 @@ def cut(store: ArtifactStore, program: ProfiledProgram, stages: int, *, at_most:
     costs_s = list(program.operator_costs_s)
     if len(costs_s) != len(source.graph.operators):
         raise ConfigError(f"the profile has {len(costs_s)} operators, the program {len(source.graph.operators)}")
-    positions = partition(costs_s, cuts, stages)
+    positions = partition(costs_s, cuts, stages, slack=PROFILE_ERROR)
     artifacts = write_stages(source, positions, store.directory)
     needs = [
         StageNeed(artifact=Digest(artifact.digest), memory_bytes=_memory_bytes(artifact), cost_s=cost_s)

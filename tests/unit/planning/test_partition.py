@@ -60,3 +60,11 @@ def test_a_slow_link_moves_the_cut_to_fewer_bytes():
     cuts = [CutPoint(1, 10), CutPoint(2, 1_000)]
     assert partition([1.0, 2.0, 3.0], cuts, 2) == [2]
     assert partition([1.0, 2.0, 3.0], cuts, 2, link_s_per_byte=0.01) == [1]
+
+
+def test_what_is_about_as_fast_is_chosen_by_its_bytes():
+    costs_s, cuts = [1.0, 0.1, 0.95], [CutPoint(1, 500), CutPoint(2, 10)]  # stages of 1.0 and 1.05, or of 1.1 and 0.95
+    assert partition(costs_s, cuts, 2) == partition(costs_s, cuts, 2, slack=0.04) == [1]
+    assert partition(costs_s, cuts, 2, slack=0.05) == [2]
+    with pytest.raises(ValueError, match="slack"):
+        partition(costs_s, cuts, 2, slack=-0.1)

@@ -21,6 +21,7 @@ from adapt.protocol.wire import (
     INLINE_BYTES,
     MAX_BODY_BYTES,
     MAX_BUNDLE_FRAMES,
+    MAX_BUNDLE_MESSAGES,
     PREAMBLE_BYTES,
     Blob,
     Envelope,
@@ -129,11 +130,11 @@ def test_a_message_by_itself_is_a_bundle_only_for_the_blobs_that_travel_within()
 
 def test_a_bundle_is_filled_before_the_next_is_begun():
     query = letter(msg.StatusQuery(call=1))
-    ((carried, _),) = bundles([query] * 500)
-    assert len(carried) == 500
-    size = len(entry(query))
-    fitting = MAX_BODY_BYTES // size
-    assert [len(carried) for carried, _ in bundles([query] * (2 * fitting + 1))] == [fitting, fitting, 1]
+    most = MAX_BUNDLE_MESSAGES
+    assert [len(carried) for carried, _ in bundles([query] * (2 * most + 1))] == [most, most, 1]
+    long = letter(msg.Goodbye(reason="x" * 1000))
+    fitting = MAX_BODY_BYTES // len(entry(long))
+    assert [len(carried) for carried, _ in bundles([long] * (2 * fitting + 1))] == [fitting, fitting, 1]
     big = run_stage(*[INLINE_BYTES + 1] * 8)
     assert [len(carried) for carried, _ in bundles([big] * 17)] == [MAX_BUNDLE_FRAMES // 8, MAX_BUNDLE_FRAMES // 8, 1]
 
@@ -324,3 +325,10 @@ def test_a_changed_body_under_a_right_checksum_is_what_it_says_or_a_wire_error(d
     back = [envelope for _, frames in bundles(again) for envelope in judged(plain(frames))]
     assert [msgspec.msgpack.encode(one.message) for one in back] == [msgspec.msgpack.encode(one.message) for one in envelopes]
     assert [contents(one.blobs) for one in back] == [contents(one.blobs) for one in envelopes]
+
+
+def test_a_bundle_of_more_messages_than_a_reader_takes_at_a_time_is_refused():
+    entries = entry(letter(msg.StatusQuery(call=1)))
+    assert len(judged(sealed(entries * MAX_BUNDLE_MESSAGES))) == MAX_BUNDLE_MESSAGES
+    with pytest.raises(WireError, match="more than"):
+        judged(sealed(entries * (MAX_BUNDLE_MESSAGES + 1)))
