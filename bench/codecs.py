@@ -32,6 +32,9 @@ from rich.markup import escape
 from adapt.errors import ConfigError
 from adapt.interfaces.tables import print_table
 from adapt.protocol.codecs import CODECS, decode, encode, resolve_codec
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python bench/codecs.py` too
+
 from bench.harness.arguments import build_parser, choose, read_options
 from bench.harness.contest import Array, Sample, WrongAnswerError, same
 from bench.harness.machine import Facts, facts, in_words

@@ -4,7 +4,7 @@ What is left of a system when its tasks cost nothing: ids, queues, wake-ups, cop
 each, asked in turn; each answer is compared with what was sent. `64 in flight` shows the rate, `1 in flight` the time of one round trip.
 The CPU time of each process says who is busy with it; see harness/cpu.py for the kinds of threads.
 
-    python -m bench.dispatch --quick
+    python bench/dispatch.py --quick
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import numpy as np
 from rich.console import Console
 
 from adapt.interfaces.tables import print_table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python bench/dispatch.py` too
+
 from bench.contestants.adapt_cluster import MESSAGES, MessageMeter
 from bench.contestants.echoes import REFERENCE, openers
 from bench.harness.arguments import build_parser, read_options

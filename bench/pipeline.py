@@ -32,6 +32,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from adapt.interfaces.tables import print_table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python bench/pipeline.py` too
+
 from bench.contestants.adapt_model import AdaptModel, BusyMeter
 from bench.contestants.gang import Eager, Gang, IdealStage
 from bench.contestants.relay import Relay

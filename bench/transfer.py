@@ -4,7 +4,7 @@ One client, two workers with one thread each, asked in turn; a task echoes one f
 compared with what was sent. MB/s counts every tensor twice, once there and once back; a relay or dispatcher between moves each of them
 once more, which is not counted. MB are 10^6 bytes. `tcp` is the limit: one raw connection to one process that does nothing else.
 
-    python -m bench.transfer --quick
+    python bench/transfer.py --quick
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python bench/transfer.py` too
 
 from bench.contestants.echoes import REFERENCE, Shape, openers
 from bench.harness.arguments import build_parser, read_options

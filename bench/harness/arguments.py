@@ -39,8 +39,10 @@ class Options:
 
 
 def build_parser(module: str, question: str, contestants: Iterable[str]) -> argparse.ArgumentParser:
-    """The parser of `python -m module`; a bench may add to it before `read_options`."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=question, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The parser of `python bench/x.py` for the module `bench.x`; a bench may add to it before `read_options`."""
+    parser = argparse.ArgumentParser(
+        prog=f"python {module.replace('.', '/')}.py", description=question, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.epilog = f"contestants: {', '.join(contestants)}. What is not installed takes no part."
     parser.add_argument("--quick", action="store_true", help=f"under three minutes: {QUICK_ROUNDS} rounds of {QUICK_CELL_S:g} s per figure")
     parser.add_argument("--rounds", type=_positive, metavar="N", help=f"how often everybody has a turn ({ROUNDS}; quick: {QUICK_ROUNDS})")
