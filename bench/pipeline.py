@@ -20,7 +20,7 @@ import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -370,6 +370,7 @@ def parser() -> ArgumentParser:
     built = build_parser("bench.pipeline", QUESTION, CONTESTANTS)
     built.add_argument("--model", choices=sorted({grid.model for grid in FULL}), help="this model alone")
     built.add_argument("--workers", type=int, choices=sorted({grid.workers for grid in FULL}), help="this number of workers alone")
+    built.add_argument("--in-flight", type=int, choices=EVERY_K, help="this number in flight alone")
     return built
 
 
@@ -378,10 +379,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     door = parser()
     options, given = read_options(door, argv)
     grids = [
-        grid
+        replace(grid, in_flight=tuple(k for k in grid.in_flight if given.in_flight in (None, k)))
         for grid in (QUICK if given.quick else FULL)
         if given.model in (None, grid.model)
         and given.workers in (None, grid.workers)
+        and given.in_flight in (None, *grid.in_flight)
         and (not options.only or {*options.only} & {*grid.names})
     ]
     if not grids or {*options.only} - {*CONTESTANTS}:
