@@ -34,7 +34,7 @@ from adapt.errors import ConfigError
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5570"
 VARIABLE_PREFIX = "ADAPT_"
 FILE_TABLES = ("dispatcher", "worker")
-POLICIES = ("earliest-finish",)
+POLICIES = ("earliest-finish", "lowest-memory")
 MEMBERSHIPS = ("embedded",)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -86,6 +86,15 @@ def _parse_seconds(value: Any, key: str) -> float:
         raise ConfigError(f'{key}={_shown(value)}: expected seconds, as a number such as "2.5"') from None
 
 
+def _parse_number(value: Any, key: str) -> float:
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{key}={_shown(value)}: expected a number") from None
+
+
 def _parse_count(value: Any, key: str) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
@@ -132,6 +141,7 @@ _NAMED = _Kind(_parse_text, "NAME")
 _ADDRESS = _Kind(_parse_text, "ADDRESS")
 _PATH = _Kind(_parse_path, "DIR")
 _SECONDS = _Kind(_parse_seconds, "SECONDS", lambda value: f"{value:g} s")
+_NUMBER = _Kind(_parse_number, "X", lambda value: f"{value:g}")
 _COUNT = _Kind(_parse_count, "N")
 _BYTES = _Kind(_parse_bytes, "SIZE", format_size)
 _SWITCH = _Kind(_parse_switch, "")
@@ -377,6 +387,14 @@ class DispatcherConfig(_Settings):
     grace_s: float = _setting(_SECONDS, "a worker without connection for so long is out of the plan", 2.0)
     client_grace_s: float = _setting(_SECONDS, "the requests of a client without connection for so long are cancelled", 10.0)
     attempt_timeout_s: float = _setting(_SECONDS, "longest wait for one attempt of a stage before another worker tries", 20.0)
+    min_attempt_timeout_s: float = _setting(_SECONDS, "shortest such wait, once it is known how long the stage takes", 2.0)
+    failure_penalty: float = _setting(_NUMBER, "what a failure adds to a worker's penalty", 50.0)
+    success_factor: float = _setting(_NUMBER, "what a success multiplies it by", 0.8)
+    breaker_above: float = _setting(_NUMBER, "a worker whose penalty is above this gets nothing for a while", 200.0)
+    breaker_decay: float = _setting(_NUMBER, "what such a penalty is multiplied by every second", 0.9)
+    retry_tokens: float = _setting(_NUMBER, "second attempts after failures that may be made at once; later ones are delayed", 20.0)
+    retry_tokens_per_request: float = _setting(_NUMBER, "how many more each request allows", 0.2)
+    retry_tokens_per_s: float = _setting(_NUMBER, "how many more each second allows", 1.0)
     load_timeout_s: float = _setting(_SECONDS, "longest wait for a worker that loads a stage, without progress", 60.0)
     max_budget_s: float = _setting(_SECONDS, "longest deadline that a request may have", 3600.0)
     max_requests: int = _setting(_COUNT, "requests that may be under way at a time", 4096)

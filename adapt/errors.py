@@ -159,9 +159,13 @@ class ModelError(AdaptError):
 
 
 class PoisonError(AdaptError):
-    """The request killed the workers that ran it, and is not tried again."""
+    """The request killed the workers that ran it, and is not tried again. `attempts` tells what had been tried."""
 
     code = "poison"
+
+    def __init__(self, message: str, *, attempts: list[Plain] | None = None) -> None:
+        super().__init__(message)
+        self.attempts = list(attempts or [])
 
 
 class StageNotResidentError(AdaptError):

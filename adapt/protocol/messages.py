@@ -335,6 +335,9 @@ class WorkerRecord(Struct, frozen=True, kw_only=True):
     tasks_done: Natural
     tasks_failed: Natural
     compute_s: Seconds  # summed over all tasks
+    load: float = 0.0  # percent of memory in use: of its host, or of its stage budget if that is more
+    penalty: float = 0.0  # for its failures
+    breaker: Text = "closed"  # "open": it gets nothing for a while; "half-open": one task at a time
 
 
 class StatusReport(Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import signal
 from collections import deque
 from collections.abc import Coroutine
@@ -38,9 +39,11 @@ from adapt.runtime.status import LinkTally, counters, worker_records
 from adapt.scheduling import events as ev
 from adapt.scheduling.deadlines import earliest
 from adapt.scheduling.liveness import Verdict
+from adapt.scheduling.qos import QosSettings
 from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
 from adapt.scheduling.session import Session, Sessions
 from adapt.scheduling.term import Reign
+from adapt.scheduling.tokens import TokenSettings
 from adapt.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -78,7 +81,7 @@ class Dispatcher:
         )
         self._scheduler = Scheduler(_settings(config))
         self._tally = LinkTally()
-        self._sessions = Sessions()
+        self._sessions = Sessions(1 + secrets.randbelow(1 << 32))
         self._reign = Reign()
         self._peers: dict[int, _Peer] = {}  # by session
         self._spoilt: dict[str, list[float]] = {}  # moments at which a peer's messages could not be read, lately
@@ -427,7 +430,10 @@ class Dispatcher:
             case msg.Heartbeat() as heartbeat:
                 self._peers[session.number].heartbeat = heartbeat
                 self._registry.refresh(worker_id, self._clock())
-                self._handle(ev.WorkerHeard(worker_id=worker_id))
+                heard = ev.WorkerHeard(
+                    worker_id=worker_id, memory_percent=heartbeat.memory_percent, resident_bytes=heartbeat.resident_bytes
+                )
+                self._handle(heard)
             case msg.Begun(attempt=attempt):
                 self._note(ev.StageBegun(worker_id=worker_id, attempt=attempt))
             case msg.StageDone() as done:
@@ -678,7 +684,7 @@ class Dispatcher:
             call=call,
             term=self._reign.term,
             uptime_s=self._clock() - self._began,
-            workers=worker_records(self._scheduler.roster, self._last_hello, heartbeats),
+            workers=worker_records(self._scheduler.roster, self._last_hello, heartbeats, self._clock()),
             deployments=[self._deployments.record(version) for version, _ in self._scheduler.versions()],
             counters=counters(self._scheduler) | self._tally.counters() | self._endpoint.counters(),
         )
@@ -691,11 +697,19 @@ def _settings(config: DispatcherConfig) -> SchedulerSettings:
         grace_s=config.grace_s,
         client_grace_s=config.client_grace_s,
         attempt_timeout_s=config.attempt_timeout_s,
+        min_attempt_timeout_s=min(config.min_attempt_timeout_s, config.attempt_timeout_s),
         load_timeout_s=config.load_timeout_s,
         max_budget_s=config.max_budget_s,
         max_requests=config.max_requests,
         max_retained_bytes=config.max_retained_bytes,
         max_kept_bytes=config.max_kept_bytes,
+        qos=QosSettings(
+            failure_penalty=config.failure_penalty,
+            success_factor=config.success_factor,
+            open_above=config.breaker_above,
+            decay_per_s=config.breaker_decay,
+        ),
+        tokens=TokenSettings(most=config.retry_tokens, per_request=config.retry_tokens_per_request, per_s=config.retry_tokens_per_s),
     )
 
 

@@ -32,10 +32,14 @@ class LocalProcess:
         name: of the worker, or "dispatcher".
         log: the file; a restart goes on in it.
         ready: its ready line.
+
+    Args:
+        command: a module and its arguments.
+        inside: a command that runs the rest of its line, with the same process id, in some other place.
     """
 
-    def __init__(self, name: str, command: Sequence[str], directory: Path, reaper: Reaper) -> None:
-        self.name, self._command, self._reaper = name, list(command), reaper
+    def __init__(self, name: str, command: Sequence[str], directory: Path, reaper: Reaper, *, inside: Sequence[str] = ()) -> None:
+        self.name, self._command, self._inside, self._reaper = name, list(command), list(inside), reaper
         self.log = directory / f"{name}.log"
         self.ready = ""
         self._process = self._start()
@@ -44,7 +48,7 @@ class LocalProcess:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("ADAPT_")}  # flags say it all
         with open(self.log, "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", *self._command],
+                [*self._inside, sys.executable, "-m", *self._command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -97,20 +101,20 @@ class LocalProcess:
 
     def kill(self) -> None:
         """SIGKILL: it dies at once, as by a pulled plug. Waits for that."""
-        self._signal(signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
         self.wait()
 
     def stop(self) -> None:
         """SIGSTOP: it freezes, as a machine that hangs."""
-        self._signal(signal.SIGSTOP)
+        self.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         """SIGCONT: it goes on where it was stopped."""
-        self._signal(signal.SIGCONT)
+        self.send_signal(signal.SIGCONT)
 
     def terminate(self) -> None:
         """SIGTERM: it finishes what it holds and leaves."""
-        self._signal(signal.SIGTERM)
+        self.send_signal(signal.SIGTERM)
 
     def wait(self, timeout_s: float | None = STOP_TIMEOUT_S) -> int:
         """Wait for its end; returns its exit status, negative for a signal. Raises TimeoutError."""
@@ -126,8 +130,16 @@ class LocalProcess:
     def restart(self) -> None:
         """End it, if it lives, and start it anew with the same settings; a dispatcher comes back at its address."""
         self.end()
-        self._process = self._start()
+        self.begin_again()
         self.wait_ready()
+
+    def begin_again(self) -> None:
+        """Start it anew after its end, with the same settings, and do not wait until it is ready."""
+        self._process = self._start()
+
+    def always(self, *flags: str) -> None:
+        """From its next start on it has these flags too; the last of a kind counts."""
+        self._command += flags
 
     def end(self, *, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """End it however that can be done: SIGTERM, after `timeout_s` SIGKILL."""
@@ -138,8 +150,9 @@ class LocalProcess:
         except TimeoutError:
             self.kill()
 
-    def _signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)  # does nothing for one that has ended
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send it a signal; one that has ended gets none."""
+        self._process.send_signal(number)
 
     def _log_tail(self) -> str:
         with contextlib.suppress(OSError):
@@ -251,8 +264,8 @@ class LocalCluster:
             settings = {"listen": "tcp://127.0.0.1:0", "state_dir": self._state_directory, **self._dispatcher_settings}
             self.dispatcher = self._launch("dispatcher", settings, name="dispatcher")
             self.dispatcher.wait_ready()
-            self.address = _field(self.dispatcher.ready, "listen")
-            self.dispatcher._command += ["--listen", self.address]  # a restart comes back where it was: the last flag counts
+            self.address = ready_field(self.dispatcher.ready, "listen")
+            self.dispatcher.always("--listen", self.address)  # a restart comes back where it was
             for _ in range(self._count):
                 self._begin_worker()
             for process in self.workers:
@@ -288,7 +301,7 @@ class LocalCluster:
         return process
 
     def _launch(self, door: str, settings: Mapping[str, object], *, name: str) -> LocalProcess:
-        command = [f"adapt.interfaces.cli.{door}", "--log-level", "info", *_flags(settings)]
+        command = [f"adapt.interfaces.cli.{door}", "--log-level", "info", *as_flags(settings)]
         process = LocalProcess(name, command, self.directory, self._reaper)
         self._processes.append(process)
         return process
@@ -309,7 +322,7 @@ def _end(owner: int, processes: Sequence[LocalProcess], reaper: Reaper, director
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _flags(settings: Mapping[str, object]) -> list[str]:
+def as_flags(settings: Mapping[str, object]) -> list[str]:
     """{"lease_ttl": 2, "insecure": True} as --lease-ttl 2 --insecure; None and False are left out."""
     flags: list[str] = []
     for key, value in settings.items():
@@ -321,6 +334,6 @@ def _flags(settings: Mapping[str, object]) -> list[str]:
     return flags
 
 
-def _field(line: str, key: str) -> str:
+def ready_field(line: str, key: str) -> str:
     """The value of `key=value` in a ready line."""
     return next(word.removeprefix(f"{key}=") for word in line.split() if word.startswith(f"{key}="))

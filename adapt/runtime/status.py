@@ -46,13 +46,15 @@ def counters(scheduler: Scheduler) -> dict[str, float]:
 
 
 def worker_records(
-    members: Iterable[Member], hellos: Mapping[WorkerId, WorkerHello], heartbeats: Mapping[str, Heartbeat | None]
+    members: Iterable[Member], hellos: Mapping[WorkerId, WorkerHello], heartbeats: Mapping[str, Heartbeat | None], now: float
 ) -> list[WorkerRecord]:
     """The workers that have said hello in this reign. Of one that has not come back from an earlier one, no device is known."""
-    return [_record(member, hellos[member.worker_id], heartbeats.get(member.worker_id)) for member in members if member.worker_id in hellos]
+    return [
+        _record(member, hellos[member.worker_id], heartbeats.get(member.worker_id), now) for member in members if member.worker_id in hellos
+    ]
 
 
-def _record(member: Member, hello: WorkerHello, heartbeat: Heartbeat | None) -> WorkerRecord:
+def _record(member: Member, hello: WorkerHello, heartbeat: Heartbeat | None, now: float) -> WorkerRecord:
     return WorkerRecord(
         worker_id=member.worker_id,
         state="draining" if member.is_draining and member.verdict is Verdict.READY else member.verdict.value,
@@ -65,4 +67,7 @@ def _record(member: Member, hello: WorkerHello, heartbeat: Heartbeat | None) -> 
         tasks_done=member.tally.tasks_done,
         tasks_failed=member.tally.tasks_failed,
         compute_s=member.tally.compute_s,
+        load=member.load,
+        penalty=member.qos.penalty(now),
+        breaker=member.qos.breaker(now).value,
     )

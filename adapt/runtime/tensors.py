@@ -72,7 +72,9 @@ def _as_array(value: Any) -> tuple[np.ndarray[Any, Any], str | None]:
 def _from_tensor(header: TensorHeader, blob: Blob, as_torch: bool, limit_bytes: int) -> Any:
     data = blob.contiguous() if len(blob.parts) == 1 else memoryview(bytearray().join(blob.parts))
     array = decode(header, data, limit_bytes=limit_bytes)
-    if not array.flags.writeable:  # small ones lie in a message that others use too; a large one has its frame to itself, which is the user's now
+    if (
+        not array.flags.writeable
+    ):  # small ones lie in a message that others use too; a large one has its frame to itself, which is the user's now
         array = array.copy()
     if as_torch:
         torch = sys.modules["torch"]

@@ -63,6 +63,8 @@ class WorkerJoined(Struct, frozen=True, kw_only=True):
 
 class WorkerHeard(Struct, frozen=True, kw_only=True):
     worker_id: WorkerId
+    memory_percent: float = 0.0  # of its host
+    resident_bytes: int = 0  # of stages
 
 
 class WorkerDisconnected(Struct, frozen=True, kw_only=True):

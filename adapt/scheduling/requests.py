@@ -39,6 +39,8 @@ class Request:
     attempts: dict[int, Attempt] = field(default_factory=dict)  # of the current stage, by number
     issued: dict[int, WorkerId] = field(default_factory=dict)  # every number given for the current stage, and to whom
     failed_on: set[WorkerId] = field(default_factory=set)  # for the current stage
+    accused: set[WorkerId] = field(default_factory=set)  # where the model raised in the current stage, perhaps by that worker's doing
+    deaths: list[WorkerId] = field(default_factory=list)  # workers that died while they ran the current stage
     failures: int = 0  # of the current stage, losses included
     model_error: str | None = None  # kind of the last error that the model raised in the current stage
     attempts_made: int = 0  # over all stages
@@ -83,6 +85,8 @@ class Request:
         self.attempts.clear()
         self.issued.clear()
         self.failed_on.clear()
+        self.accused.clear()
+        self.deaths.clear()
 
 
 @dataclass(slots=True)

@@ -9,10 +9,13 @@ from adapt.errors import AdaptError
 from adapt.protocol.ids import AttemptId, Digest, WorkerId
 from adapt.protocol.messages import StageTimes
 from adapt.scheduling.liveness import Verdict
+from adapt.scheduling.qos import Qos, QosSettings
 
 STEADY = 2  # tasks that a worker is given whatever they take: one runs, one waits
 AHEAD_S = 0.01  # it is given more, up to its credit, while all that it holds takes less than this: the way there and back takes as long
 LEARNING_RATE = 0.25  # weight of the newest sample in every moving average
+ENOUGH_SAMPLES = 4  # before a limit is learnt from them
+DEVIATIONS = 4  # above the average, of what is still usual; as in TCP (Jacobson and Karels, 1988: Congestion avoidance and control)
 
 
 @dataclass(slots=True)
@@ -21,10 +24,30 @@ class Service:
 
     busy_s: float  # decode, compute, encode
     transfer_s: float = 0.0  # input there, output back, and everything else between dispatch and answer that is not waiting
+    busy_deviation_s: float = 0.0  # mean absolute deviation
+    transfer_deviation_s: float = 0.0
+    samples: int = 1
 
     def learn(self, busy_s: float, transfer_s: float) -> None:
+        self.busy_deviation_s += LEARNING_RATE * (abs(busy_s - self.busy_s) - self.busy_deviation_s)
+        self.transfer_deviation_s += LEARNING_RATE * (abs(transfer_s - self.transfer_s) - self.transfer_deviation_s)
         self.busy_s += LEARNING_RATE * (busy_s - self.busy_s)
         self.transfer_s += LEARNING_RATE * (transfer_s - self.transfer_s)
+        self.samples += 1
+
+    def learn_at_least(self, busy_s: float) -> None:
+        """It takes longer than was waited: else a device that has become slow would be late for ever."""
+        if busy_s > self.busy_s:
+            self.learn(busy_s, self.transfer_s)
+
+    @property
+    def usual_busy_s(self) -> float:
+        """What it seldom exceeds."""
+        return self.busy_s + DEVIATIONS * self.busy_deviation_s
+
+    @property
+    def usual_transfer_s(self) -> float:
+        return self.transfer_s + DEVIATIONS * self.transfer_deviation_s
 
 
 @dataclass(slots=True)
@@ -66,7 +89,16 @@ class Member:
     held_s: float = 0.0  # expected of all that it holds
     busy_until: float = 0.0  # moment at which it should have finished all it holds
     last_used: float = 0.0
+    memory_percent: float = 0.0  # of its host
+    resident_bytes: int = 0  # of stages
     tally: Tally = field(default_factory=Tally)
+    qos: Qos = field(default_factory=lambda: Qos(QosSettings()))
+
+    @property
+    def load(self) -> float:
+        """Percent of memory in use: its host's, or its own of the stage budget if that is more."""
+        own = 100.0 * self.resident_bytes / self.stage_budget_bytes if self.stage_budget_bytes else 0.0
+        return max(self.memory_percent, own)
 
     @property
     def is_ready(self) -> bool:
@@ -95,6 +127,13 @@ class Member:
         """Seconds that the stage should keep it busy, and seconds on the way; `predicted_s` comes from the quick profile."""
         service = self.services.get(artifact)
         return (predicted_s * self.slowness, 0.0) if service is None else (service.busy_s, service.transfer_s)
+
+    def limits_s(self, artifact: Digest, now: float) -> tuple[float, float] | None:
+        """What a new task seldom exceeds until its answer, and while it runs; None before enough was measured."""
+        service = self.services.get(artifact)
+        if service is None or service.samples < ENOUGH_SAMPLES:
+            return None
+        return self.backlog_s(now) + service.usual_busy_s + service.usual_transfer_s, service.usual_busy_s + service.usual_transfer_s
 
     def take(self, attempt: AttemptId, artifact: Digest, predicted_s: float, now: float) -> None:
         """Occupy a slot."""
@@ -126,12 +165,18 @@ class Member:
         self.tally.tasks_done += 1
         self.tally.compute_s += times.compute_s
 
+    def learn_at_least(self, slot: Slot, busy_s: float) -> None:
+        """A task was given up: it would have taken at least so long."""
+        if (service := self.services.get(slot.artifact)) is not None:
+            service.learn_at_least(busy_s)
+
 
 class Roster:
     """All workers that are or may come back, by id."""
 
-    def __init__(self) -> None:
+    def __init__(self, qos: QosSettings | None = None) -> None:
         self._members: dict[WorkerId, Member] = {}
+        self._qos = qos or QosSettings()
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self._members.values())
@@ -144,7 +189,10 @@ class Roster:
 
     def member(self, worker_id: WorkerId) -> Member:
         """The worker of this id, made if it is new."""
-        return self._members.setdefault(worker_id, Member(worker_id))
+        member = self._members.get(worker_id)
+        if member is None:
+            member = self._members[worker_id] = Member(worker_id, qos=Qos(self._qos))
+        return member
 
     def forget(self, worker_id: WorkerId) -> None:
         self._members.pop(worker_id, None)

@@ -11,7 +11,9 @@ Rules that the rest follows from:
 * A timeout ends the waiting, not the slot. A slot is free when the worker says so, or when its session ends.
 * The first valid answer of any attempt of the current stage wins; every later one is counted and dropped.
 * A loss (session ended, attempt not listed in the hello) costs the request nothing and is dispatched again at once.
-* A failure is tried elsewhere; on the same worker only if no other can run the stage and the earlier attempt has ended.
+* A failure is tried elsewhere; on the same worker only if no other can run the stage and the earlier attempt has ended. It costs a
+  token, which delays it if there is none, and its worker a penalty (see qos.py) if that is to blame.
+* A request in whose hands workers die that otherwise succeed is not tried for ever: three deaths are its own doing.
 * Later stages first, then the earlier deadline, then the earlier arrival.
 * The plan's own workers run a stage; if none of them can, any worker with memory for it, after loading.
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import TypeAlias
 
@@ -31,6 +33,7 @@ from adapt.errors import (
     ModelError,
     OverloadedError,
     PlanError,
+    PoisonError,
     StageNotResidentError,
     WireError,
     WorkerLostError,
@@ -41,18 +44,24 @@ from adapt.scheduling import events as ev
 from adapt.scheduling.admission import Admission, AdmissionLimits
 from adapt.scheduling.deadlines import Deadlines, earliest
 from adapt.scheduling.liveness import Liveness, Verdict
-from adapt.scheduling.policies import POLICIES, Candidate
+from adapt.scheduling.policies import POLICIES, Candidate, Rank
+from adapt.scheduling.qos import Breaker, QosSettings, usable
 from adapt.scheduling.queues import StageKey, StageQueues
 from adapt.scheduling.requests import Attempt, Ended, EndedRequests, Request
 from adapt.scheduling.residency import LiveVersion, Residency
 from adapt.scheduling.roster import Member, Roster, Slot
+from adapt.scheduling.tokens import RetryTokens, TokenSettings
 
 STORY_LENGTH = 200
 ACCEPT_S = 0.5  # a request that was answered sooner is not accepted besides; less than a client's patience
 REMEMBER_S = 5.0  # how long a request's id is remembered, beyond its deadline or the acknowledgement of its answer
 EARLY_CANCEL_S = 120.0  # how long a cancel that has overtaken its request is remembered
 MEMBER_MEMORY_S = 600.0  # how long a lost worker is shown
+CENSORED = 2.0  # an attempt that was given up is learned from as if it had taken so many times as long
 REGAINED_SHARE = 0.05  # a worker that rests is thought to be nearer by so much of its rest: else one bad moment would keep it resting
+PATIENCE = 2.0  # times what is usual, before another worker is asked
+POISONED = 3  # deaths of workers that make a request the cause
+SAID_S = 0.01  # of what should take longer, a worker says that it has begun
 WORTH_S = 0.01  # a better worker is waited for if that saves more than this
 LOOK_AGAIN_S = 0.01  # the least pause before looking whether a busy worker is still worth waiting for
 
@@ -64,7 +73,8 @@ class SchedulerSettings:
     policy: str = "earliest-finish"
     silence_s: float = 2.0  # without a heartbeat for so long, a worker is suspect
     grace_s: float = 2.0  # without a connection for so long, a worker is lost
-    attempt_timeout_s: float = 20.0
+    attempt_timeout_s: float = 20.0  # until it is known what is usual; never longer
+    min_attempt_timeout_s: float = 2.0
     load_timeout_s: float = 60.0  # without progress
     client_grace_s: float = 10.0  # without a connection for so long, a client's requests are cancelled
     max_failures: int = 8  # of one stage of one request, losses included
@@ -72,9 +82,11 @@ class SchedulerSettings:
     max_requests: int = 4096
     max_retained_bytes: int = 2 << 30
     max_kept_bytes: int = 256 << 20
+    qos: QosSettings = field(default_factory=QosSettings)
+    tokens: TokenSettings = field(default_factory=TokenSettings)
 
 
-# What can fall due, as a key of the deadline heap: "deadline", "attempt", "forget", "client", "member" or "look", and of whom.
+# What can fall due, as a key of the deadline heap: "deadline", "attempt", "retry", "forget", "client", "member", "look" or "breaker", and of whom.
 _Due: TypeAlias = tuple[str, RequestId | AttemptId | ClientId | WorkerId]
 
 
@@ -88,7 +100,9 @@ class Scheduler:
         self.settings = settings or SchedulerSettings()
         self.counters: Counter[str] = Counter()
         self.story: deque[tuple[float, str, object]] = deque(maxlen=STORY_LENGTH)
-        self.roster = Roster()
+        self.roster = Roster(self.settings.qos)
+        self._troubled: set[WorkerId] = set()  # whose breaker was not closed when last looked at
+        self._tokens = RetryTokens(self.settings.tokens)
         self._policy = POLICIES[self.settings.policy]
         self._liveness = Liveness(silence_s=self.settings.silence_s, grace_s=self.settings.grace_s)
         limits = AdmissionLimits(max_requests=self.settings.max_requests, max_retained_bytes=self.settings.max_retained_bytes)
@@ -133,6 +147,7 @@ class Scheduler:
         for due in self._due.take_due(now):
             self._fell_due(due, now)
         self._accept_slow(now)
+        self._forget_acknowledged(now)
         return self.decide(now)
 
     def _fell_due(self, due: _Due, now: float) -> None:
@@ -148,7 +163,9 @@ class Scheduler:
             case "member", str() as worker_id:
                 self._liveness.forget(WorkerId(worker_id))
                 self.roster.forget(WorkerId(worker_id))
-            case "look", str() as worker_id:
+            case "retry", RequestId() as request_id:
+                self._retry(request_id, now)
+            case (("look" | "breaker"), str() as worker_id):
                 if (member := self.roster.get(WorkerId(worker_id))) is not None:
                     self._wake(member)
 
@@ -187,11 +204,11 @@ class Scheduler:
     def _note(self, event: ev.Event, now: float) -> None:
         match event:
             case ev.WorkerHeard():
-                self._heard(event.worker_id, now)
+                self._heard(event, now)
             case ev.StageFinished():
                 self._stage_finished(event, now)
             case ev.StageBegun():
-                self._stage_begun(event)
+                self._stage_begun(event, now)
             case ev.RequestArrived():
                 self._request_arrived(event, now)
             case ev.OutcomeAcknowledged():
@@ -308,6 +325,7 @@ class Scheduler:
         self._due.set(("deadline", event.request_id), request.deadline)
         self._residency.request_began(live)
         self.counters["requests_accepted"] += 1
+        self._tokens.earn()
         self._unaccepted.append((now + ACCEPT_S, request))
         self._enqueue(request)
 
@@ -332,6 +350,9 @@ class Scheduler:
             self._ended.bury(request_id)
             self._due.clear(("forget", request_id))
             self._acknowledged.append((now + REMEMBER_S, request_id))
+        self._forget_acknowledged(now)
+
+    def _forget_acknowledged(self, now: float) -> None:
         while self._acknowledged and self._acknowledged[0][0] <= now:
             self._ended.forget(self._acknowledged.popleft()[1])
 
@@ -359,6 +380,7 @@ class Scheduler:
         request.ticket = 0
         request.activation = _NOTHING  # its place in a queue may outlive it; the bytes are reserved no more
         self._due.clear(("deadline", request.request_id))
+        self._due.clear(("retry", request.request_id))
         self._due.set(("forget", request.request_id), request.deadline + REMEMBER_S)
         self._admission.release(request.request_id)
         self._call_off(request)
@@ -395,16 +417,26 @@ class Scheduler:
 
     # ── attempts ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _stage_begun(self, event: ev.StageBegun) -> None:
-        slot = self.roster.member(event.worker_id).slots.get(event.attempt)
-        if slot is not None:
-            slot.begun = True
+    def _stage_begun(self, event: ev.StageBegun, now: float) -> None:
+        """It waits no longer: from now on it has as long as running takes."""
+        member = self.roster.member(event.worker_id)
+        slot = member.slots.get(event.attempt)
+        if slot is None or slot.begun:
+            return
+        slot.begun = True
+        request = self._wanted(event.attempt, event.worker_id)
+        attempt = None if request is None else request.attempts.get(event.attempt.attempt)
+        if attempt is not None and not attempt.is_expired and (limits := member.limits_s(slot.artifact, now)) is not None:
+            attempt.timeout_s = self._patience_s(limits[1])
+            self._due.set(("attempt", event.attempt), now + attempt.timeout_s)
 
     def _stage_finished(self, event: ev.StageFinished, now: float) -> None:
         member = self.roster.member(event.worker_id)
         slot = self._free(member, event.attempt, now)
         if slot is not None:  # an answer that comes too late is learned from too
             member.learn(slot, event.times, now)
+            member.qos.succeeded(now)
+            self._trouble(member, now)
         self._actions.append(ev.Acknowledge(worker_id=event.worker_id, attempt=event.attempt))
         request = self._wanted(event.attempt, event.worker_id)
         if request is None:
@@ -414,6 +446,7 @@ class Scheduler:
         if request.exact:  # it may have been let go of its class since this attempt was made
             request.numeric_class = member.numeric_class
         self.counters["tasks_done"] += 1
+        self._blame(request, now)
         if request.stage + 1 == len(request.version.plan.stages):
             answer = ev.Answer(
                 request_id=request.request_id,
@@ -451,6 +484,7 @@ class Scheduler:
         match event.error:
             case StageNotResidentError() | OverloadedError():  # neutral: our picture of the worker was wrong
                 self.counters["neutral_answers"] += 1
+                member.qos.returned()
                 if isinstance(event.error, StageNotResidentError):
                     self._residency.absent(member, self._need(request).artifact, now)
                 self._again(request, event.error, now)
@@ -466,6 +500,10 @@ class Scheduler:
         self.counters["attempts_failed"] += 1
         member.tally.tasks_failed += 1
         request.failed_on.add(member.worker_id)
+        if isinstance(error, ModelError):  # whose doing it was shows when another worker has tried
+            request.accused.add(member.worker_id)
+        else:
+            self._penalize(member, now)
         if is_final:
             self._fail(request, error, now)
         else:
@@ -476,25 +514,75 @@ class Scheduler:
         request.failures += not is_free
         if request.failures >= self.settings.max_failures:
             self._fail(request, error, now)
-        elif not request.is_waited_for and request.ticket == 0:
+        elif is_free:
+            self._resume(request)
+        else:
+            self._retry(request.request_id, now)
+
+    def _retry(self, request_id: RequestId, now: float) -> None:
+        """Another attempt after a failure: it costs a token, and waits for one if need be."""
+        request = self._requests.get(request_id)
+        if request is None or request.is_waited_for or request.ticket != 0:
+            return
+        if self._tokens.take(now):
+            self._due.clear(("retry", request_id))
+            self._enqueue(request)
+        else:
+            self.counters["retries_delayed"] += 1
+            self._due.set(("retry", request_id), self._tokens.next_at(now))
+
+    def _resume(self, request: Request) -> None:
+        """Queue the current stage at once, unless an attempt is waited for or it is queued already."""
+        if not request.is_waited_for and request.ticket == 0:
+            self._due.clear(("retry", request.request_id))
             self._enqueue(request)
 
+    def _penalize(self, member: Member, now: float) -> None:
+        """A failure is this worker's doing."""
+        member.qos.failed(now)
+        self._trouble(member, now)
+
+    def _blame(self, request: Request, now: float) -> None:
+        """A stage has succeeded: where the model raised on other workers, it was their doing."""
+        for worker_id in sorted(request.accused):
+            if (member := self.roster.get(worker_id)) is not None:
+                self._penalize(member, now)
+        request.accused.clear()
+
+    def _trouble(self, member: Member, now: float) -> None:
+        """Note whether its breaker is closed, and look again when it half-opens."""
+        if member.qos.breaker(now) is Breaker.CLOSED:
+            if member.worker_id in self._troubled:
+                self._troubled.discard(member.worker_id)
+                self._due.clear(("breaker", member.worker_id))
+                self._wake(member)
+            return
+        self.counters["breakers_opened"] += member.worker_id not in self._troubled
+        self._troubled.add(member.worker_id)
+        if (moment := member.qos.next_wakeup()) is not None:
+            self._due.set(("breaker", member.worker_id), moment)
+
     def _attempt_cancelled(self, event: ev.AttemptCancelled, now: float) -> None:
-        self._free(self.roster.member(event.worker_id), event.attempt, now)
+        member = self.roster.member(event.worker_id)
+        self._free(member, event.attempt, now)
+        member.qos.returned()
         self._actions.append(ev.Acknowledge(worker_id=event.worker_id, attempt=event.attempt))
         request = self._wanted(event.attempt, event.worker_id)
-        if request is None or request.attempts.pop(event.attempt.attempt, None) is None:
-            return
-        if not request.is_waited_for and request.ticket == 0:
-            self._enqueue(request)
+        if request is not None and request.attempts.pop(event.attempt.attempt, None) is not None:
+            self._resume(request)
 
     def _attempt_timed_out(self, attempt: AttemptId, now: float) -> None:
         request = self._requests.get(attempt.request)
         if request is None or not request.is_current(attempt) or attempt.attempt not in request.attempts:
             return
         self.counters["attempt_timeouts"] += 1
-        worker_id, timeout_s = request.attempts[attempt.attempt].worker_id, request.attempts[attempt.attempt].timeout_s
-        request.note(worker_id, attempt.attempt, str(AttemptTimeoutError(worker_id, timeout_s=timeout_s)))
+        tried = request.attempts[attempt.attempt]
+        request.note(tried.worker_id, attempt.attempt, str(AttemptTimeoutError(tried.worker_id, timeout_s=tried.timeout_s)))
+        member = self.roster.get(tried.worker_id)
+        if member is not None and not tried.is_expired and (slot := member.slots.get(attempt)) is not None and _is_first(member, attempt):
+            # It ran, or nothing else of ours was before it: the worker is slower than it was. Behind others it only waited.
+            member.learn_at_least(slot, CENSORED * tried.timeout_s)
+            self._penalize(member, now)
         self._stop_waiting(request, attempt, now)
 
     def _stop_waiting(self, request: Request, attempt_id: AttemptId, now: float) -> None:
@@ -507,14 +595,14 @@ class Scheduler:
             return
         if self._has_alternative(request, now):
             self._actions.append(ev.Cancel(worker_id=attempt.worker_id, attempt=attempt_id))
-            self._enqueue(request)
+            self._retry(request.request_id, now)
         else:
             attempt.is_expired = False
             self._due.set(("attempt", attempt_id), now + attempt.timeout_s)
 
     def _has_alternative(self, request: Request, now: float) -> bool:
         """Whether another worker can run the request's stage now, or will be able to after loading it."""
-        return bool(self._eligible(request)) or self._is_coming(request, now)
+        return bool(self._eligible(request, now)) or self._is_coming(request, now)
 
     def _dispatch_refused(self, event: ev.DispatchRefused, now: float) -> None:
         """The attempt never started; the worker's connection is doubtful and gets no more until it says hello."""
@@ -523,9 +611,9 @@ class Scheduler:
         if request is not None and request.attempts.pop(event.attempt.attempt, None) is not None:
             request.attempts_made -= 1
         self._liveness.disconnected(event.worker_id, now)
-        self._session_ended(event.worker_id, "the socket refused a message", now)
-        if request is not None and request.request_id in self._requests and not request.is_waited_for and request.ticket == 0:
-            self._enqueue(request)
+        self._session_ended(event.worker_id, "the socket refused a message", now, is_guessed=False)
+        if request is not None and request.request_id in self._requests:
+            self._resume(request)
 
     # ── the queue ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -548,12 +636,14 @@ class Scheduler:
         while (entry := self._queues.pop(key)) is not None:
             request = entry[3]
             if request.is_choosy:
-                eligible = self._eligible(request)
+                eligible = self._eligible(request, now)
             else:
-                eligible = usual = self._eligible(request) if usual is None else usual
+                eligible = usual = self._eligible(request, now) if usual is None else usual
             if any(member.has_room for member in eligible):
                 if not self._place(request, eligible, waiting_s, now):
                     put_back.append(entry)
+                if self._troubled:  # one of them may have got its only task
+                    usual = None
                 continue
             if eligible or self._wait_for_worker(request, now):
                 put_back.append(entry)
@@ -595,7 +685,7 @@ class Scheduler:
             return False
         return True
 
-    def _eligible(self, request: Request) -> list[Member]:
+    def _eligible(self, request: Request, now: float) -> list[Member]:
         """The workers that may run the request's current stage now, whether or not they have credit."""
         artifact = self._need(request).artifact
         busy_with_it = {attempt.worker_id for attempt in request.attempts.values()}
@@ -606,17 +696,24 @@ class Scheduler:
                 continue
             if self._suits(request, member):
                 able.append(member)
-        return [member for member in able if member.worker_id not in request.failed_on] or able
+        able = [member for member in able if member.worker_id not in request.failed_on] or able
+        return self._usable(able, now) if self._troubled else able
+
+    def _usable(self, able: list[Member], now: float) -> list[Member]:
+        """Those whose breakers let them have a task; at least half of them, whatever the breakers say."""
+        kept = {*usable({member.worker_id: member.qos for member in able}, [member.worker_id for member in able], now)}
+        return [member for member in able if member.worker_id in kept]
 
     def _choose(self, request: Request, among: list[Member], waiting_s: dict[WorkerId, float], now: float) -> tuple[Member, float]:
         """The worker that the policy puts first, and the seconds after which the request should be finished there."""
         need = self._need(request)
-        best: tuple[tuple[float, float, WorkerId], Member, float] | None = None
+        best: tuple[Rank, Member, float] | None = None
         for member in among:
             service_s, transfer_s = member.expect(need.artifact, need.cost_s)
             transfer_s = max(transfer_s - REGAINED_SHARE * (now - member.last_used), 0.0)
             backlog_s = member.backlog_s(now) + waiting_s.get(member.worker_id, 0.0)
-            rank = self._policy(Candidate(member.worker_id, backlog_s, service_s, transfer_s, member.last_used))
+            penalty = member.qos.penalty(now)
+            rank = self._policy(Candidate(member.worker_id, backlog_s, service_s, transfer_s, member.last_used, penalty, member.load))
             if best is None or rank < best[0]:
                 best = (rank, member, backlog_s + service_s + transfer_s)
         assert best is not None
@@ -636,12 +733,15 @@ class Scheduler:
         attempt_id = request.attempt_id(number)
         request.ticket = 0
         request.issued[number] = member.worker_id
-        request.attempts[number] = Attempt(member.worker_id, self.settings.attempt_timeout_s)
+        limits = member.limits_s(need.artifact, now)
+        timeout_s = self.settings.attempt_timeout_s if limits is None else self._patience_s(limits[0])
+        request.attempts[number] = Attempt(member.worker_id, timeout_s)
         request.attempts_made += 1
         if request.exact and not request.numeric_class:
             request.numeric_class = member.numeric_class
         member.take(attempt_id, need.artifact, need.cost_s, now)
-        self._due.set(("attempt", attempt_id), now + self.settings.attempt_timeout_s)
+        member.qos.given(now)
+        self._due.set(("attempt", attempt_id), now + timeout_s)
         self.counters["tasks_dispatched"] += 1
         self.counters["retries"] += number > 1
         dispatch = ev.Dispatch(
@@ -654,6 +754,10 @@ class Scheduler:
             input=request.activation,
         )
         self._actions.append(dispatch)
+
+    def _patience_s(self, usual_s: float) -> float:
+        """How long an attempt is waited for before another worker is asked."""
+        return min(max(PATIENCE * usual_s, self.settings.min_attempt_timeout_s), self.settings.attempt_timeout_s)
 
     def _is_coming(self, request: Request, now: float) -> bool:
         """Whether another worker is loading the request's stage; asks one to if that would help."""
@@ -699,6 +803,8 @@ class Scheduler:
             else:
                 member.free(attempt, now)
             return
+        if member.worker_id in request.deaths:  # its connection was lost, not its life
+            request.deaths.remove(member.worker_id)
         need = self._need(request)
         if attempt not in member.slots:
             member.take(attempt, need.artifact, need.cost_s, now)
@@ -706,10 +812,13 @@ class Scheduler:
         request.ticket = 0  # no second attempt while this one is there
         self._due.set(("attempt", attempt), now + self.settings.attempt_timeout_s)
 
-    def _heard(self, worker_id: WorkerId, now: float) -> None:
-        self._liveness.heard(worker_id, now)
-        member = self.roster.get(worker_id)
-        if member is not None and member.verdict is not Verdict.READY:
+    def _heard(self, event: ev.WorkerHeard, now: float) -> None:
+        self._liveness.heard(event.worker_id, now)
+        member = self.roster.get(event.worker_id)
+        if member is None:
+            return
+        member.memory_percent, member.resident_bytes = event.memory_percent, event.resident_bytes
+        if member.verdict is not Verdict.READY:
             self._verdict_changed(member, now)
 
     def _verdict_changed(self, member: Member, now: float) -> None:
@@ -717,6 +826,8 @@ class Scheduler:
         before, member.verdict = member.verdict, self._liveness.verdict(member.worker_id)
         if before is member.verdict:
             return
+        if before is Verdict.READY and not member.is_draining:
+            self._penalize(member, now)
         match member.verdict:
             case Verdict.READY:
                 if not member.is_draining:
@@ -740,20 +851,23 @@ class Scheduler:
                 self._stop_waiting(request, attempt, now)
         self._queues.wake_all()
 
-    def _session_ended(self, worker_id: WorkerId, reason: str, now: float) -> None:
-        """What the worker held is nowhere now: dispatch it again at once, at nobody's cost."""
+    def _session_ended(self, worker_id: WorkerId, reason: str, now: float, *, is_guessed: bool = True) -> None:
+        """What the worker held is nowhere now: dispatch it again at once, at nobody's cost but of what was running.
+
+        Args:
+            is_guessed: of short tasks, the first may have been running; else what was not said to have begun has not.
+        """
         member = self.roster.get(worker_id)
         if member is None:
             return
-        for index, attempt in enumerate(list(member.slots)):
-            # Of what is short a worker does not say that it has begun; if anything of that had, it was the first.
-            has_begun = member.slots[attempt].begun or index == 0
-            self._loss(member, attempt, reason, now, is_free=not has_begun)
+        running = _running(member, is_guessed=is_guessed)
+        for attempt in list(member.slots):
+            self._loss(member, attempt, reason, now, was_running=attempt == running)
         self._residency.session_ended(member)
         self._verdict_changed(member, now)
 
-    def _loss(self, member: Member, attempt: AttemptId, reason: str, now: float, *, is_free: bool = True) -> None:
-        """The attempt is gone with its worker. Only if it had begun can it have been the cause, and only then does it count."""
+    def _loss(self, member: Member, attempt: AttemptId, reason: str, now: float, *, was_running: bool = False) -> None:
+        """The attempt is gone with its worker. Only the one that was running can have been the cause, and only then does it count."""
         self._free(member, attempt, now)
         request = self._wanted(attempt, member.worker_id)
         if request is None or request.attempts.pop(attempt.attempt, None) is None:
@@ -761,7 +875,18 @@ class Scheduler:
         self.counters["tasks_lost"] += 1
         error = WorkerLostError(member.worker_id, reason)
         request.note(member.worker_id, attempt.attempt, str(error))
-        self._again(request, error, now, is_free=is_free)
+        if was_running and self._is_sound(member):
+            request.deaths.append(member.worker_id)
+            request.failed_on.add(member.worker_id)
+        if len(request.deaths) >= POISONED:
+            self.counters["poisonous_requests"] += 1
+            self._fail(request, _poison(request), now)
+        else:
+            self._again(request, error, now, is_free=not was_running or self._is_sound(member))
+
+    def _is_sound(self, member: Member) -> bool:
+        """Whether it succeeds otherwise: then a death in the hands of a request speaks against the request. At first nobody has succeeded."""
+        return member.tally.tasks_done > 0 or not any(other.tally.tasks_done for other in self.roster)
 
     def _worker_draining(self, event: ev.WorkerDraining, now: float) -> None:
         member = self.roster.member(event.worker_id)
@@ -782,6 +907,24 @@ class Scheduler:
         """Out of every plan, and forgotten after a while."""
         self._residency.left(member, now)
         self._due.set(("member", member.worker_id), now + MEMBER_MEMORY_S)
+
+
+def _running(member: Member, *, is_guessed: bool = True) -> AttemptId | None:
+    """What the worker was computing. Of what is short it does not say that it has begun; if anything of that had, it was the first."""
+    for attempt, slot in member.slots.items():
+        if slot.begun:
+            return attempt
+    first = next(iter(member.slots.items()), None)
+    return first[0] if first is not None and is_guessed and first[1].busy_s < SAID_S else None
+
+
+def _is_first(member: Member, attempt: AttemptId) -> bool:
+    return member.slots[attempt].begun or next(iter(member.slots)) == attempt
+
+
+def _poison(request: Request) -> PoisonError:
+    who = ", ".join(request.deaths)
+    return PoisonError(f"stage {request.stage}: workers that otherwise succeed died while they ran it: {who}", attempts=request.history)
 
 
 def _subject(event: ev.Event) -> object:

@@ -52,13 +52,18 @@ class Session:
 
 
 class Sessions:
-    """The sessions of one dispatcher, each under a number of its own. At most one per role and name."""
+    """The sessions of one dispatcher, each under a number of its own. At most one per role and name.
 
-    def __init__(self) -> None:
+    Args:
+        first: the first number. A random one, so that a dispatcher that has lost its memory, and reigns under a number that was used
+            before, does not give out the same sessions again: what its predecessor still has on the way would be believed.
+    """
+
+    def __init__(self, first: int = 1) -> None:
         self._sessions: dict[int, Session] = {}
         self._by_name: dict[tuple[str, str], Session] = {}
         self._by_route: dict[RoutingId, Session] = {}  # both connections
-        self._last = 0
+        self._last = first - 1
         self._met: dict[tuple[str, str, int], None] = {}  # who was ever welcomed, the latest last
 
     def __iter__(self) -> Iterator[Session]:

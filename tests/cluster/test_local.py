@@ -98,7 +98,7 @@ def test_an_impossible_number_of_workers(workers):
 
 def test_settings_become_flags():
     settings = {"lease_ttl": 2, "insecure": True, "models_dir": None, "other": False, "cache_dir": Path("/x y")}
-    assert local._flags(settings) == ["--lease-ttl", "2", "--insecure", "--cache-dir", "/x y"]
+    assert local.as_flags(settings) == ["--lease-ttl", "2", "--insecure", "--cache-dir", "/x y"]
 
 
 def test_variables_of_the_user_do_not_reach_the_processes(monkeypatch):

@@ -19,7 +19,7 @@ from adapt.protocol.messages import DeploymentRecord, StatusReport, WorkerRecord
 
 PLAIN_WIDTH = 120
 DIGEST_SHOWN = 12
-WORKER_COLUMNS = ("name", "state", "device", "stages", "running>", "memory>", "budget>", "tasks>", "failed>", "computing>")
+WORKER_COLUMNS = ("name", "state", "device", "stages", "running>", "memory>", "budget>", "tasks>", "failed>", "penalty>", "computing>")
 STATE_STYLES = {"ready": "green", "suspect": "yellow", "draining": "yellow", "lost": "red"}
 
 
@@ -80,8 +80,14 @@ def _worker(worker: WorkerRecord, deployments: list[DeploymentRecord]) -> tuple[
         _megabytes(worker.stage_budget_bytes),
         str(worker.tasks_done),
         str(worker.tasks_failed),
+        _penalty(worker),
         f"{worker.compute_s:.1f} s",
     )
+
+
+def _penalty(worker: WorkerRecord) -> str:
+    words = f"{worker.penalty:.0f}"
+    return words if worker.breaker == "closed" else f"[red]{words} {escape(worker.breaker)}[/red]"
 
 
 def _stages_of(resident: list[str], deployments: list[DeploymentRecord]) -> str:

@@ -56,8 +56,8 @@ def printed(given):
 def test_a_report_for_people():
     lines = [" ".join(line.split()) for line in printed(report()).splitlines()]
     assert lines[0] == "term 4, up 1 h 02 min, 1 of 2 workers ready"
-    assert "w1 ready cpu x1 resnet50 1 1 of 2 42 % 536.9 MB 12 1 3.2 s" in lines
-    assert "w2 lost cpu x1 - 1 of 2 42 % 536.9 MB 12 1 3.2 s" in lines
+    assert "w1 ready cpu x1 resnet50 1 1 of 2 42 % 536.9 MB 12 1 0 3.2 s" in lines
+    assert "w2 lost cpu x1 - 1 of 2 42 % 536.9 MB 12 1 0 3.2 s" in lines
     assert "resnet50 version 2: program cccccccccccc, plan 3, codec zfp, tolerance 0.01, numerics close" in lines
     assert "1 w1 aaaaaaaaaaaa 1.5 MB 12.3 ms" in lines
     assert "2 none bbbbbbbbbbbb 1.5 MB 12.3 ms" in lines

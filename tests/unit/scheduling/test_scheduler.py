@@ -15,10 +15,10 @@ from adapt.errors import (
     ModelError,
     OverloadedError,
     PlanError,
+    PoisonError,
     StageNotResidentError,
     UnknownModelError,
     WireError,
-    WorkerLostError,
 )
 from adapt.planning.placement import Plan, StageNeed
 from adapt.protocol.ids import AttemptId, ClientId, Digest, Epoch, RequestId, WorkerId
@@ -38,6 +38,7 @@ from adapt.scheduling.scheduler import (
     Scheduler,
     SchedulerSettings,
 )
+from adapt.scheduling.tokens import TokenSettings
 
 SILENCE_S, GRACE_S, TIMEOUT_S, LOAD_TIMEOUT_S, CLIENT_GRACE_S = 3.0, 2.0, 20.0, 60.0, 10.0
 ANNE, BERT = ClientId(b"a" * 16), ClientId(b"b" * 16)
@@ -766,7 +767,8 @@ def test_an_input_that_kills_its_workers_has_an_end():
         cluster.actions += cluster.join(sent[0].worker, resident=["d.0"])[:0]
     assert len(deaths) == 3
     (fail,) = only(failed, ev.Fail)
-    assert isinstance(fail.error, WorkerLostError)
+    assert isinstance(fail.error, PoisonError)
+    assert len(fail.error.attempts) == 3
     assert cluster.scheduler.live_requests == 0
 
 
@@ -789,33 +791,256 @@ def test_losses_before_the_task_had_begun_cost_nothing():
 
 def test_the_oldest_task_of_a_lost_worker_counts_as_begun():
     """Of short tasks a worker says only with their answer that they had begun: an input that kills it must have an end all the same."""
-    cluster = a_cluster("w1", max_failures=2)
+    cluster = Cluster()
+    cluster.join("w1")
+    cluster.deploy("w1", cost_s=AHEAD_S / 2)
     finished = cluster.submit()
     killer = cluster.submit()
     innocent = cluster.submit()
     first, *_ = cluster.sent()
-    cluster.finish(first)
+    cluster.finish(first, busy_s=AHEAD_S / 2)
     assert first.request == finished and [one.request for one in cluster.sent()] == [innocent]
-    for _ in range(2):
+    for _ in range(3):
         cluster.lose("w1")
         cluster.silent.clear()
         cluster.join("w1", resident=["d.0"])
     (fail,) = cluster.taken(ev.Fail)
-    assert fail.request_id == killer and isinstance(fail.error, WorkerLostError)
+    assert fail.request_id == killer and isinstance(fail.error, PoisonError)
     assert cluster.scheduler.live_requests == 1
 
 
 def test_what_had_begun_counts_wherever_it_stands():
     """Of long tasks it does say so: then the later one cannot be excused by the earlier."""
-    cluster = a_cluster("w1", max_failures=2)
+    cluster = a_cluster("w1")
     cluster.submit()
     second = cluster.submit()
-    for _ in range(2):
+    for _ in range(3):
         cluster.begin(cluster.sent()[1])
         cluster.lose("w1")
         cluster.silent.clear()
         cluster.join("w1", resident=["d.0"])
     assert second in [fail.request_id for fail in cluster.taken(ev.Fail)]
+
+
+def test_a_connection_that_was_lost_is_no_death():
+    cluster = a_cluster("w1")
+    cluster.submit()
+    for _ in range(5):
+        (sent,) = cluster.sent()
+        cluster.begin(sent)
+        cluster.lose("w1")
+        cluster.silent.clear()
+        cluster.join("w1", resident=["d.0"], held=[sent.attempt])
+        assert cluster.sent() == []
+        cluster.actions.append(sent.action)
+    cluster.finish(sent)
+    assert len(cluster.taken(ev.Answer)) == 1
+
+
+def test_a_worker_that_never_succeeds_is_no_evidence():
+    """Of the two, one is broken: it dies of everything."""
+    cluster = a_cluster("w1", "w2")
+    cluster.submit()
+    cluster.submit()
+    for sent in cluster.sent():
+        if sent.worker == "w2":
+            cluster.finish(sent)
+    for _ in range(4):
+        cluster.lose("w1")
+        cluster.silent.clear()
+        cluster.join("w1", resident=["d.0"])
+    assert cluster.scheduler.counters["poisonous_requests"] == 0
+
+
+# ── penalties and breakers ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def penalty(cluster: Cluster, worker: str) -> float:
+    return cluster.scheduler.roster.member(WorkerId(worker)).qos.penalty(cluster.now)
+
+
+def test_a_bad_answer_costs_its_worker_fifty_and_a_good_one_takes_a_fifth_away():
+    cluster = a_cluster("w1", "w2")
+    cluster.submit()
+    sent = cluster.the_one_sent()
+    cluster.fail(sent, WireError("flipped"))
+    assert penalty(cluster, sent.worker) == 50.0
+    other = cluster.the_one_sent()
+    cluster.finish(other)
+    assert penalty(cluster, other.worker) == 0.0
+    cluster.submit()
+    cluster.submit()
+    for again in cluster.sent():
+        cluster.finish(again)
+    assert penalty(cluster, sent.worker) == 40.0
+
+
+def test_what_the_model_raises_is_its_workers_fault_only_if_another_worker_succeeds():
+    cluster = a_cluster("w1", "w2")
+    cluster.submit()
+    first = cluster.the_one_sent()
+    cluster.fail(first, ModelError("RuntimeError: no memory"))
+    assert penalty(cluster, first.worker) == 0.0
+    cluster.finish(cluster.the_one_sent())
+    assert penalty(cluster, first.worker) == 50.0
+    cluster.submit()
+    for _ in range(2):
+        cluster.fail(cluster.the_one_sent(), ModelError("ValueError: bad input"))
+    assert [penalty(cluster, worker) for worker in ("w1", "w2") if worker != first.worker] == [0.0]
+
+
+def test_silence_costs_once_however_it_goes_on():
+    cluster = a_cluster("w1", "w2")
+    cluster.silent.add("w1")
+    cluster.wait(SILENCE_S + 0.1)
+    assert penalty(cluster, "w1") == 50.0
+    cluster.lose("w1")
+    assert penalty(cluster, "w1") == 50.0
+
+
+def test_leaving_and_refusing_cost_nothing():
+    cluster = a_cluster("w1", "w2")
+    cluster.submit()
+    sent = cluster.the_one_sent()
+    cluster.fail(sent, OverloadedError("full", retry_after_s=0.1))
+    cluster.tell(ev.WorkerDraining(worker_id=WorkerId("w2"), handed_back=frozenset()))
+    cluster.tell(ev.WorkerLeft(worker_id=WorkerId("w2")))
+    assert penalty(cluster, "w1") == penalty(cluster, "w2") == 0.0
+
+
+def broken(cluster: Cluster, worker: str, *, failures: int = 5) -> None:
+    member = cluster.scheduler.roster.member(WorkerId(worker))
+    for _ in range(failures):
+        cluster.scheduler._penalize(member, cluster.now)
+
+
+def test_a_worker_whose_breaker_is_open_gets_nothing_until_it_half_opens_and_then_one_task():
+    cluster = a_cluster("w1", "w2")
+    broken(cluster, "w1")
+    for _ in range(4):
+        cluster.submit()
+    assert {sent.worker for sent in cluster.sent()} == {"w2"}
+    cluster.wait(3.0)
+    probes = cluster.sent()
+    assert [sent.worker for sent in probes] == ["w1"]
+    cluster.finish(probes[0])
+    assert [sent.worker for sent in cluster.sent()] == ["w1"]
+    assert cluster.scheduler.counters["breakers_opened"] == 1
+
+
+def test_the_last_worker_gets_tasks_whatever_it_did():
+    cluster = a_cluster("w1")
+    broken(cluster, "w1", failures=9)
+    cluster.submit()
+    assert cluster.the_one_sent().worker == "w1"
+
+
+def test_penalties_are_a_factor_of_the_expected_finish():
+    cluster = a_cluster("w1", "w2")
+    broken(cluster, "w1", failures=1)
+    cluster.submit()
+    assert cluster.the_one_sent().worker == "w2"
+
+
+def test_lowest_memory_prefers_the_emptier_host_and_counts_penalties():
+    cluster = a_cluster("w1", "w2", policy="lowest-memory")
+    cluster.silent = {"w1", "w2"}
+    cluster.tell(ev.WorkerHeard(worker_id=WorkerId("w1"), memory_percent=20.0, resident_bytes=90))  # of a budget of 100
+    cluster.tell(ev.WorkerHeard(worker_id=WorkerId("w2"), memory_percent=60.0, resident_bytes=0))
+    cluster.submit()
+    assert cluster.the_one_sent().worker == "w2"
+    broken(cluster, "w2", failures=1)
+    cluster.submit()
+    assert cluster.the_one_sent().worker == "w1"
+
+
+# ── how long is waited ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def practised(cluster: Cluster, *, busy_s: float, times: int = 8) -> None:
+    """The workers have done this stage before."""
+    for _ in range(times):
+        cluster.submit()
+        sent = cluster.the_one_sent()
+        cluster.begin(sent)
+        cluster.now += busy_s
+        cluster.finish(sent, busy_s=busy_s)
+        cluster.taken()
+
+
+def test_what_is_known_to_be_quick_is_not_waited_for_as_long_as_what_is_not_known():
+    cluster = a_cluster("w1", "w2", attempt_timeout_s=20.0, min_attempt_timeout_s=0.5)
+    cluster.submit()
+    first = cluster.the_one_sent()
+    assert cluster.scheduler._requests[first.request].attempts[1].timeout_s == 20.0
+    cluster.finish(first, busy_s=0.1)
+    practised(cluster, busy_s=0.1, times=30)
+    cluster.submit()
+    sent = cluster.the_one_sent()
+    assert cluster.scheduler._requests[sent.request].attempts[1].timeout_s < 2.0
+    cluster.wait(2.0)
+    retried = cluster.the_one_sent()
+    assert retried.worker != sent.worker and penalty(cluster, sent.worker) == 50.0
+
+
+def test_a_device_that_has_become_slow_is_believed_in_the_end():
+    """What was given up is learned from as longer than was waited; else each of its answers would come too late, for ever."""
+    cluster = a_cluster("w1", attempt_timeout_s=100.0, min_attempt_timeout_s=0.1)
+    practised(cluster, busy_s=0.1, times=20)
+    for _ in range(12):
+        cluster.submit()
+        sent = cluster.the_one_sent()
+        cluster.begin(sent)
+        cluster.wait(5.0)
+        cluster.finish(sent, busy_s=5.0)
+        cluster.taken()
+    timeouts = cluster.scheduler.counters["attempt_timeouts"]
+    practised(cluster, busy_s=5.0, times=3)
+    assert cluster.scheduler.counters["attempt_timeouts"] == timeouts
+
+
+def test_who_only_waits_behind_others_is_not_to_blame():
+    cluster = a_cluster("w1", attempt_timeout_s=1.0)
+    cluster.submit()
+    cluster.submit()
+    first, second = cluster.sent()
+    cluster.begin(first)
+    cluster.join("w2", resident=["d.0"])
+    before = penalty(cluster, "w1")
+    cluster.tell(
+        ev.StageFinished(
+            worker_id=WorkerId("w9"),
+            attempt=first.attempt,
+            output=tensor(1),
+            times=StageTimes(wait_s=0, decode_s=0, compute_s=0, encode_s=0),
+        )
+    )
+    cluster.scheduler._attempt_timed_out(second.attempt, cluster.now)
+    assert penalty(cluster, "w1") == before
+
+
+def test_second_attempts_wait_for_tokens_when_there_are_none():
+    cluster = a_cluster("w1", "w2", tokens=TokenSettings(most=1, per_request=0.0, per_s=0.1))
+    for _ in range(2):
+        cluster.submit()
+    first, second = cluster.sent()
+    cluster.fail(first, WireError("flipped"))
+    assert [sent.request for sent in cluster.sent()] == [first.request]
+    cluster.fail(second, WireError("flipped"))
+    assert cluster.sent() == [] and cluster.scheduler.counters["retries_delayed"] == 1
+    cluster.wait(10.1)
+    assert [sent.request for sent in cluster.sent()] == [second.request]
+
+
+def test_what_was_lost_needs_no_token():
+    cluster = a_cluster("w1", "w2", tokens=TokenSettings(most=1, per_request=0.0, per_s=0.001))
+    for _ in range(2):
+        cluster.submit()
+    first, second = cluster.sent()
+    cluster.fail(first, WireError("flipped"))
+    cluster.taken()
+    cluster.lose(second.worker)
+    assert second.request in [sent.request for sent in cluster.sent()]
 
 
 def test_failures_of_one_stage_do_not_count_in_the_next():

@@ -16,14 +16,15 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from adapt.errors import AdaptError, ModelError, OverloadedError, PlanError, StageNotResidentError, WireError, WorkerLostError
+from adapt.errors import AdaptError, ModelError, OverloadedError, PlanError, PoisonError, StageNotResidentError, WireError, WorkerLostError
 from adapt.planning.placement import Plan, StageNeed, place
 from adapt.protocol.ids import AttemptId, ClientId, Digest, Epoch, RequestId, WorkerId
 from adapt.protocol.messages import StageTimes
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
 from adapt.scheduling.roster import AHEAD_S, STEADY
-from adapt.scheduling.scheduler import ACCEPT_S, REMEMBER_S, Scheduler, SchedulerSettings
+from adapt.scheduling.scheduler import ACCEPT_S, POISONED, REMEMBER_S, SAID_S, Scheduler, SchedulerSettings
+from adapt.scheduling.tokens import TokenSettings
 
 WORKERS = [WorkerId(name) for name in ("w1", "w2", "w3", "w4")]
 CLIENTS = [ClientId(bytes([n]) * 16) for n in (1, 2)]
@@ -38,6 +39,7 @@ SETTINGS = SchedulerSettings(
     load_timeout_s=10,
     client_grace_s=6,
     max_failures=4,
+    tokens=TokenSettings(most=2, per_request=0.2, per_s=0.5),
     max_requests=12,
     max_retained_bytes=1000,
     max_kept_bytes=50,
@@ -279,28 +281,32 @@ class Cluster(RuleBasedStateMachine):
             worker.is_connected = False
             worker.asked.clear()
             self.settle()
-            expected = self.failures_after_a_loss(worker_id)
+            expected = self.costs_after_a_loss(worker_id)
             self.tell(ev.WorkerDisconnected(worker_id=worker_id, reason="test"))
-            for request_id, failures in expected.items():
+            for request_id, (failures, deaths) in expected.items():
                 request = self.scheduler._requests.get(request_id)
                 if request is not None:
                     assert request.failures == failures < SETTINGS.max_failures
+                    assert len(request.deaths) == deaths < POISONED
                 else:
-                    error = self.outcomes[request_id].error
-                    assert isinstance(error, WorkerLostError if failures == SETTINGS.max_failures else PlanError), (
-                        "or none of its class is left"
-                    )
+                    kinds = (WorkerLostError,) * (failures == SETTINGS.max_failures) + (PoisonError,) * (deaths == POISONED)
+                    assert isinstance(self.outcomes[request_id].error, kinds or PlanError), "or none of its class is left"
 
-    def failures_after_a_loss(self, worker_id: WorkerId) -> dict[RequestId, int]:
-        """It counts for what had begun; of what the worker did not say so, only the oldest can have."""
-        slots = self.scheduler.roster.member(worker_id).slots
-        failures: dict[RequestId, int] = {}
-        for index, (attempt, slot) in enumerate(slots.items()):
+    def costs_after_a_loss(self, worker_id: WorkerId) -> dict[RequestId, tuple[int, int]]:
+        """Failures and deaths. It costs only what was running: of what the worker did not say so, the oldest, if it is short."""
+        member = self.scheduler.roster.member(worker_id)
+        begun = [attempt for attempt, slot in member.slots.items() if slot.begun]
+        short = [attempt for attempt, slot in list(member.slots.items())[:1] if slot.busy_s < SAID_S]
+        is_sound = member.tally.tasks_done > 0 or all(other.tally.tasks_done == 0 for other in self.scheduler.roster)
+        costs: dict[RequestId, tuple[int, int]] = {}
+        for attempt in member.slots:
             request = self.scheduler._requests.get(attempt.request)
             if request is not None and request.is_current(attempt) and attempt.attempt in request.attempts:
-                assert request.request_id not in failures, "no task is twice on one worker"
-                failures[request.request_id] = request.failures + (index == 0 or slot.begun)
-        return failures
+                assert request.request_id not in costs, "no task is twice on one worker"
+                was_running = attempt in (begun or short)[:1]
+                failures, deaths = request.failures + (was_running and not is_sound), len(request.deaths) + (was_running and is_sound)
+                costs[request.request_id] = (failures, deaths)
+        return costs
 
     @rule()
     def heartbeats(self) -> None:
@@ -523,7 +529,8 @@ class Cluster(RuleBasedStateMachine):
     @invariant()
     def nobody_is_in_limbo(self) -> None:
         for request in self.scheduler._requests.values():
-            assert request.ticket or request.is_waited_for, f"{request} waits for nothing"
+            is_delayed = ("retry", request.request_id) in self.scheduler._due
+            assert request.ticket or request.is_waited_for or is_delayed, f"{request} waits for nothing"
             assert not (request.ticket and request.is_waited_for), "it is queued while an attempt is waited for"
             assert request.deadline >= self.now
             for number in request.attempts:
@@ -537,7 +544,7 @@ class Cluster(RuleBasedStateMachine):
         if not self.is_gathering:
             for request in self.scheduler._requests.values():
                 if request.ticket:
-                    eligible = self.scheduler._eligible(request)
+                    eligible = self.scheduler._eligible(request, float(self.now))
                     assert not eligible or not all(member.has_room for member in eligible)
 
     @invariant()
