@@ -45,6 +45,7 @@ BUNDLE = b"BU"
 INLINE_BYTES = 2 << 10  # a blob up to this size travels within the body of a bundle; to copy it costs less than a frame of its own
 MAX_BODY_BYTES = 48 << 10  # of a bundle; a longer one would not be copied when it is received, and its inline blobs would keep it
 MAX_BUNDLE_FRAMES = 64
+MAX_BUNDLE_BYTES = 512 << 10  # with all payloads, unless one message has more: less than any receiver accepts
 MAX_BUNDLE_MESSAGES = 256  # a reader has others to look after
 _ENTRY = struct.Struct(">2sI")  # before each message of a bundle
 _TOLD = 300  # characters of foreign text in an error
@@ -147,20 +148,21 @@ class Letter(Struct, frozen=True):
 
 def bundles(letters: Sequence[Letter]) -> Iterator[tuple[Sequence[Letter], list[Buffer]]]:
     """The letters in their order as few messages of frames, each with the letters that it carries."""
-    begin, size, payloads, is_closed = 0, 0, 0, False
+    begin, size, payloads, weight, is_closed = 0, 0, 0, 0, False
     for index, letter in enumerate(letters):
-        taken, large = _ENTRY.size + len(letter.header), 0
+        taken, large, heavy = _ENTRY.size + len(letter.header), 0, 0
         for blob in letter.blobs:
             if blob.size <= INLINE_BYTES:
                 taken += blob.size
             else:
-                large += 1
+                large, heavy = large + 1, heavy + blob.size
         stands_alone = type(letter.message) in _BY_THEMSELVES
         is_full = size + taken > MAX_BODY_BYTES or payloads + large > MAX_BUNDLE_FRAMES or index - begin >= MAX_BUNDLE_MESSAGES
+        is_full |= size + taken + weight + heavy > MAX_BUNDLE_BYTES
         if index > begin and (is_closed or stands_alone or is_full):
             yield letters[begin:index], _bundle(letters[begin:index])
-            begin, size, payloads = index, 0, 0
-        size, payloads, is_closed = size + taken, payloads + large, stands_alone
+            begin, size, payloads, weight = index, 0, 0, 0
+        size, payloads, weight, is_closed = size + taken, payloads + large, weight + heavy, stands_alone
     if letters:
         yield letters[begin:], _bundle(letters[begin:])
 

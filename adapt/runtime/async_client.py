@@ -79,18 +79,24 @@ class AsyncClient:
         try:
             self._conversation = await Conversation.opened(self.address, self._connect_timeout_s)
         except BaseException:
-            self._state = "not connected"  # it may be tried again
+            if self._state == "connecting":
+                self._state = "not connected"  # it may be tried again
             raise
+        if self._state == "closed":
+            await self._conversation.close()
+            raise ConnectError(self.address, "this client was closed while it connected")
         self._state, self._loop = "connected", asyncio.get_running_loop()
         self._finalizer = weakref.finalize(self, _abandon, self._conversation, self._loop, self._process, self.address)
         return self
 
     async def close(self) -> None:
-        """Cancel what is open and disconnect. Closing twice is nothing.
+        """Cancel what is open and disconnect. Closing twice is nothing; a `connect()` under way fails when it has its answer.
 
         Raises:
             ConnectError: not on the loop that it belongs to.
         """
+        if self._state == "connecting":
+            self._state = "closed"
         if self._state == "connected":
             conversation = self._usable()
             self._state = "closed"
@@ -349,6 +355,7 @@ class _Flow(Stream):
         super().__init__(in_flight=in_flight, prepare=prepare, ask=ask, tell=self._tell_loop)
         self._loop, self._thread_id = asyncio.get_running_loop(), threading.get_ident()
         self._news, self._room = asyncio.Event(), asyncio.Event()  # for the user, for the task
+        self._again: asyncio.TimerHandle | None = None  # for what an overloaded dispatcher did not take
 
     def _tell_loop(self, number: int) -> None:
         """On any thread."""
@@ -362,6 +369,22 @@ class _Flow(Stream):
         super().settle(number)
         self._room.set()
         self._news.set()
+        self._set_timer()
+
+    def cancel(self) -> None:
+        super().cancel()
+        if self._again is not None:
+            self._again.cancel()
+
+    def _set_timer(self) -> None:
+        pause_s = self.pause_s()
+        if pause_s is not None and self._again is None:
+            self._again = self._loop.call_later(pause_s, self._ask_again)
+
+    def _ask_again(self) -> None:
+        self._again = None
+        self.ask_again()
+        self._set_timer()
 
     def take(self) -> Any:
         self._room.set()
@@ -371,12 +394,9 @@ class _Flow(Stream):
             raise asyncio.CancelledError from None
 
     async def wait(self) -> None:
-        """Until something has come, or an overloaded dispatcher may be asked again."""
+        """Until something has come."""
         self._news.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.pause_s()):
-                await self._news.wait()
-        self.ask_again()
+        await self._news.wait()
 
     async def feed(self, inputs: Iterable[Any] | AsyncIterable[Any]) -> None:
         """Ask all inputs, as there is room."""

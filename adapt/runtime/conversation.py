@@ -202,6 +202,7 @@ class Conversation:
         for submission in list(self._submissions.values()):
             submission.future.cancel()
         self._serve()
+        self._act(self._outcomes.take_acks(self._clock(), is_last=True))
         self._give_up(ConnectError(self.address, "this client was closed"))
         self._link.send(msg.Goodbye(reason="the client was closed"))
         self._alarm.cancel()

@@ -307,6 +307,7 @@ class RouterEndpoint:
 
     def close(self, *, linger_s: float = 0.0) -> None:
         """Unbind. Blocks for up to `linger_s` seconds while what was sent last leaves."""
+        self._receive, self._turned = _ignore, lambda: None  # whoever listened has gone
         self.flush()
         self._watched.close(linger_s=linger_s)
         self._context.term()
@@ -412,6 +413,10 @@ class RouterEndpoint:
             self._assemblers.pop(bulk_of(routing_id), None)
             self._receive(Disconnected(routing_id))
             self._loop.call_soon(self._turned)
+
+
+def _ignore(_: object) -> None:
+    pass
 
 
 def _check_connection(routing_id: RoutingId, message: Message) -> None:

@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from math import prod
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeAlias
 
@@ -83,6 +84,7 @@ class Work:
     began_at: float = 0.0
     decode_s: float = 0.0
     compute_s: float = 0.0
+    elements: int = 0  # of all inputs: how much there is to compute
 
     @property
     def is_withdrawn(self) -> bool:
@@ -165,7 +167,7 @@ class Executor:
         self._lock = threading.Lock()
         self._outbox: list[Event] = []  # under the lock; not empty: the loop has been called
         self._unsaid: list[Event] = []  # of the compute thread; said together with what it does next
-        self._took_s: dict[str, float] = {}  # what each stage took last, by artifact
+        self._took: dict[str, tuple[float, int]] = {}  # seconds that each stage took last, and for how many elements at most, by artifact
         self._at_once_s = at_once_s if device == "cpu" and threads == 1 else 0.0
         self._soon: deque[Work] = deque()  # run on the loop, in a moment
         self._queued = 0  # works that the compute thread was given and has not ended, as far as the loop knows
@@ -188,7 +190,7 @@ class Executor:
 
     def submit(self, order: RunStage, blobs: tuple[Blob, ...], stage: RunnableStage) -> Work:
         """Take an attempt; its end is told by `notify`, unless `cancel` tells."""
-        work = Work(order, blobs, stage, self._clock())
+        work = Work(order, blobs, stage, self._clock(), elements=_elements(order))
         is_small = _is_small(sum([blob.size for blob in blobs]), _packs(order))
         if not is_small:
             work.decoded = self._pool.submit(self._decode, work)
@@ -202,8 +204,12 @@ class Executor:
 
     def _runs_at_once(self, work: Work) -> bool:
         """Whether it takes less than to wake another thread, and nothing else runs."""
-        is_short = self._took_s.get(work.order.artifact, self._at_once_s) < self._at_once_s
-        return is_short and work.decoded is None and self._queued == 0
+        return self._queued == 0 and work.decoded is None and self._is_within(work, self._at_once_s)
+
+    def _is_within(self, work: Work, limit_s: float) -> bool:
+        """Whether it should take less: as the last time, and with no more input than took less before. A larger batch may take long."""
+        took_s, most = self._took.get(work.order.artifact, (limit_s, 0))
+        return took_s < limit_s and work.elements <= most
 
     def run_soon(self) -> None:
         """Run what came together, in its order; what is not short, and all after it, on the compute thread. Called by itself as well."""
@@ -219,9 +225,10 @@ class Executor:
                 self._compute(work, events)
             else:
                 self._enqueue(work)
-            if self._clock() - began > SHORT_S:  # so long nothing that has been done waits for what has not
-                self._notify(events)
-                events, began = [], self._clock()
+            if self._soon and self._clock() - began > SHORT_S:  # what has been done leaves now, and others want the loop as well
+                assert self._loop is not None
+                self._loop.call_soon(self.run_soon)
+                break
         self._notify(events)
 
     def _enqueue(self, work: Work) -> None:
@@ -288,7 +295,8 @@ class Executor:
         except Exception as error:  # foreign code: the model, and torch below it
             self._end(work, Failed(work, _as_adapt_error(error)), events)
             return
-        work.compute_s = self._took_s[work.order.artifact] = self._clock() - started_at
+        work.compute_s = self._clock() - started_at
+        self._remember(work)
         self._progress += 1
         with self._lock:
             work.state = State.ENCODING
@@ -299,6 +307,11 @@ class Executor:
             events.append(self._encode(work, outputs))
         else:
             self._pool.submit(self._encode_and_say, work, outputs)
+
+    def _remember(self, work: Work) -> None:
+        """What it took, and for how much: for what is short, the most that has been."""
+        _, most = self._took.get(work.order.artifact, (0.0, 0))
+        self._took[work.order.artifact] = (work.compute_s, max(work.elements, most) if work.compute_s < SHORT_S else work.elements)
 
     def _begin(self, work: Work, events: list[Event]) -> bool:
         """A work's turn has come. Whether it is to be computed; its inputs are decoded then."""
@@ -323,7 +336,7 @@ class Executor:
             self._end(work, Failed(work, DeadlineExceededError(work.order.budget_s)), events)
             return False
         self._progress += 1
-        if self._took_s.get(work.order.artifact, SHORT_S) >= SHORT_S:
+        if not self._is_within(work, SHORT_S):
             events.append(Begun(work))
         if events is self._unsaid:
             self._say_rest()
@@ -410,6 +423,10 @@ class Executor:
                 event = Cancelled(work)
         self._progress += 1
         return event
+
+
+def _elements(order: RunStage) -> int:
+    return sum([prod(leaf.shape) for leaf in order.leaves if isinstance(leaf, TensorHeader)])
 
 
 def _packs(order: RunStage) -> bool:

@@ -128,7 +128,7 @@ class _Item:
 
     asking: Asking | None = None  # none: it did not fit
     future: InferFuture | None = None  # of its last attempt
-    error: AdaptError | None = None
+    error: Exception | None = None
 
     def output(self) -> Any:
         """What has come of it."""
@@ -175,7 +175,7 @@ class Stream:
         item = self._items[number] = _Item()
         try:
             item.asking = self._prepare(value)
-        except AdaptError as error:
+        except Exception as error:  # ours, or of what the value is
             self._end(number, error)
             return
         self._ask(number)
@@ -224,7 +224,7 @@ class Stream:
             return
         item.future.on_done(lambda _: self._tell(number))
 
-    def _end(self, number: int, error: AdaptError) -> None:
+    def _end(self, number: int, error: Exception) -> None:
         self._items[number].error = error
         self._window.answered(number)
 

@@ -9,8 +9,8 @@
     finished     reopen under another term  finished as cancelled
 
 An answer is kept until it is acknowledged, and sent again in every session. That is bounded: the dispatcher uses a slot
-again only after the answer that freed it, and acknowledges an answer as it takes it, so besides `credit` answers on
-their way there are only those whose acknowledgement is. Should a dispatcher not acknowledge, nothing new is accepted
+again only after the answer that freed it, and acknowledges an answer soon after, so besides `credit` answers on their
+way there are only those whose acknowledgement is. Should a dispatcher not acknowledge, nothing new is accepted
 from `KEPT_LIMIT` on.
 
 A dispatcher of another term remembers no attempt, and may use the number of an earlier one for other work. So what was

@@ -6,7 +6,8 @@
     OPEN     accepted                                OPEN      notes version and program
     OPEN     small, and not accepted for a while     OPEN      says it again: an answer is lost if it finds half a session
     OPEN     the socket took nothing                 OPEN      says it again in a moment
-    OPEN     overloaded, after it had been accepted  OPEN      says it again when asked to: another reign may not have known it
+    OPEN     overloaded, but accepted before, or     OPEN      says it again when asked to: this reign may not have known it
+             said under another term
     OPEN     reply, error                            -         resolves, acknowledges
     OPEN     cancelled                               -         says so, if the request was ever said
     OPEN     its deadline                            -         resolves with `DeadlineExceededError`, says cancel
@@ -53,7 +54,7 @@ class Question(Struct, frozen=True, kw_only=True):
 
 
 class Say(Struct, frozen=True):
-    """Action: send this. If the socket does not take an `InferRequest`, tell `unsaid`."""
+    """Action: send this. If the socket does not take an `InferRequest` on bulk, tell `unsaid`; on control it is said again until accepted."""
 
     message: InferRequest | CancelRequest | ReplyAck
     blobs: tuple[Blob, ...] = ()
@@ -77,7 +78,7 @@ class _Open:
     question: Question
     version: int = 0  # 0 until it was accepted
     program: Digest | None = None
-    was_said: bool = False  # in any session
+    said_under: int | None = None  # the first term under which it was said
     patience_s: float = UNHEARD_PAUSE_S
 
 
@@ -114,7 +115,7 @@ class Outcomes:
     def cancel(self, request_id: RequestId) -> list[Action]:
         """The user does not want it any more; nothing happens if it has its outcome already."""
         request = self._close(request_id)
-        return self._say_cancel(request_id) if request is not None and request.was_said else []
+        return self._say_cancel(request_id) if request is not None and request.said_under is not None else []
 
     # ── what happens to the connection ───────────────────────────────────────────────────────────────────────────────
 
@@ -168,7 +169,7 @@ class Outcomes:
     def failed(self, message: RequestFailed, now: float) -> list[Action]:
         error = AdaptError.from_wire(message.code, message.message, message.fields)
         request = self._open.get(message.request_id)
-        if request is not None and request.version and isinstance(error, OverloadedError):
+        if request is not None and isinstance(error, OverloadedError) and (request.version or request.said_under != self._term):
             pause_s = _retry_pause_s(error)
             if now + pause_s < request.question.deadline:
                 self._due.set(("again", message.request_id), now + pause_s)
@@ -181,16 +182,16 @@ class Outcomes:
             error = DeadlineExceededError(request.question.budget_s, attempts=attempts if isinstance(attempts, list) else None)
         return [Resolve(message.request_id, error)]
 
-    def take_acks(self, now: float) -> list[Action]:
+    def take_acks(self, now: float, *, is_last: bool = False) -> list[Action]:
         """For the end of a turn of the loop: the acknowledgements of what has come, if they can ride on a request or have waited long.
 
-        None while there is no session."""
+        None while there is no session. `is_last`: they cannot wait."""
         has_spoken, self._has_spoken = self._has_spoken, False
         if self._limit_bytes is None or not self._acks:
             return []
         if self._acks_due is None:
             self._acks_due = now + ACK_S
-        if not has_spoken and now < self._acks_due:
+        if not has_spoken and not is_last and now < self._acks_due:
             return []
         self._acks_due = None
         acks, self._acks = self._acks, []
@@ -235,7 +236,9 @@ class Outcomes:
         if size_bytes <= SMALL_BYTES:
             self._due.set(("again", request_id), now + request.patience_s)
             request.patience_s *= 2
-        request.was_said = self._has_spoken = True
+        self._has_spoken = True
+        if request.said_under is None:
+            request.said_under = self._term
         message = InferRequest(
             request_id=request_id,
             deployment=question.deployment,

@@ -26,9 +26,11 @@ class Service:
     transfer_s: float = 0.0  # input there, output back, and everything else between dispatch and answer that is not waiting
     busy_deviation_s: float = 0.0  # mean absolute deviation
     transfer_deviation_s: float = 0.0
+    size_bytes: float = 0.0  # of the input
     samples: int = 1
 
-    def learn(self, busy_s: float, transfer_s: float) -> None:
+    def learn(self, busy_s: float, transfer_s: float, size_bytes: float) -> None:
+        self.size_bytes += LEARNING_RATE * (size_bytes - self.size_bytes) if self.size_bytes else size_bytes
         self.busy_deviation_s += LEARNING_RATE * (abs(busy_s - self.busy_s) - self.busy_deviation_s)
         self.transfer_deviation_s += LEARNING_RATE * (abs(transfer_s - self.transfer_s) - self.transfer_deviation_s)
         self.busy_s += LEARNING_RATE * (busy_s - self.busy_s)
@@ -38,7 +40,11 @@ class Service:
     def learn_at_least(self, busy_s: float) -> None:
         """It takes longer than was waited: else a device that has become slow would be late for ever."""
         if busy_s > self.busy_s:
-            self.learn(busy_s, self.transfer_s)
+            self.learn(busy_s, self.transfer_s, self.size_bytes)
+
+    def scale(self, size_bytes: int) -> float:
+        """How much more than usual a task with so large an input is: a batch of more takes longer."""
+        return max(size_bytes / self.size_bytes, 1.0) if self.size_bytes else 1.0
 
     @property
     def usual_busy_s(self) -> float:
@@ -58,6 +64,7 @@ class Slot:
     since: float
     busy_s: float  # expected
     predicted_s: float  # by the quick profile
+    size_bytes: int = 0  # of its input
     begun: bool = False
 
 
@@ -123,22 +130,26 @@ class Member:
         self.loading.clear()
         self.refused.clear()
 
-    def expect(self, artifact: Digest, predicted_s: float) -> tuple[float, float]:
+    def expect(self, artifact: Digest, predicted_s: float, size_bytes: int = 0) -> tuple[float, float]:
         """Seconds that the stage should keep it busy, and seconds on the way; `predicted_s` comes from the quick profile."""
         service = self.services.get(artifact)
-        return (predicted_s * self.slowness, 0.0) if service is None else (service.busy_s, service.transfer_s)
+        if service is None:
+            return predicted_s * self.slowness, 0.0
+        scale = service.scale(size_bytes)
+        return service.busy_s * scale, service.transfer_s * scale
 
-    def limits_s(self, artifact: Digest, now: float) -> tuple[float, float] | None:
+    def limits_s(self, artifact: Digest, size_bytes: int, now: float) -> tuple[float, float] | None:
         """What a new task seldom exceeds until its answer, and while it runs; None before enough was measured."""
         service = self.services.get(artifact)
         if service is None or service.samples < ENOUGH_SAMPLES:
             return None
-        return self.backlog_s(now) + service.usual_busy_s + service.usual_transfer_s, service.usual_busy_s + service.usual_transfer_s
+        running_s = (service.usual_busy_s + service.usual_transfer_s) * service.scale(size_bytes)
+        return self.backlog_s(now) + running_s, running_s
 
-    def take(self, attempt: AttemptId, artifact: Digest, predicted_s: float, now: float) -> None:
+    def take(self, attempt: AttemptId, artifact: Digest, predicted_s: float, now: float, size_bytes: int = 0) -> None:
         """Occupy a slot."""
-        busy_s, _ = self.expect(artifact, predicted_s)
-        self.slots[attempt] = Slot(artifact, now, busy_s, predicted_s)
+        busy_s, _ = self.expect(artifact, predicted_s, size_bytes)
+        self.slots[attempt] = Slot(artifact, now, busy_s, predicted_s, size_bytes)
         self.held_s += busy_s
         self.busy_until = max(self.busy_until, now) + busy_s
         self.last_used = now
@@ -157,9 +168,9 @@ class Member:
         transfer_s = max(now - slot.since - times.wait_s - busy_s, 0.0)
         service = self.services.get(slot.artifact)
         if service is None:
-            self.services[slot.artifact] = Service(busy_s, transfer_s)
+            self.services[slot.artifact] = Service(busy_s, transfer_s, size_bytes=slot.size_bytes)
         else:
-            service.learn(busy_s, transfer_s)
+            service.learn(busy_s, transfer_s, slot.size_bytes)
         if slot.predicted_s > 0.0:
             self.slowness += LEARNING_RATE * (busy_s / slot.predicted_s - self.slowness)
         self.tally.tasks_done += 1

@@ -426,7 +426,7 @@ class Scheduler:
         slot.begun = True
         request = self._wanted(event.attempt, event.worker_id)
         attempt = None if request is None else request.attempts.get(event.attempt.attempt)
-        if attempt is not None and not attempt.is_expired and (limits := member.limits_s(slot.artifact, now)) is not None:
+        if attempt is not None and not attempt.is_expired and (limits := member.limits_s(slot.artifact, slot.size_bytes, now)) is not None:
             attempt.timeout_s = self._patience_s(limits[1])
             self._due.set(("attempt", event.attempt), now + attempt.timeout_s)
 
@@ -709,7 +709,7 @@ class Scheduler:
         need = self._need(request)
         best: tuple[Rank, Member, float] | None = None
         for member in among:
-            service_s, transfer_s = member.expect(need.artifact, need.cost_s)
+            service_s, transfer_s = member.expect(need.artifact, need.cost_s, request.activation.size_bytes)
             transfer_s = max(transfer_s - REGAINED_SHARE * (now - member.last_used), 0.0)
             backlog_s = member.backlog_s(now) + waiting_s.get(member.worker_id, 0.0)
             penalty = member.qos.penalty(now)
@@ -721,7 +721,7 @@ class Scheduler:
 
     def _expect(self, request: Request, member: Member) -> tuple[float, float]:
         need = self._need(request)
-        return member.expect(need.artifact, need.cost_s)
+        return member.expect(need.artifact, need.cost_s, request.activation.size_bytes)
 
     def _need(self, request: Request) -> StageNeed:
         """The stages of a version never change; only their places do."""
@@ -733,13 +733,13 @@ class Scheduler:
         attempt_id = request.attempt_id(number)
         request.ticket = 0
         request.issued[number] = member.worker_id
-        limits = member.limits_s(need.artifact, now)
+        limits = member.limits_s(need.artifact, request.activation.size_bytes, now)
         timeout_s = self.settings.attempt_timeout_s if limits is None else self._patience_s(limits[0])
         request.attempts[number] = Attempt(member.worker_id, timeout_s)
         request.attempts_made += 1
         if request.exact and not request.numeric_class:
             request.numeric_class = member.numeric_class
-        member.take(attempt_id, need.artifact, need.cost_s, now)
+        member.take(attempt_id, need.artifact, need.cost_s, now, request.activation.size_bytes)
         member.qos.given(now)
         self._due.set(("attempt", attempt_id), now + timeout_s)
         self.counters["tasks_dispatched"] += 1
@@ -807,7 +807,7 @@ class Scheduler:
             request.deaths.remove(member.worker_id)
         need = self._need(request)
         if attempt not in member.slots:
-            member.take(attempt, need.artifact, need.cost_s, now)
+            member.take(attempt, need.artifact, need.cost_s, now, request.activation.size_bytes)
         request.attempts.setdefault(attempt.attempt, Attempt(member.worker_id, self.settings.attempt_timeout_s)).is_expired = False
         request.ticket = 0  # no second attempt while this one is there
         self._due.set(("attempt", attempt), now + self.settings.attempt_timeout_s)

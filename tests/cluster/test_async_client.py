@@ -268,6 +268,40 @@ async def test_map_asks_an_overloaded_dispatcher_again_what_it_was_given(dispatc
 
 
 @on_loop
+async def test_map_asks_again_while_its_user_is_busy(dispatcher):
+    refused = set()
+
+    def answer(message, blobs):
+        if isinstance(message, msg.InferRequest):
+            value = float(dispatcher.input(message)[0, 0])
+            if value == 1 and value not in refused:
+                refused.add(value)
+                dispatcher.fail(message, adapt.OverloadedError("full", retry_after_s=0.02))
+            else:
+                dispatcher.doubles(message, blobs)
+
+    dispatcher.answer = answer
+    async with adapt.AsyncClient(dispatcher.address) as client:
+        model = await client.model("double")
+        outputs = model.map((X + n for n in range(3)), in_flight=3)
+        assert np.array_equal(await anext(outputs), 2 * X)
+        await until(dispatcher, lambda: len(dispatcher.of(msg.InferRequest)) == 4)  # and nobody asks for the next
+        assert [y[0, 0] async for y in outputs] == [2, 4]
+
+
+@on_loop
+async def test_map_raises_what_an_input_raises(dispatcher):
+    torch = pytest.importorskip("torch")
+    dispatcher.answer = dispatcher.doubles
+    async with adapt.AsyncClient(dispatcher.address) as client:
+        model = await client.model("double")
+        outputs = model.map([X, torch.zeros(2, 4, device="meta"), X])
+        assert np.array_equal(await anext(outputs), 2 * X)
+        with pytest.raises((NotImplementedError, RuntimeError, adapt.AdaptError)):
+            await anext(outputs)
+
+
+@on_loop
 async def test_map_raises_where_an_input_fails(dispatcher):
     dispatcher.answer = dispatcher.doubles
 
@@ -398,6 +432,19 @@ async def test_closing_cancels_what_is_open(dispatcher):
             await closed
     await told(dispatcher, msg.CancelRequest)
     await told(dispatcher, msg.Goodbye)
+
+
+@on_loop
+async def test_closing_while_it_connects_leaves_no_connection(dispatcher):
+    client = adapt.AsyncClient(dispatcher.address)
+    connecting = asyncio.create_task(client.connect())
+    await asyncio.sleep(0)  # it begins
+    assert "connecting" in repr(client)
+    await client.close()
+    with pytest.raises(adapt.ConnectError, match="closed while it connected"):
+        await connecting
+    await told(dispatcher, msg.Goodbye)
+    assert "closed" in repr(client)
 
 
 @on_loop

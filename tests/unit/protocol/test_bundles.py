@@ -20,6 +20,7 @@ from adapt.protocol.wire import (
     BUNDLE,
     INLINE_BYTES,
     MAX_BODY_BYTES,
+    MAX_BUNDLE_BYTES,
     MAX_BUNDLE_FRAMES,
     MAX_BUNDLE_MESSAGES,
     PREAMBLE_BYTES,
@@ -332,3 +333,10 @@ def test_a_bundle_of_more_messages_than_a_reader_takes_at_a_time_is_refused():
     assert len(judged(sealed(entries * MAX_BUNDLE_MESSAGES))) == MAX_BUNDLE_MESSAGES
     with pytest.raises(WireError, match="more than"):
         judged(sealed(entries * (MAX_BUNDLE_MESSAGES + 1)))
+
+
+def test_no_bundle_is_larger_than_what_any_receiver_takes():
+    letters = [run_stage(64 << 10) for _ in range(16)] + [run_stage(2 * MAX_BUNDLE_BYTES), run_stage(1)]
+    sizes = [sum(blob.size for letter in carried for blob in letter.blobs) for carried, _ in bundles(letters)]
+    assert sum(sizes) == 16 * (64 << 10) + 2 * MAX_BUNDLE_BYTES + 1
+    assert [size > MAX_BUNDLE_BYTES for size in sizes].count(True) == 1, "what is larger by itself travels by itself"

@@ -259,6 +259,43 @@ def test_what_takes_less_than_the_way_to_a_thread_is_run_on_the_loop():
     run(test)
 
 
+def test_a_larger_batch_than_was_short_before_is_neither_run_on_the_loop_nor_left_unsaid(monkeypatch):
+    monkeypatch.setattr(executor_module, "SHORT_S", 3600.0)
+
+    async def test():
+        async with Harness(at_once_s=3600.0) as harness:
+            stage = GatedStage()
+            for gate in stage.gates:
+                gate.set()
+            for sequence, rows in enumerate((1, 1, 8, 8, 2), start=1):
+                await harness.event(Done, harness.submit(stage, sequence, np.zeros((rows, 3), np.float32)))
+            here = threading.get_ident()
+            assert [thread == here for thread in stage.threads] == [False, True, False, True, True]
+            assert [event.work.order.attempt.request.sequence for event in harness.events if isinstance(event, Begun)] == [1, 3]
+
+    run(test)
+
+
+def test_other_callbacks_have_their_turn_between_short_stages():
+    async def test():
+        async with Harness(at_once_s=3600.0) as harness:  # and whatever takes longer than nothing ends a turn: see `every_stage_is_long`
+            stage = FreeStage(lambda inputs: [inputs[0] + 1])
+            await harness.event(Done, harness.submit(stage, 1, small()))
+            turns = 0
+
+            def turn() -> None:
+                nonlocal turns
+                turns += 1
+                asyncio.get_running_loop().call_soon(turn)
+
+            turn()
+            works = [harness.submit(stage, 2 + n, small()) for n in range(4)]
+            await harness.event(Done, works[-1])
+            assert turns >= len(works)
+
+    run(test)
+
+
 def test_what_came_first_is_run_first_wherever_it_runs():
     """Behind what is not short all else goes to the compute thread, and while that has work nothing is run on the loop."""
 
@@ -338,6 +375,7 @@ def test_what_is_cancelled_before_it_begins_is_never_computed(make):
             stage.gates[1].set()
             done = await harness.event(Done, third)
             np.testing.assert_array_equal(output(done)[0], make(4))
+            await harness.event(Done, first)  # large ones are encoded beside each other
             assert stage.runs == 2 and harness.kinds(second) == []
             assert harness.kinds(first) == [Begun, Done]
 

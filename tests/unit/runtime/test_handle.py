@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from adapt.errors import ConfigError, InputMismatchError, ModelError, OverloadedError
 from adapt.models.interface import Interface
@@ -112,6 +113,19 @@ def test_a_stream_gives_outputs_and_errors_in_the_order_of_inputs():
     with pytest.raises(ModelError):
         stream.take()
     assert stream.is_empty
+
+
+def test_an_input_that_fails_in_its_own_way_is_an_error_of_its_place():
+    """A tensor without data raises what torch raises."""
+    x, asked = np.zeros((1, WIDTH), np.float32), Asked()
+    stream = asked.stream
+    stream.add(x)
+    stream.add(torch.zeros(1, WIDTH, device="meta"))
+    asked.futures[0].set_result("first")
+    asked.settle_all()
+    assert stream.take() == "first"
+    with pytest.raises((NotImplementedError, RuntimeError, InputMismatchError)):
+        stream.take()
 
 
 def test_a_stream_asks_again_after_a_pause_and_not_when_it_was_cancelled():

@@ -64,6 +64,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.deadlines: dict[RequestId, float] = {}
         self.pins: dict[RequestId, int] = {}
         self.decided: dict[RequestId, str] = {}
+        self.said_under: dict[RequestId, int] = {}  # -> the first term
         self.said_in: dict[RequestId, int] = {}  # -> the last session in which the request was said
         self.excused: set[RequestId] = set()  # need not have been said in this session: told to wait, or no time left
         self.owed: list[RequestId] = []
@@ -82,6 +83,7 @@ class AnyOrder(RuleBasedStateMachine):
                     assert message.version == self.pins.get(message.request_id, 0)
                     assert (message.program is None) == (message.version == 0)
                     self.said_in[message.request_id] = self.session
+                    self.said_under.setdefault(message.request_id, self.term)
                     self.has_spoken = True
                 case Say(message=CancelRequest(request_id=request_id)):
                     assert self.is_open and self.decided[request_id] in ("cancel", "deadline")
@@ -135,7 +137,8 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(number=st.integers(1, 5), error=st.sampled_from([ModelError("x"), OverloadedError("full", retry_after_s=1.0)]))
     def fail(self, number, error):
         one = rid(number)
-        waits = isinstance(error, OverloadedError) and one in self.pins and self.now + 1 < self.deadlines.get(one, 0)
+        was_let_in = one in self.pins or self.said_under.get(one) != self.term
+        waits = isinstance(error, OverloadedError) and was_let_in and self.now + 1 < self.deadlines.get(one, 0)
         was_open = one in self.deadlines
         if waits:
             self.excused.add(one)
@@ -316,6 +319,27 @@ def test_overload_is_told_to_who_submits_but_not_of_a_request_that_had_been_let_
     assert outcomes.failed(failed(2, overloaded), 1) == []
     assert outcomes.tick(2) == []
     assert [message.version for message in said(outcomes.tick(3), InferRequest)] == [1]
+
+
+def test_overload_of_a_reign_that_a_request_was_not_first_said_to_is_not_told():
+    """The reign before may have been computing it already."""
+    outcomes, overloaded = Outcomes(), OverloadedError("full", retry_after_s=2.0)
+    outcomes.opened(1, limit_bytes=LIMIT_BYTES, now=0)
+    outcomes.submit(rid(1), question(10), 0)
+    outcomes.lost()
+    outcomes.opened(2, limit_bytes=LIMIT_BYTES, now=1)
+    assert outcomes.failed(failed(1, overloaded), 1) == []
+    assert len(said(outcomes.tick(3), InferRequest)) == 1
+
+
+def test_the_last_acknowledgements_do_not_wait():
+    outcomes = Outcomes()
+    outcomes.opened(1, limit_bytes=LIMIT_BYTES, now=0)
+    outcomes.submit(rid(1), question(10), 0)
+    outcomes.take_acks(0)
+    outcomes.replied(reply(1), ())
+    assert outcomes.take_acks(0) == []
+    assert said(outcomes.take_acks(0, is_last=True), ReplyAck) == [ReplyAck(request_ids=[rid(1)])]
 
 
 def test_a_small_request_that_is_not_accepted_is_said_again_and_ever_less_often():
