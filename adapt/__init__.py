@@ -9,6 +9,7 @@
 Importing this needs no torch.
 """
 
+from adapt.emulation.cluster import EmulatedCluster
 from adapt.errors import (
     AdaptError,
     AttemptTimeoutError,
@@ -44,6 +45,7 @@ __all__ = [
     "ConfigError",
     "ConnectError",
     "DeadlineExceededError",
+    "EmulatedCluster",
     "ExportError",
     "ExportUnavailableError",
     "InferFuture",

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 
-from adapt.interfaces.cli import demo, deploy, logs, status
+from adapt.interfaces.cli import demo, deploy, emulate, logs, status
 from adapt.interfaces.cli.doors import OK, run_door
 from adapt.protocol.messages import PROTOCOL_VERSION
 from adapt.version import VERSION
@@ -26,7 +26,7 @@ Exit status: 0 when all went well, 1 for a runtime error, 2 for wrong usage or c
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, description=ABOUT, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, deploy, status):
+    for command in (demo, deploy, status, emulate):
         subparser = command.add_to(commands)
         logs.add_option(subparser, default="warning")
         subparser.set_defaults(action=command.run)
@@ -37,13 +37,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
     """Exit status: 0 when all went well, 1 for a runtime error, 2 for wrong usage or configuration."""
-    options = build_parser().parse_args(argv)
+    given, after = _split(list(sys.argv[1:] if argv is None else argv))
+    options = build_parser().parse_args(given)
+    if after:
+        options.after = after
 
     def act() -> int:
         logs.set_up(options, environ, default="warning")
         return int(options.action(options, environ))
 
     return run_door(PROGRAM, act)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Of `adapt emulate`, what stands after "--" is a command of its own: argparse would mix the two."""
+    if "--" not in argv or argv[0] != "emulate":
+        return argv, []
+    place = argv.index("--")
+    return argv[:place], argv[place + 1 :]
 
 
 def _print_version(options: argparse.Namespace, environ: Mapping[str, str]) -> int:

@@ -1,0 +1,233 @@
+"""The machines under an emulated cluster: where its processes run, and what can be done to a machine and its cable.
+
+                 IsolatedMachines                        PlainMachines: nothing is set up, nothing is limited
+a process runs   in a network namespace and two groups   like any other
+CPU, memory      quota, limit                            not limited
+rate of a link   tbf at both ends                        not limited
+cut              the interface goes down                 the proxy holds everything back
+latency, stall, reset, corruption                        by the proxy, in both
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal, Protocol
+
+import psutil
+
+from adapt.emulation.description import HOST, ClusterSpec, DeviceSpec
+from adapt.emulation.groups import Group, Groups
+from adapt.emulation.network import Network, PairLink, Port
+from adapt.emulation.observation import Reading
+from adapt.emulation.ownership import Claim, claim
+from adapt.emulation.proxy_control import LinkProxy
+from adapt.errors import AdaptError
+
+FLOOR_BYTES = 220 << 20  # of a process that has imported torch: what its memory may be above the stage budget
+DISPATCHER_MACHINE = "dispatcher"  # of its own, if no device runs it
+DISPATCHER_PORT = 5570
+ENTER = str(Path(__file__).with_name("enter.py"))
+
+
+class Machines(Protocol):
+    """What an emulated cluster needs of its machines. Names are those of devices; errors are AdaptErrors."""
+
+    is_isolated: bool
+
+    def inside(self, name: str) -> list[str]:
+        """The command that runs the rest of its line on that machine."""
+
+    @property
+    def listen(self) -> str:
+        """Where the dispatcher is to listen; port 0: where it likes."""
+
+    def connect(self, name: str, dispatcher: str) -> str:
+        """The address at which that machine finds the dispatcher."""
+
+    def limit(self, name: str, cores: float | None) -> None:
+        """From now on its CPU share is this; None: no limit."""
+
+    def hurry(self, name: str) -> None:
+        """Until `settle` it is as fast as this machine: a worker starts, and to import torch is not the test."""
+
+    def settle(self, name: str) -> None:
+        """From now on it has the CPU share that it is described with."""
+
+    def rate(self, name: str, up_bytes_per_s: float | None, down_bytes_per_s: float | None) -> None:
+        """From now on its link has these rates; None: no limit."""
+
+    def cut(self, name: str, direction: Literal["both", "up", "down"]) -> None:
+        """Its cable is pulled ("both"), or what goes "up" or "down" gets lost."""
+
+    def proxy_of(self, name: str) -> LinkProxy:
+        """What delays, stalls, resets and corrupts its connections."""
+
+    def restore(self, name: str) -> None:
+        """Its link is again as described, its CPU share too."""
+
+    def read(self, pids: Mapping[str, int]) -> dict[str, Reading]:
+        """What the machines use now. `pids`: of the workers that live."""
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+
+
+class IsolatedMachines:
+    """One network namespace and one control group for each device.
+
+    Args:
+        proxied: devices whose connections go through the proxy, besides those with latency.
+    """
+
+    is_isolated = True
+
+    def __init__(self, spec: ClusterSpec, proxied: Iterable[str]) -> None:
+        self._spec, self._proxied = spec, {*proxied, *(device.name for device in spec.devices if device.latency_s or device.jitter_s)}
+        self._groups_of: dict[str, Group] = {}
+        with contextlib.ExitStack() as stack:
+            self._claim: Claim = stack.enter_context(contextlib.closing(claim()))
+            self._network = stack.enter_context(contextlib.closing(Network(self._claim.tag, self._claim.subnet)))
+            self._network.build(self._ports(), [PairLink(*link.between, link.bytes_per_s) for link in spec.links])
+            self._groups = stack.enter_context(contextlib.closing(Groups(self._claim.tag)))
+            for device in spec.devices:
+                self._make_group(device)
+            self._proxy: LinkProxy | None = None
+            if self._proxied:
+                self._proxy = stack.enter_context(contextlib.closing(LinkProxy(spec.seed)))
+                self._proxy.start()
+            self._stack = stack.pop_all()
+
+    def _ports(self) -> list[Port]:
+        ports = [Port(device.name, device.up_bytes_per_s, device.down_bytes_per_s) for device in self._spec.devices]
+        return ports if self._spec.dispatcher != HOST else [Port(DISPATCHER_MACHINE, None, None), *ports]
+
+    def _make_group(self, device: DeviceSpec) -> None:
+        limit_bytes = None if device.memory_bytes is None else device.memory_bytes + FLOOR_BYTES
+        self._groups_of[device.name] = self._groups.make(device.name, cores=device.cores, memory_bytes=limit_bytes)
+
+    @property
+    def _dispatcher_machine(self) -> str:
+        return DISPATCHER_MACHINE if self._spec.dispatcher == HOST else self._spec.dispatcher
+
+    def inside(self, name: str) -> list[str]:
+        name = self._dispatcher_machine if name == HOST else name
+        command = [sys.executable, "-I", "-S", ENTER, "--netns", str(self._network.namespace(name))]
+        if name in self._groups_of:
+            command += ["--procs", *map(str, self._groups_of[name].procs)]
+        return [*command, "--"]
+
+    @property
+    def listen(self) -> str:
+        return f"tcp://{self._network.address(self._dispatcher_machine)}:{DISPATCHER_PORT}"
+
+    def connect(self, name: str, dispatcher: str) -> str:
+        if name not in self._proxied:
+            return dispatcher
+        device = self._spec.device(name)
+        return _through(self.proxy_of(name), device, self._network.namespace(name), dispatcher)
+
+    def limit(self, name: str, cores: float | None) -> None:
+        self._groups_of[name].limit_cores(cores)
+
+    def hurry(self, name: str) -> None:
+        self.limit(name, None)
+
+    def settle(self, name: str) -> None:
+        self._groups_of[name].begin_limit()
+
+    def rate(self, name: str, up_bytes_per_s: float | None, down_bytes_per_s: float | None) -> None:
+        self._network.shape(name, up_bytes_per_s, down_bytes_per_s)
+
+    def cut(self, name: str, direction: Literal["both", "up", "down"]) -> None:
+        if direction == "both":
+            self._network.cut(name)
+        else:
+            self._network.cut_one_way(name, direction)
+
+    def restore(self, name: str) -> None:
+        self._network.restore(name)
+        self.limit(name, self._spec.device(name).cores)
+        if name in self._proxied:
+            self.proxy_of(name).restore(name)
+
+    def proxy_of(self, name: str) -> LinkProxy:
+        if self._proxy is None or name not in self._proxied:
+            raise AdaptError(f"the link of {name} has no proxy, which this needs: give it a latency, or name it in `proxied`")
+        return self._proxy
+
+    def read(self, pids: Mapping[str, int]) -> dict[str, Reading]:
+        moved = self._network.counters()
+        readings = {}
+        for name, group in self._groups_of.items():
+            usage, (sent_bytes, received_bytes) = group.usage(), moved.get(name, (0, 0))
+            readings[name] = Reading(usage.cpu_s, usage.memory_bytes, sent_bytes, received_bytes, name in pids)
+        return readings
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+class PlainMachines:
+    """This machine, as it is: every worker an ordinary process, behind the proxy."""
+
+    is_isolated = False
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        self._spec = spec
+        self._proxy = LinkProxy(spec.seed)
+        self._proxy.start()
+        self._cpu_s: dict[str, dict[int, float]] = {device.name: {} for device in spec.devices}  # of all its workers' lives
+
+    def inside(self, name: str) -> list[str]:
+        return []
+
+    listen = "tcp://127.0.0.1:0"
+
+    def connect(self, name: str, dispatcher: str) -> str:
+        return _through(self._proxy, self._spec.device(name), None, dispatcher)
+
+    def limit(self, name: str, cores: float | None) -> None:
+        raise AdaptError("the CPU share of a device cannot be changed without isolation")
+
+    def hurry(self, name: str) -> None:
+        """It has no share."""
+
+    settle = hurry
+
+    def rate(self, name: str, up_bytes_per_s: float | None, down_bytes_per_s: float | None) -> None:
+        raise AdaptError("the rate of a link cannot be changed without isolation")
+
+    def cut(self, name: str, direction: Literal["both", "up", "down"]) -> None:
+        self._proxy.cut(name, direction)
+
+    def proxy_of(self, name: str) -> LinkProxy:
+        return self._proxy
+
+    def restore(self, name: str) -> None:
+        self._proxy.restore(name)
+
+    def read(self, pids: Mapping[str, int]) -> dict[str, Reading]:
+        moved = self._proxy.counters()
+        readings = {}
+        for name, lives in self._cpu_s.items():
+            memory_bytes, pid = 0, pids.get(name)
+            if pid is not None:
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    process = psutil.Process(pid)
+                    memory_bytes, times = process.memory_info().rss, process.cpu_times()
+                    lives[pid] = times.user + times.system
+            sent_bytes, received_bytes = (moved[name, direction].carried_bytes for direction in ("up", "down"))
+            readings[name] = Reading(sum(lives.values()), memory_bytes, sent_bytes, received_bytes, pid is not None)
+        return readings
+
+    def close(self) -> None:
+        self._proxy.close()
+
+
+def _through(proxy: LinkProxy, device: DeviceSpec, namespace: Path | None, dispatcher: str) -> str:
+    host, _, port = dispatcher.removeprefix("tcp://").rpartition(":")
+    at = proxy.add(device.name, namespace=namespace, target=(host, int(port)), latency_s=device.latency_s, jitter_s=device.jitter_s)
+    return f"tcp://{at[0]}:{at[1]}"

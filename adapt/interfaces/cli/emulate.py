@@ -1,0 +1,188 @@
+"""adapt emulate: a cluster of unequal devices on this machine, for one command or until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from adapt.config import format_size
+from adapt.emulation import ownership, ready
+from adapt.emulation.cluster import EmulatedCluster
+from adapt.emulation.description import HOST, DeviceSpec
+from adapt.emulation.machines import FLOOR_BYTES
+from adapt.emulation.report import summary, write
+from adapt.errors import ConfigError
+from adapt.interfaces.cli.doors import FAILED, OK
+from adapt.interfaces.tables import print_table
+
+PLAIN_WIDTH = 120
+ABOUT = """\
+Run a cluster of unequal devices on this machine: CPU shares, memory, links and mishaps as a file describes them. A command after "--"
+finds the cluster by ADAPT_DISPATCHER; when it ends, the cluster ends, and its exit status is the one of adapt emulate. Without a command
+the cluster runs until Ctrl-C. The schedule of events begins when everything is ready.
+"""
+EPILOG = """\
+examples:
+  adapt emulate --list
+  adapt emulate pi3 -- python my_program.py
+  adapt emulate cluster.toml --seed 7 --out results -- python my_program.py
+"""
+
+
+def add_to(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "emulate",
+        help="a cluster of unequal devices on this machine",
+        usage="%(prog)s [options] CLUSTER [-- COMMAND ...]",
+        description=ABOUT,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("cluster", nargs="?", metavar="CLUSTER", help="a TOML file, or the name of a ready cluster")
+    parser.set_defaults(after=[])
+    parser.add_argument("--list", action="store_true", dest="is_list", help="show the ready clusters")
+    parser.add_argument("--clean", action="store_true", help="remove what emulations that were killed have left behind")
+    parser.add_argument("--seed", metavar="N", type=int, help="of random events and corrupted bytes (default: the file's)")
+    parser.add_argument("--time-scale", metavar="K", type=float, default=1.0, help="everything takes K times as long (default: 1)")
+    parser.add_argument(
+        "--no-isolation", action="store_true", help="ordinary processes, no limits of CPU, memory and rate; needs no rights"
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, help="write samples, events and a picture to this folder")
+    return parser
+
+
+def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """The command's exit status."""
+    if options.is_list:
+        return _list()
+    if options.clean:
+        return _clean()
+    if options.cluster is None:
+        raise ConfigError("which cluster? Give a TOML file or a name; adapt emulate --list shows those that come with ADAPT")
+    cluster = EmulatedCluster(options.cluster, seed=options.seed, time_scale=options.time_scale, is_isolated=not options.no_isolation)
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    console = _console()
+    try:
+        with cluster:
+            try:
+                _introduce(cluster, console)
+                cluster.play()
+                status = _run_command(options.after, cluster.address, environ) if options.after else _wait_for_ctrl_c()
+            except KeyboardInterrupt:
+                if options.after:
+                    raise
+                status = OK
+            finally:
+                _report(cluster, console, options.out)
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not leave half of it behind
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return status
+
+
+def _console() -> Console:
+    """Everything goes to standard error: standard output is the command's."""
+    console = Console(stderr=True)
+    return console if console.is_terminal else Console(stderr=True, width=PLAIN_WIDTH)
+
+
+def _as_interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _list() -> int:
+    for name, about in ready.names().items():
+        print(f"{name:<12} {about}")
+    return OK
+
+
+def _clean() -> int:
+    tags = ownership.leftovers()
+    for tag in tags:
+        ownership.clean(tag)
+        print(f"removed what emulation {tag} had left behind")
+    if not tags:
+        print("nothing was left behind")
+    return OK
+
+
+def _run_command(command: Sequence[str], address: str, environ: Mapping[str, str]) -> int:
+    """Ctrl-C reaches the command too, which is in our group; its end is waited for."""
+    try:
+        process = subprocess.Popen(command, env={**environ, "ADAPT_DISPATCHER": address})
+    except OSError as error:
+        raise ConfigError(f"{command[0]!r} cannot be run: {error.strerror}") from None
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise
+    if status < 0:
+        print(f"adapt emulate: the command was ended by {signal.Signals(-status).name}", file=sys.stderr)
+        return FAILED
+    return status
+
+
+def _wait_for_ctrl_c() -> int:
+    threading.Event().wait()
+    return OK
+
+
+# ── what is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _introduce(cluster: EmulatedCluster, console: Console) -> None:
+    spec = cluster.spec
+    said = [f"seed {spec.seed}", f"{len(cluster.events)} events"]
+    if spec.time_scale != 1.0:
+        said.append(f"everything takes {spec.time_scale:g} times as long")
+    if not cluster.is_isolated:
+        said.append("[yellow]no isolation: CPU, memory and rates are not limited[/yellow]")
+    console.print(f"[bold]{escape(spec.name)}[/bold]  {escape(spec.about)}\n{', '.join(said)}", highlight=False)
+    columns = ("device", "cores>", "stage budget>", "memory limit>", "up>", "down>", "latency>", "stands for")
+    print_table(console, "devices", columns, [_device(device, is_limited=cluster.is_isolated) for device in spec.devices])
+    console.print(f"dispatcher ready at {cluster.address}" + ("" if spec.dispatcher == HOST else f" on {spec.dispatcher}"), highlight=False)
+
+
+def _device(device: DeviceSpec, *, is_limited: bool) -> list[str]:
+    role = "" if device.has_worker else " (no worker)"
+    budget = device.memory_bytes
+    return [
+        escape(device.name) + role,
+        f"{device.cores:g}" if device.cores is not None and is_limited else "-",
+        format_size(budget) if budget is not None else "-",
+        format_size(budget + FLOOR_BYTES) if budget is not None and is_limited else "-",
+        _rate(device.up_bytes_per_s if is_limited else None),
+        _rate(device.down_bytes_per_s if is_limited else None),
+        f"{device.latency_s * 1e3:g} ms" + (f" + {device.jitter_s * 1e3:g}" if device.jitter_s else "") if device.latency_s else "-",
+        escape(device.board),
+    ]
+
+
+def _rate(bytes_per_s: float | None) -> str:
+    return "-" if bytes_per_s is None else f"{bytes_per_s * 8 / 1e6:g} Mbit/s"
+
+
+def _report(cluster: EmulatedCluster, console: Console, out: Path | None) -> None:
+    observation = cluster.observation()
+    columns, rows = summary(observation)
+    print_table(console, "what the devices used", columns, rows)
+    for event in observation.events:
+        if event.error is not None:
+            console.print(f"[yellow]{event.kind} of {event.device} at {event.at_s:g} s failed: {escape(event.error)}[/yellow]")
+    if out is not None:
+        written = write(observation, out)
+        console.print(f"written: {', '.join(os.fspath(path) for path in written)}", highlight=False, soft_wrap=True)

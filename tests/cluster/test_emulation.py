@@ -1,0 +1,226 @@
+"""An emulated cluster as its users see it: the library form and the command, with and without isolation."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import adapt
+from adapt.emulation import ownership
+from adapt.emulation.parse import parse
+from adapt.emulation.report import planned
+
+MISSING = ownership.missing_rights()
+isolated = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
+
+TRIO = """
+about = "three devices, one of them slow and far away"
+seed = 3
+[[device]]
+name = "pi"
+count = 2
+cores = 0.5
+memory = "64MiB"
+rate = "200 Mbit/s"
+[[device]]
+name = "far"
+cores = 0.4
+memory = "64MiB"
+rate = "50 Mbit/s"
+latency = "2 ms"
+jitter = "1 ms"
+[[event]]
+at = "0.2 s"
+device = "pi-2"
+kind = "crash"
+[[event]]
+at = "0.5 s"
+device = "far"
+kind = "stall"
+for = "0.5 s"
+[[event]]
+at = "0.8 s"
+device = "pi-2"
+kind = "join"
+"""
+
+
+class Layers(torch.nn.Sequential):
+    """Small, but of several stages."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(*(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU()) for _ in range(4)))
+        self.eval()
+
+
+@pytest.fixture(autouse=True)
+def nothing_remains() -> Iterator[None]:
+    """After each test there are no namespaces and no groups of emulations that were not there before."""
+    before = _traces()
+    yield
+    assert _traces() == before
+
+
+def _traces() -> set[str]:
+    traces = {path.name for path in Path("/run/netns").glob("adapt-*")} if Path("/run/netns").is_dir() else set()
+    traces |= {str(path) for root in ("cpu", "memory", ".") for path in Path("/sys/fs/cgroup", root).glob("adapt-*")}
+    return traces | {name for name in psutil.net_if_addrs() if name.startswith("adapt")}
+
+
+def _equal_answers(cluster: adapt.EmulatedCluster, count: int, *, stages: int = 3) -> None:
+    module, inputs = Layers(), torch.randn(count, 1, 64, generator=torch.Generator().manual_seed(1))
+    with adapt.Client(cluster.address) as client, torch.inference_mode():
+        model = client.deploy(module, example_inputs=(inputs[0],), stages=stages, name="layers")
+        for x, y in zip(inputs, model.map(iter(inputs), in_flight=8, deadline_s=60.0), strict=True):
+            assert torch.equal(y, module(x))
+
+
+@isolated
+def test_devices_answer_as_the_module_does_while_one_dies_and_one_stalls(tmp_path: Path) -> None:
+    with adapt.EmulatedCluster(parse(TRIO, name="trio"), directory=tmp_path) as cluster:
+        assert [device.name for device in cluster.workers] == ["pi-1", "pi-2", "far"]
+        pids = [device.pid for device in cluster.workers]
+        own = os.stat("/proc/self/ns/net").st_ino
+        assert len({own, *(os.stat(f"/proc/{pid}/ns/net").st_ino for pid in pids)}) == 4  # every device has a network of its own
+        cluster.play()
+        _equal_answers(cluster, 200)
+        assert cluster.wait_played(30)
+        seen = cluster.observation()
+        assert [(event.kind, event.device, event.error) for event in seen.events] == [
+            ("crash", "pi-2", None), ("stall", "far", None), ("join", "pi-2", None), ("restore", "far", None),
+        ]  # fmt: skip
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_without_isolation_it_needs_no_rights_and_says_so() -> None:
+    with adapt.EmulatedCluster(parse(TRIO, name="trio"), is_isolated=False) as cluster:
+        cluster.play()
+        _equal_answers(cluster, 50)
+        assert cluster.wait_played(30)
+        assert [event.error for event in cluster.observation().events] == [None] * 4
+        with pytest.raises(adapt.AdaptError, match="without isolation"):
+            cluster.device("pi-1").slow(0.1)
+
+
+def test_what_cannot_be_is_refused_before_anything_starts() -> None:
+    spec = parse(TRIO, name="trio")
+    with pytest.raises(adapt.ConfigError, match=r"expected the name of a device"):
+        adapt.EmulatedCluster(spec, is_isolated=False, proxied=["nobody"])
+    with pytest.raises(adapt.ConfigError, match="no such"):
+        adapt.EmulatedCluster("no-such-cluster")
+
+
+@isolated
+def test_more_speed_than_there_is_is_refused_with_the_arithmetic() -> None:
+    spec = parse(TRIO, name="trio")
+    greedy = replace(spec, devices=tuple(replace(device, cores=float(psutil.cpu_count() or 1)) for device in spec.devices))
+    with pytest.raises(adapt.ConfigError, match="--time-scale"):
+        adapt.EmulatedCluster(greedy)
+
+
+@isolated
+def test_one_seed_gives_one_event_log() -> None:
+    text = TRIO + '[[random]]\nkinds = ["stop", "cut"]\ndevices = ["pi-*"]\nevery = "0.3 s"\nfor = "0.1 s"\nfrom = "1 s"\nuntil = "2.5 s"\n'
+    logs = []
+    for _ in range(2):
+        with adapt.EmulatedCluster(parse(text, name="trio"), seed=11) as cluster:
+            cluster.play()
+            assert cluster.wait_played(30)
+            logs.append(planned(cluster.observation().events))
+    assert logs[0] == logs[1]
+    assert len(logs[0]) > 6
+
+
+@isolated
+def test_bytes_and_cpu_are_seen() -> None:
+    with adapt.EmulatedCluster(parse(TRIO, name="trio")) as cluster:
+        _equal_answers(cluster, 100)
+        used = {name: samples[-1] for name, samples in cluster.observation().samples.items()}
+    assert set(used) == {"pi-1", "pi-2", "far"}
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PROGRAM = """
+import adapt, numpy as np, torch
+torch.manual_seed(0)
+module = torch.nn.Linear(8, 8).eval()
+x = torch.ones(1, 8)
+with adapt.Client() as client, torch.inference_mode():
+    print("equal", torch.equal(client.deploy(module, example_inputs=(x,), name="l")(x), module(x)))
+raise SystemExit(3)
+"""
+
+
+def _adapt(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "adapt.interfaces.cli.main", *arguments], capture_output=True, text=True, timeout=100, **options
+    )  # type: ignore[call-overload]
+
+
+@isolated
+def test_a_command_finds_the_cluster_and_its_status_is_ours(tmp_path: Path) -> None:
+    (tmp_path / "trio.toml").write_text(TRIO)
+    out = tmp_path / "out"
+    done = _adapt("emulate", str(tmp_path / "trio.toml"), "--out", str(out), "--", sys.executable, "-c", PROGRAM)
+    assert (done.returncode, done.stdout) == (3, "equal True\n"), done.stderr
+    assert "Mbit/s" in done.stderr and "64MiB" in done.stderr
+    record = json.loads((out / "observation.json").read_text())
+    assert record["is_isolated"] is True and (out / "samples.csv").stat().st_size > 0
+
+
+def test_the_ready_clusters_are_listed() -> None:
+    done = _adapt("emulate", "--list")
+    assert done.returncode == 0
+    assert {"defer8", "pi3", "mixed4", "adapt4", "seifer-20"} <= {line.split()[0] for line in done.stdout.splitlines()}
+
+
+@isolated
+@pytest.mark.slow
+def test_what_a_killed_emulation_leaves_is_cleaned_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "trio.toml").write_text(TRIO)
+    before = _traces()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "adapt.interfaces.cli.main", "emulate", str(tmp_path / "trio.toml")], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "dispatcher ready" in line:
+            break
+    assert len(_traces()) > len(before)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    began = time.monotonic()
+    done = _adapt("emulate", "--clean")
+    assert done.returncode == 0 and "removed" in done.stdout
+    assert time.monotonic() - began < 20
+    assert _traces() == before
+
+
+@isolated
+@pytest.mark.slow
+def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
+    (tmp_path / "trio.toml").write_text(TRIO)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "adapt.interfaces.cli.main", "emulate", str(tmp_path / "trio.toml")], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "dispatcher ready" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
