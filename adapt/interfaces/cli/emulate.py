@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,12 +23,16 @@ from adapt.emulation import ownership, ready
 from adapt.emulation.cluster import EmulatedCluster
 from adapt.emulation.description import HOST, DeviceSpec
 from adapt.emulation.machines import FLOOR_BYTES
+from adapt.emulation.observation import Observation
+from adapt.emulation.plot import draw
 from adapt.emulation.report import summary, write
 from adapt.errors import ConfigError
 from adapt.interfaces.cli.doors import FAILED, OK
 from adapt.interfaces.tables import print_table
 
 PLAIN_WIDTH = 120
+NOTHING = "-"
+PICTURE, LOGS = "picture.png", "{}.log"
 ABOUT = """\
 Run a cluster of unequal devices on this machine: CPU shares, memory, links and mishaps as a file describes them. A command after "--"
 finds the cluster by ADAPT_DISPATCHER; when it ends, the cluster ends, and its exit status is the one of adapt emulate. Without a command
@@ -58,7 +64,7 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-isolation", action="store_true", help="ordinary processes, no limits of CPU, memory and rate; needs no rights"
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="write samples, events and a picture to this folder")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="write samples, events, a picture and the logs to this folder")
     return parser
 
 
@@ -151,29 +157,37 @@ def _introduce(cluster: EmulatedCluster, console: Console) -> None:
         said.append(f"everything takes {spec.time_scale:g} times as long")
     if not cluster.is_isolated:
         said.append("[yellow]no isolation: CPU, memory and rates are not limited[/yellow]")
-    console.print(f"[bold]{escape(spec.name)}[/bold]  {escape(spec.about)}\n{', '.join(said)}", highlight=False)
-    columns = ("device", "cores>", "stage budget>", "memory limit>", "up>", "down>", "latency>", "stands for")
-    print_table(console, "devices", columns, [_device(device, is_limited=cluster.is_isolated) for device in spec.devices])
+    console.print(f"[bold]{escape(spec.name)}[/bold]  {escape(spec.about)}".rstrip() + f"\n{', '.join(said)}", highlight=False)
+    print_table(console, "devices", *_devices(spec.devices, is_limited=cluster.is_isolated))
     console.print(f"dispatcher ready at {cluster.address}" + ("" if spec.dispatcher == HOST else f" on {spec.dispatcher}"), highlight=False)
 
 
-def _device(device: DeviceSpec, *, is_limited: bool) -> list[str]:
-    role = "" if device.has_worker else " (no worker)"
+def _devices(devices: Sequence[DeviceSpec], *, is_limited: bool) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows. Neighbours that are alike but for their names share a row, and a column that says nothing is left out."""
+    columns = ["device", "cores>", "stage budget>", "memory limit>", "up>", "down>", "latency>", "stands for"]
+    rows = []
+    for facts, alike in groupby(devices, key=lambda device: _facts(device, is_limited=is_limited)):
+        names = [device.name for device in alike]
+        rows.append([escape(names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})"), *facts])
+    kept = [place for place in range(len(columns)) if any(row[place] not in (NOTHING, "") for row in rows)]
+    return [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
+
+
+def _facts(device: DeviceSpec, *, is_limited: bool) -> list[str]:
     budget = device.memory_bytes
     return [
-        escape(device.name) + role,
-        f"{device.cores:g}" if device.cores is not None and is_limited else "-",
-        format_size(budget) if budget is not None else "-",
-        format_size(budget + FLOOR_BYTES) if budget is not None and is_limited else "-",
+        f"{device.cores:g}" if device.cores is not None and is_limited else NOTHING,
+        format_size(budget) if budget is not None else NOTHING,
+        format_size(budget + FLOOR_BYTES) if budget is not None and is_limited else NOTHING,
         _rate(device.up_bytes_per_s if is_limited else None),
         _rate(device.down_bytes_per_s if is_limited else None),
-        f"{device.latency_s * 1e3:g} ms" + (f" + {device.jitter_s * 1e3:g}" if device.jitter_s else "") if device.latency_s else "-",
-        escape(device.board),
+        f"{device.latency_s * 1e3:g} ms" + (f" + {device.jitter_s * 1e3:g}" if device.jitter_s else "") if device.latency_s else NOTHING,
+        escape(device.board if device.has_worker else f"{device.board} (no worker)".strip()),
     ]
 
 
 def _rate(bytes_per_s: float | None) -> str:
-    return "-" if bytes_per_s is None else f"{bytes_per_s * 8 / 1e6:g} Mbit/s"
+    return NOTHING if bytes_per_s is None else f"{bytes_per_s * 8 / 1e6:g} Mbit/s"
 
 
 def _report(cluster: EmulatedCluster, console: Console, out: Path | None) -> None:
@@ -184,5 +198,16 @@ def _report(cluster: EmulatedCluster, console: Console, out: Path | None) -> Non
         if event.error is not None:
             console.print(f"[yellow]{event.kind} of {event.device} at {event.at_s:g} s failed: {escape(event.error)}[/yellow]")
     if out is not None:
-        written = write(observation, out)
+        written = [*write(observation, out), *_drawn(observation, out)]
+        for file in cluster.directory.glob("*.log"):
+            shutil.copy(file, out / LOGS.format(file.stem))
+        written.append(out / LOGS.format("*"))
         console.print(f"written: {', '.join(os.fspath(path) for path in written)}", highlight=False, soft_wrap=True)
+
+
+def _drawn(observation: Observation, out: Path) -> list[Path]:
+    try:
+        return [draw(observation, out / PICTURE)]
+    except ConfigError as error:  # a picture is worth no failure
+        print(f"adapt emulate: {error}", file=sys.stderr)
+        return []
