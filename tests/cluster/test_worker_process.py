@@ -171,7 +171,15 @@ def test_a_worker_holds_its_stage_in_the_mapped_file_and_little_else(tmp_path, q
                     done = await dispatcher.take(msg.StageDone)
                     dispatcher.send(msg.StageAck(attempts=[done.attempt]))
             await dispatcher.take(msg.StageDone)
-            assert anonymous_bytes(process.pid) - floor <= 50 << 20
+            peak = anonymous_bytes(process.pid) - floor
+            assert peak <= 80 << 20
+            dispatcher.got[:] = [message for message in dispatcher.got if not isinstance(message, msg.Heartbeat)]
+            for _ in range(400):  # at times it gives back what it has gathered
+                await dispatcher.take(msg.Heartbeat)
+                rest = anonymous_bytes(process.pid) - floor
+                if rest <= 30 << 20:
+                    break
+            assert rest <= 30 << 20, (peak, rest)
             assert mapped_files(process.pid) == {str(tmp_path / "cache" / f"{stage.digest}.safetensors")}
 
     run(test)
