@@ -87,7 +87,7 @@ class EmulatedDevice:
             self.process.begin_again()
 
     def settle(self) -> None:
-        """Wait until its worker is ready; from then on it has its CPU share. Before, it is as fast as this machine: loading is not the test."""
+        """Wait until its worker is ready; from then on it has its CPU share. Before, it has all that the others leave."""
         self._worker.wait_ready()
         self._machines.settle(self.name)
 

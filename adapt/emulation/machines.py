@@ -51,7 +51,7 @@ class Machines(Protocol):
         """From now on its CPU share is this; None: no limit."""
 
     def hurry(self, name: str) -> None:
-        """Until `settle` it is as fast as this machine: a worker starts, and to import torch is not the test."""
+        """Until `settle` it has what the others leave: a worker starts, and to import torch is not the test."""
 
     def settle(self, name: str) -> None:
         """From now on it has the CPU share that it is described with."""
@@ -87,6 +87,7 @@ class IsolatedMachines:
     def __init__(self, spec: ClusterSpec, proxied: Iterable[str]) -> None:
         self._spec, self._proxied = spec, {*proxied, *(device.name for device in spec.devices if device.latency_s or device.jitter_s)}
         self._groups_of: dict[str, Group] = {}
+        self._has_begun = False  # shares are in force
         with contextlib.ExitStack() as stack:
             self._claim: Claim = stack.enter_context(contextlib.closing(claim()))
             self._network = stack.enter_context(contextlib.closing(Network(self._claim.tag, self._claim.subnet)))
@@ -133,10 +134,14 @@ class IsolatedMachines:
         self._groups_of[name].limit_cores(cores)
 
     def hurry(self, name: str) -> None:
-        self.limit(name, None)
+        """At the beginning there are no shares yet to be respected."""
+        own, others = self._spec.device(name).cores, [device.cores or 0.0 for device in self._spec.devices if device.name != name]
+        left = (psutil.cpu_count() or 1) - sum(others)
+        self.limit(name, max(own, left) if own is not None and self._has_begun else None)
 
     def settle(self, name: str) -> None:
         self._groups_of[name].begin_limit()
+        self._has_begun = True
 
     def rate(self, name: str, up_bytes_per_s: float | None, down_bytes_per_s: float | None) -> None:
         self._network.shape(name, up_bytes_per_s, down_bytes_per_s)

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from adapt.emulation.description import Kind
+from adapt.emulation.parse import parse
+from adapt.emulation.schedule import expand
+
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
@@ -21,3 +25,11 @@ def test_the_programs_in_the_readme_run(tmp_path, index, output):
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=110, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(output)
+
+
+def test_the_cluster_in_the_readme_is_ten_lines_and_right():
+    (text,) = re.findall(r"```toml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    spec = parse(text, name="home")
+    assert len(text.splitlines()) == 10
+    assert [device.name for device in spec.devices] == ["pi-1", "pi-2", "pi-3", "jetson"]
+    assert {event.kind for event in expand(spec)} >= {Kind.CRASH, Kind.JOIN, Kind.CUT, Kind.SLOW, Kind.STOP}
