@@ -458,6 +458,7 @@ class WorkerConfig(_Settings):
     credit: int = _setting(_COUNT, "most tasks accepted at a time; it gets two, and more only while they are short", 32)
     max_message_bytes: int = _setting(_BYTES, "largest message that is accepted", 256 * MEBIBYTE)
     drain_timeout_s: float = _setting(_SECONDS, "longest wait for the running task after SIGTERM or SIGINT", 30.0)
+    hang_timeout_s: float = _setting(_SECONDS, "a computation longer than this that nobody waits for any more hangs: begin anew", 30.0)
 
     @classmethod
     def table(cls) -> str:

@@ -167,6 +167,7 @@ class Executor:
         self._lock = threading.Lock()
         self._outbox: list[Event] = []  # under the lock; not empty: the loop has been called
         self._unsaid: list[Event] = []  # of the compute thread; said together with what it does next
+        self._computing: Work | None = None
         self._took: dict[str, tuple[float, int]] = {}  # seconds that each stage took last, and for how many elements at most, by artifact
         self._at_once_s = at_once_s if device == "cpu" and threads == 1 else 0.0
         self._soon: deque[Work] = deque()  # run on the loop, in a moment
@@ -187,6 +188,14 @@ class Executor:
     def progress(self) -> int:
         """Grows with every step of every work; one that stands still while work is held hangs."""
         return self._progress
+
+    def hanging_s(self, limit_s: float) -> float | None:
+        """How long something has been computing that nobody waits for any more, if that is more than the limit. On any thread."""
+        work, now = self._computing, self._clock()
+        if work is None or now - work.began_at <= limit_s:
+            return None
+        is_wanted = not work.is_cancelled and now - work.arrived_at < work.order.budget_s
+        return None if is_wanted else now - work.began_at
 
     def submit(self, order: RunStage, blobs: tuple[Blob, ...], stage: RunnableStage) -> Work:
         """Take an attempt; its end is told by `notify`, unless `cancel` tells."""
@@ -290,11 +299,14 @@ class Executor:
         if not self._begin(work, events):
             return
         started_at = self._clock()
+        self._computing = work
         try:
             outputs = work.stage.run(work.take_inputs())
         except Exception as error:  # foreign code: the model, and torch below it
             self._end(work, Failed(work, _as_adapt_error(error)), events)
             return
+        finally:
+            self._computing = None
         work.compute_s = self._clock() - started_at
         self._remember(work)
         self._progress += 1

@@ -54,6 +54,7 @@ from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.executor import Begun, Cancelled, Crashed, Done, Event, Executor, Failed, RunnableStage, State, Work
 from adapt.runtime.link import LinkEvent, LinkReceived, LinkRefused, PeerLink, SessionLost, SessionOpened
 from adapt.runtime.stages import ResidentStages
+from adapt.runtime.watchdog import Watchdog
 from adapt.scheduling.holdings import Answer, Holdings, Kept, Verdict
 from adapt.version import VERSION
 
@@ -76,6 +77,7 @@ class Worker:
     Args:
         load_stage: makes a stage of a verified file; by default the interpreter. A seam for tests of faults.
         announce: is given the line that says the worker is ready; by default it is printed.
+        on_hang: begins the process anew, as a computation hangs; called on another thread, with what to say. None: nothing is done then.
 
     Raises:
         ConfigError: there is no such device, or the cache directory cannot be written to.
@@ -88,12 +90,13 @@ class Worker:
         clock: Clock = monotonic,
         load_stage: Callable[[Path], RunnableStage] | None = None,
         announce: Callable[[str], None] | None = None,
+        on_hang: Callable[[str], None] | None = None,
     ) -> None:
         devices.share_one_heap()
         self._config, self._clock = config, clock
         self._device = devices.choose_device(config.device)
         self._facts = devices.device_facts(self._device, threads=config.threads)
-        self._announce = announce or _print_line
+        self._announce, self._on_hang = announce or _print_line, on_hang
         self._incarnation = secrets.randbits(63)
         self._store = ArtifactStore(config.cache_dir)
         self._load_stage = load_stage or self._interpreted
@@ -106,6 +109,7 @@ class Worker:
         self._floor_bytes = 0  # what the runtime takes, once it is ready
         self._keep_until = 0.0  # freed memory is not given back before
         self._tasks: set[asyncio.Task[None]] = set()
+        self._watchdog: Watchdog | None = None
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -154,6 +158,7 @@ class Worker:
             loop.add_signal_handler(signal.SIGINT, self._interrupted)
         try:
             await self._executor.start()
+            self._watch()
             self._link.start()
             self._spawn(self._beat(), "worker-heartbeat")
             return await self._ended
@@ -163,11 +168,21 @@ class Worker:
                 loop.remove_signal_handler(signal.SIGTERM)
                 loop.remove_signal_handler(signal.SIGINT)
 
+    def _watch(self) -> None:
+        if self._on_hang is not None:
+            self._watchdog = Watchdog(self._executor, limit_s=self._config.hang_timeout_s, on_hang=self._on_hang)
+            self._watchdog.start()
+
+    def _end_watch(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.close()
+
     def drain(self) -> None:
         """Hand back what has not begun, finish and deliver what has, say goodbye, end. A second call changes nothing."""
         if self._is_draining:
             return
         self._is_draining = True
+        self._end_watch()  # it does not begin anew any more
         handed_back = [attempt for attempt, work in self._works.items() if self._executor.withdraw(work)]
         for attempt in handed_back:
             self._let_go(attempt)
@@ -202,6 +217,7 @@ class Worker:
             self._ended.set_exception(error)
 
     async def _close(self) -> None:
+        self._end_watch()
         for task in self._tasks:
             task.cancel()
         await self._stages.close()

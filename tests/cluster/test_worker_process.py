@@ -43,6 +43,7 @@ WORKER_PROCESS = """
 import asyncio, sys
 from pathlib import Path
 from adapt.config import WorkerConfig
+from adapt.interfaces.cli.worker import begin_anew
 from adapt.runtime.worker import Worker
 
 class FifoStage:  # runs until somebody has written into the fifo
@@ -51,9 +52,11 @@ class FifoStage:  # runs until somebody has written into the fifo
             fifo.read()
         return inputs
 
-config = WorkerConfig(dispatcher=sys.argv[1], name="w1", device="cpu", memory_limit_bytes=1 << 30, cache_dir=Path(sys.argv[2]))
+config = WorkerConfig(
+    dispatcher=sys.argv[1], name="w1", device="cpu", memory_limit_bytes=1 << 30, cache_dir=Path(sys.argv[2]), hang_timeout_s=0.4
+)
 load_stage = (lambda path: FifoStage()) if sys.argv[3] else None
-sys.exit(asyncio.run(Worker(config, load_stage=load_stage).run()))
+sys.exit(asyncio.run(Worker(config, load_stage=load_stage, on_hang=begin_anew).run()))
 """
 
 
@@ -106,6 +109,50 @@ def test_sigterm_drains_a_real_process(scene):
             dispatcher.send(msg.StageAck(attempts=[attempt(1)]))
             await dispatcher.take(msg.Goodbye)
             assert await asyncio.wait_for(process.wait(), WAIT_S) == 0
+
+    run(test)
+
+
+def test_a_process_whose_stage_hangs_begins_anew(scene):
+    async def test():
+        async with gated_process(scene) as (process, dispatcher):
+            scene.run_stage(1, budget_s=3600.0)
+            await dispatcher.take(msg.Begun)
+            await dispatcher.quiet()
+            assert not dispatcher.of(msg.WorkerHello), "somebody waits for it: it may take as long as it likes"
+            dispatcher.send(msg.CancelStage(attempt=attempt(1)))
+            hello = await dispatcher.attached()
+            assert hello.held == hello.finished == hello.resident == []
+            dispatcher.send(msg.LoadStage(artifact=scene.digest, file_bytes=scene.file_bytes))
+            await dispatcher.take(msg.StageLoaded)
+            assert process.returncode is None, "it is the same process"
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.wait_for(process.wait(), WAIT_S) == 0
+
+    run(test)
+
+
+def test_one_whose_budget_is_spent_hangs_too(scene):
+    async def test():
+        async with gated_process(scene) as (_, dispatcher):
+            scene.run_stage(1, budget_s=0.2)
+            await dispatcher.take(msg.Begun)
+            assert (await dispatcher.attached()).held == []
+
+    run(test)
+
+
+def test_one_that_drains_does_not_begin_anew(scene):
+    async def test():
+        async with gated_process(scene) as (process, dispatcher):
+            scene.run_stage(1)
+            await dispatcher.take(msg.Begun)
+            process.send_signal(signal.SIGTERM)
+            await dispatcher.take(msg.Draining)
+            dispatcher.send(msg.CancelStage(attempt=attempt(1)))
+            for _ in range(30):  # three times as long as a hanging one would be left
+                await dispatcher.take(msg.Heartbeat)
+            assert not dispatcher.of(msg.WorkerHello)
 
     run(test)
 

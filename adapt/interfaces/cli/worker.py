@@ -20,6 +20,7 @@ EPILOG = """\
 A flag goes over its ADAPT_* variable (--cache-dir: ADAPT_CACHE_DIR), that over the file, that over the default.
 When the dispatcher knows it, it prints one line on standard output: adapt-worker ready name=NAME ... pid=N
 The first SIGTERM or SIGINT hands back what has not begun and finishes the rest; a second SIGINT stops at once.
+A computation that hangs cannot be ended: then the process begins anew, with the same id (--hang-timeout).
 Exit status: 0 after a drain, 1 for a runtime error, 2 for a wrong configuration, 130 after a second SIGINT.
 """
 
@@ -49,7 +50,13 @@ async def _run(config: WorkerConfig) -> int:
     from adapt.runtime.worker import Worker  # torch takes a second: --help and a wrong flag do not wait for it
 
     spare_the_collector()
-    return await Worker(config).run()
+    return await Worker(config, on_hang=begin_anew).run()
+
+
+def begin_anew(words: str) -> None:
+    """The same process from its start: whoever supervises it need not notice. What hangs goes, with all connections."""
+    print(f"{PROGRAM}: {words}", file=sys.stderr, flush=True)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 if __name__ == "__main__":

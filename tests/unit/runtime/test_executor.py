@@ -575,6 +575,34 @@ def test_a_compressed_bomb_is_bounded_over_all_tensors():
     run(test)
 
 
+def test_what_computes_long_hangs_only_when_nobody_waits_for_it():
+    async def test():
+        now = 0.0
+        async with Harness(clock=lambda: now) as harness:
+            stage = GatedStage()
+            assert harness.executor.hanging_s(5.0) is None
+            first = harness.submit(stage, 1, small(), budget_s=60.0)
+            second = harness.submit(stage, 2, small(), budget_s=60.0)
+            await stage.reached(0)
+            now = 59.0
+            assert harness.executor.hanging_s(5.0) is None
+            now = 61.0
+            assert harness.executor.hanging_s(5.0) == 61.0 and harness.executor.hanging_s(61.0) is None
+            stage.gates[0].set()
+            await harness.event(Done, first)
+            assert harness.executor.hanging_s(5.0) is None, "the other is too late to begin"
+            third = harness.submit(stage, 3, small(), budget_s=60.0)
+            await stage.reached(1)
+            now = 67.0
+            harness.executor.cancel(third)
+            assert harness.executor.hanging_s(5.0) == 6.0
+            stage.gates[1].set()
+            await harness.event(Cancelled, third)
+            assert harness.kinds(second) == [Failed]
+
+    run(test)
+
+
 def test_times_tell_waiting_from_computing():
     now = [0.0]
 
