@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from adapt.scheduling.requests import Request
 
 StageKey: TypeAlias = tuple[str, int, int]  # deployment, number of its version, stage
+_LAST = (math.inf, 0)
 Entry: TypeAlias = tuple[float, int, int, Request]  # deadline, arrival, ticket, request
 
 
@@ -53,9 +55,24 @@ class StageQueues:
         self._awake.update(self._heaps)
 
     def next_awake(self) -> StageKey | None:
-        """The stage to look at next, which sleeps from now on: later stages first."""
-        if not self._awake:
-            return None
-        key = max(self._awake, key=lambda k: (k[2], k))
+        """The stage to look at next, which sleeps from now on: later stages first, of those alike the one whose first request is."""
+        if len(self._awake) < 2:
+            return self._awake.pop() if self._awake else None
+        key = min(self._awake, key=lambda k: (-k[2], self._first(k), k))
         self._awake.discard(key)
         return key
+
+    def turn_ends(self, key: StageKey) -> tuple[float, int]:
+        """The place in line, deadline and arrival, from which on another awake stage as late as this one comes first."""
+        return min((self._first(other) for other in self._awake if other[2] == key[2] and other != key), default=_LAST)
+
+    def wake_again(self, key: StageKey) -> None:
+        """The stage has more for whoever has room; others come first."""
+        self._awake.add(key)
+
+    def _first(self, key: StageKey) -> tuple[float, int]:
+        """The place in line of the stage's first request."""
+        heap = self._heaps.get(key, [])
+        while heap and heap[0][3].ticket != heap[0][2]:
+            heapq.heappop(heap)
+        return heap[0][:2] if heap else _LAST

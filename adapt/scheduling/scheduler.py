@@ -630,11 +630,15 @@ class Scheduler:
             self._pump_stage(key, now)
 
     def _pump_stage(self, key: StageKey, now: float) -> None:
-        put_back = []
+        put_back, turn_ends = [], self._queues.turn_ends(key)
         waiting_s: dict[WorkerId, float] = {}  # backlog of those in this queue that rather wait for a better worker
         usual: list[Member] | None = None  # whoever may run a request that is not choosy
         while (entry := self._queues.pop(key)) is not None:
             request = entry[3]
+            if entry[:2] > turn_ends and not put_back:  # else it would have its turn for ever
+                put_back.append(entry)
+                self._queues.wake_again(key)
+                break
             if request.is_choosy:
                 eligible = self._eligible(request, now)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hypothesis import given
@@ -19,6 +20,10 @@ class Waiting:
     deadline: int
     arrival: int
     ticket: int = 0
+
+
+def first_of(waiting: list[Waiting]) -> tuple[float, int]:
+    return min(((one.deadline, one.arrival) for one in waiting), default=(math.inf, 0))
 
 
 STEPS = st.lists(
@@ -68,7 +73,7 @@ def test_what_waits_comes_out_once_in_order(steps):
                 queues.wake(lambda asked, key=key: asked == key)
                 awake |= {key} if waiting[key] else set()
             case "next":
-                last = max(awake, key=lambda asked: (asked[2], asked), default=None)
+                last = min(awake, key=lambda asked: (-asked[2], first_of(waiting[asked]), asked), default=None)
                 found = queues.next_awake()
                 while found != last:  # a queue may be looked at in vain, never be overlooked
                     assert found is not None and not waiting[found]
@@ -85,7 +90,17 @@ def test_later_stages_come_first():
     queues = StageQueues()
     for key in KEYS:
         queues.push(key, Waiting(1, 1))
-    assert [queues.next_awake() for _ in range(4)] == [("a", 1, 1), ("b", 1, 0), ("a", 1, 0), None]
+    assert [queues.next_awake() for _ in range(4)] == [("a", 1, 1), ("a", 1, 0), ("b", 1, 0), None]
+
+
+def test_of_stages_alike_the_one_whose_first_request_is_first_comes_first():
+    queues = StageQueues()
+    queues.push(KEYS[0], Waiting(3, 1))
+    queues.push(KEYS[2], Waiting(2, 2))
+    queues.push(KEYS[0], Waiting(5, 3))
+    assert queues.next_awake() == KEYS[2]
+    assert queues.turn_ends(KEYS[2]) == (3, 1)
+    assert queues.turn_ends(KEYS[1]) == (math.inf, 0), "no other stage is as late as this"
 
 
 def test_a_request_that_is_queued_again_has_one_place():

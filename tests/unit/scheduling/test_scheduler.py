@@ -480,6 +480,23 @@ def test_a_better_worker_is_waited_for_only_if_that_is_worth_it(saved_s, is_wait
     assert sent == ([("fast", first)] if is_waited_for else [("fast", first), ("slow", second)])
 
 
+@pytest.mark.parametrize("names", ["az", "za"])
+def test_deployments_that_share_a_worker_take_turns(names):
+    """By deadline, then by arrival; what a deployment is called is nobody's business."""
+    cluster = a_cluster("w1")
+    for name in names:
+        cluster.deploy("w1", name=name)
+    cluster.taken()
+    requests = [cluster.submit(name=names[n % 2]) for n in range(6)]
+    urgent = cluster.submit(name=names[1], budget_s=50.0)
+    sent = cluster.sent()
+    for number in range(7):
+        cluster.wait(1)
+        cluster.finish(sent[number])
+        sent += cluster.sent()
+    assert [one.request for one in sent] == [*requests[:2], urgent, *requests[2:]]
+
+
 def test_a_worker_whose_way_was_long_once_is_tried_again_after_a_rest():
     cluster = a_cluster("far", "near")
     began = cluster.now
