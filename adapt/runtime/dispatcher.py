@@ -709,6 +709,7 @@ def _settings(config: DispatcherConfig) -> SchedulerSettings:
             open_above=config.breaker_above,
             decay_per_s=config.breaker_decay,
         ),
+        hedge_share=config.hedge_share,
         tokens=TokenSettings(most=config.retry_tokens, per_request=config.retry_tokens_per_request, per_s=config.retry_tokens_per_s),
     )
 

@@ -34,6 +34,7 @@ class Request:
     arrival: int  # order among all requests
     activation: Activation  # input of the current stage
     generation: int = 1  # no other start of a request has it
+    input: Activation | None = None  # kept by an exact request that has gone on to later stages
     stage: int = 0
     ticket: int = 0  # of its valid place in a queue; 0: not queued
     attempts: dict[int, Attempt] = field(default_factory=dict)  # of the current stage, by number
@@ -59,6 +60,11 @@ class Request:
         return bool(self.attempts or self.failed_on or self.numeric_class)
 
     @property
+    def retained_bytes(self) -> int:
+        """Of its activation, and of its input if that is kept."""
+        return self.activation.size_bytes + (self.input.size_bytes if self.input is not None else 0)
+
+    @property
     def task(self) -> TaskId:
         return TaskId(self.request_id, self.generation, self.stage)
 
@@ -77,8 +83,19 @@ class Request:
 
     def advance(self, activation: Activation) -> None:
         """Go on to the next stage with its input."""
-        self.activation = activation
-        self.stage += 1
+        if self.exact and self.input is None:
+            self.input = self.activation
+        self._enter(self.stage + 1, activation)
+
+    def start_again(self, generation: int) -> None:
+        """From the input on; an exact request has kept it. What it was computed in so far is forgotten."""
+        assert self.input is not None, "only exact requests keep their input"
+        self.generation = generation
+        self.numeric_classes.clear()
+        self._enter(0, self.input)
+
+    def _enter(self, stage: int, activation: Activation) -> None:
+        self.activation, self.stage = activation, stage
         self.failures = 0
         self.model_error = None
         self.ticket = 0

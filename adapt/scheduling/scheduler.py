@@ -32,7 +32,6 @@ from adapt.errors import (
     DeadlineExceededError,
     ModelError,
     OverloadedError,
-    PlanError,
     PoisonError,
     StageNotResidentError,
     WireError,
@@ -46,7 +45,7 @@ from adapt.scheduling.deadlines import Deadlines, earliest
 from adapt.scheduling.liveness import Liveness, Verdict
 from adapt.scheduling.policies import POLICIES, Candidate, Rank
 from adapt.scheduling.qos import Breaker, QosSettings, usable
-from adapt.scheduling.queues import StageKey, StageQueues
+from adapt.scheduling.queues import Entry, StageKey, StageQueues
 from adapt.scheduling.requests import Attempt, Ended, EndedRequests, Request
 from adapt.scheduling.residency import LiveVersion, Residency
 from adapt.scheduling.roster import Member, Roster, Slot
@@ -60,6 +59,7 @@ MEMBER_MEMORY_S = 600.0  # how long a lost worker is shown
 CENSORED = 2.0  # an attempt that was given up is learned from as if it had taken so many times as long
 REGAINED_SHARE = 0.05  # a worker that rests is thought to be nearer by so much of its rest: else one bad moment would keep it resting
 PATIENCE = 2.0  # times what is usual, before another worker is asked
+MOST_HEDGES = 10.0  # at once, after a time without any
 POISONED = 3  # deaths of workers that make a request the cause
 SAID_S = 0.01  # of what should take longer, a worker says that it has begun
 WORTH_S = 0.01  # a better worker is waited for if that saves more than this
@@ -77,6 +77,7 @@ class SchedulerSettings:
     min_attempt_timeout_s: float = 2.0
     load_timeout_s: float = 60.0  # without progress
     client_grace_s: float = 10.0  # without a connection for so long, a client's requests are cancelled
+    hedge_share: float = 0.0  # of tasks that may be given to a second worker because the first is slower than usual
     max_failures: int = 8  # of one stage of one request, losses included
     max_budget_s: float = 3600.0
     max_requests: int = 4096
@@ -86,7 +87,7 @@ class SchedulerSettings:
     tokens: TokenSettings = field(default_factory=TokenSettings)
 
 
-# What can fall due, as a key of the deadline heap: "deadline", "attempt", "retry", "forget", "client", "member", "look" or "breaker", and of whom.
+# What can fall due, as a key of the deadline heap: "deadline", "attempt", "hedge", "retry", "forget", "client", "member", "look" or "breaker", and of whom.
 _Due: TypeAlias = tuple[str, RequestId | AttemptId | ClientId | WorkerId]
 
 
@@ -108,7 +109,7 @@ class Scheduler:
         self.story: deque[tuple[float, str, object]] = deque(maxlen=STORY_LENGTH)
         self.roster = Roster(self.settings.qos)
         self._troubled: set[WorkerId] = set()  # whose breaker was not closed when last looked at
-        self._tokens = RetryTokens(self.settings.tokens)
+        self._tokens, self._hedges = RetryTokens(self.settings.tokens), 0.0  # hedges that may be made now
         self._policy = POLICIES[self.settings.policy]
         self._liveness = Liveness(silence_s=self.settings.silence_s, grace_s=self.settings.grace_s)
         limits = AdmissionLimits(max_requests=self.settings.max_requests, max_retained_bytes=self.settings.max_retained_bytes)
@@ -162,6 +163,8 @@ class Scheduler:
                 self._deadline_passed(request_id, now)
             case "attempt", AttemptId() as attempt:
                 self._attempt_timed_out(attempt, now)
+            case "hedge", AttemptId() as attempt:
+                self._hedge(attempt, now)
             case "forget", RequestId() as request_id:
                 self._ended.forget(request_id)
             case "client", bytes() as client_id:
@@ -311,7 +314,8 @@ class Scheduler:
         if event.budget_s <= 0.0:
             raise DeadlineExceededError(event.budget_s)
         version = live.version
-        peak_bytes = int(event.input.size_bytes * max(version.peak_ratio, 1.0))
+        is_exact = event.exact or version.exact
+        peak_bytes = int(event.input.size_bytes * (max(version.peak_ratio, 1.0) + is_exact))  # an exact one keeps its input
         self._admission.admit(event.request_id, peak_bytes, predicted_wait_s=lambda: self._predicted_wait_s(live))
         budget_s = min(event.budget_s, self.settings.max_budget_s)
         self._arrivals += 1
@@ -319,7 +323,7 @@ class Scheduler:
             request_id=event.request_id,
             version=version,
             fingerprint=event.fingerprint,
-            exact=event.exact or version.exact,
+            exact=is_exact,
             deadline=now + budget_s,
             budget_s=budget_s,
             arrival=self._arrivals,
@@ -385,7 +389,7 @@ class Scheduler:
         """Stop all work for a request and remember its id for a while."""
         del self._requests[request.request_id]
         request.ticket = 0
-        request.activation = _NOTHING  # its place in a queue may outlive it; the bytes are reserved no more
+        request.activation, request.input = _NOTHING, None  # its place in a queue may outlive it; the bytes are reserved no more
         self._due.clear(("deadline", request.request_id))
         self._due.clear(("retry", request.request_id))
         self._due.set(("forget", request.request_id), max(request.deadline, now) + REMEMBER_S)
@@ -436,6 +440,7 @@ class Scheduler:
         if attempt is not None and not attempt.is_expired and (limits := member.limits_s(slot.artifact, slot.size_bytes, now)) is not None:
             attempt.timeout_s = self._patience_s(limits[1])
             self._due.set(("attempt", event.attempt), now + attempt.timeout_s)
+            self._watch(event.attempt, limits[1], now)
 
     def _stage_finished(self, event: ev.StageFinished, now: float) -> None:
         member = self.roster.member(event.worker_id)
@@ -465,7 +470,7 @@ class Scheduler:
         else:
             self._call_off(request)
             request.advance(event.output)
-            self._admission.grow(request.request_id, event.output.size_bytes)
+            self._admission.grow(request.request_id, request.retained_bytes)
             self._enqueue(request)
 
     def _wanted(self, attempt: AttemptId, worker_id: WorkerId) -> Request | None:
@@ -477,6 +482,7 @@ class Scheduler:
     def _free(self, member: Member, attempt: AttemptId, now: float) -> Slot | None:
         """Free the attempt's slot; what waits for this worker may go now."""
         self._due.clear(("attempt", attempt))
+        self._due.clear(("hedge", attempt))
         self._wake(member)
         slot = member.free(attempt, now)
         if not member.slots:  # however the one task of a half-open breaker has ended, another may be tried
@@ -640,7 +646,8 @@ class Scheduler:
             self._pump_stage(key, now)
 
     def _pump_stage(self, key: StageKey, now: float) -> None:
-        put_back, turn_ends = [], self._queues.turn_ends(key)
+        turn_ends = self._queues.turn_ends(key)
+        put_back: list[Entry] = []
         waiting_s: dict[WorkerId, float] = {}  # backlog of those in this queue that rather wait for a better worker
         usual: list[Member] | None = None  # whoever may run a request that is not choosy
         while (entry := self._queues.pop(key)) is not None:
@@ -691,13 +698,18 @@ class Scheduler:
                 self._due.set(("attempt", request.attempt_id(number)), now + attempt.timeout_s)
             return False
         if request.numeric_class and not any(member.verdict is not Verdict.LOST and self._suits(request, member) for member in self.roster):
-            if request.stage > 0:
-                self._fail(request, PlanError(f"no worker of numeric class {request.numeric_class!r} is left"), now)
-            else:  # nothing has been computed for it: another class will do as well
-                request.numeric_class = ""
-                self._enqueue(request)
+            self._start_again(request)
             return False
         return True
+
+    def _start_again(self, request: Request) -> None:
+        """Nobody is left of the class that an exact request began in: from its input on, in another. No earlier answer counts for it."""
+        if request.stage > 0:
+            self.counters["restarts"] += 1
+            self._arrivals += 1
+            request.start_again(self._generation + self._arrivals)
+        request.numeric_class = ""
+        self._enqueue(request)
 
     def _eligible(self, request: Request, now: float) -> list[Member]:
         """The workers that may run the request's current stage now, whether or not they have credit."""
@@ -741,7 +753,7 @@ class Scheduler:
         """The stages of a version never change; only their places do."""
         return request.version.plan.stages[request.stage]
 
-    def _dispatch(self, request: Request, member: Member, now: float) -> None:
+    def _dispatch(self, request: Request, member: Member, now: float, *, is_hedge: bool = False) -> None:
         need = self._need(request)
         number = len(request.issued) + 1
         attempt_id = request.attempt_id(number)
@@ -757,7 +769,10 @@ class Scheduler:
         member.qos.given(now)
         self._due.set(("attempt", attempt_id), now + timeout_s)
         self.counters["tasks_dispatched"] += 1
-        self.counters["retries"] += number > 1
+        self.counters["hedges" if is_hedge else "retries"] += number > 1
+        if limits is not None and not is_hedge:
+            self._hedges = min(self._hedges + self.settings.hedge_share, MOST_HEDGES)
+            self._watch(attempt_id, limits[0], now)
         dispatch = ev.Dispatch(
             worker_id=member.worker_id,
             attempt=attempt_id,
@@ -768,6 +783,21 @@ class Scheduler:
             input=request.activation,
         )
         self._actions.append(dispatch)
+
+    def _watch(self, attempt: AttemptId, usual_s: float, now: float) -> None:
+        """Look whether a second worker should try as well, when the first has taken longer than it usually does."""
+        if self.settings.hedge_share:
+            self._due.set(("hedge", attempt), now + usual_s)
+
+    def _hedge(self, attempt: AttemptId, now: float) -> None:
+        """A worker that has nothing to do tries as well, and the first answer wins. After Dean and Barroso (2013): The tail at scale."""
+        request = self._requests.get(attempt.request)
+        if request is None or not request.is_current(attempt) or list(request.attempts) != [attempt.attempt] or request.ticket:
+            return
+        idle = [member for member in self._eligible(request, now) if not member.slots and member.has_room]
+        if idle and self._hedges >= 1.0:
+            self._hedges -= 1.0
+            self._dispatch(request, self._choose(request, idle, {}, now)[0], now, is_hedge=True)
 
     def _patience_s(self, usual_s: float) -> float:
         """How long an attempt is waited for before another worker is asked."""

@@ -14,7 +14,6 @@ from adapt.errors import (
     InputMismatchError,
     ModelError,
     OverloadedError,
-    PlanError,
     PoisonError,
     StageNotResidentError,
     UnknownModelError,
@@ -1714,6 +1713,78 @@ def test_refused_sends_do_not_use_up_the_failures():
     assert cluster.scheduler.live_requests == 1
 
 
+# ── hedges ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def a_hedging_cluster(share: float, *workers: str) -> Cluster:
+    """Each worker has run five tasks of one second, and is known."""
+    cluster = a_cluster(*workers, hedge_share=share)
+    for _ in range(5 * len(workers)):
+        for _ in workers:
+            cluster.submit()
+        cluster.wait(1)
+        for sent in cluster.sent():
+            cluster.finish(sent)
+    cluster.taken()
+    return cluster
+
+
+def test_what_takes_longer_than_usual_is_tried_by_an_idle_worker_too_and_the_first_answer_wins():
+    cluster = a_hedging_cluster(0.5, "w1", "w2")
+    cluster.submit()
+    first = cluster.the_one_sent()
+    cluster.begin(first)
+    hedges = []
+    while not hedges:
+        cluster.wait(0.1)
+        hedges = cluster.sent()
+    (second,) = hedges
+    assert second.worker != first.worker and cluster.now < first.action.budget_s
+    actions = cluster.finish(second)
+    assert len(only(actions, ev.Answer)) == 1
+    assert [cancel.attempt for cancel in only(actions, ev.Cancel)] == [first.attempt]
+    assert only(cluster.finish(first), ev.Answer) == []
+    assert (cluster.scheduler.counters["hedges"], cluster.scheduler.counters["retries"]) == (1, 0)
+    cluster.assert_idle()
+
+
+def test_no_hedge_is_made_without_a_share_without_an_idle_worker_or_twice():
+    cluster = a_hedging_cluster(0.0, "w1", "w2")
+    cluster.submit()
+    cluster.begin(cluster.the_one_sent())
+    cluster.wait(1.9)
+    assert cluster.sent() == []
+    cluster = a_hedging_cluster(0.5, "w1", "w2")
+    for _ in range(2):
+        cluster.submit()
+    for sent in cluster.sent():
+        cluster.begin(sent)
+    cluster.wait(1.9)
+    assert cluster.sent() == [], "both are busy"
+    cluster = a_hedging_cluster(0.5, "w1", "w2", "w3")
+    cluster.submit()
+    cluster.begin(cluster.the_one_sent())
+    cluster.wait(1.5)
+    (second,) = cluster.sent()
+    cluster.begin(second)
+    cluster.wait(1.9)
+    assert cluster.scheduler.counters["hedges"] == 1
+
+
+def test_hedges_are_a_share_of_all_tasks():
+    cluster = a_hedging_cluster(0.05, "w1", "w2")
+    cluster.scheduler._hedges = 0.0
+    for _ in range(45):
+        request = cluster.submit()
+        first = cluster.the_one_sent()
+        cluster.begin(first)
+        cluster.wait(1.8)
+        cluster.tell(ev.RequestCancelled(request_id=request))  # nothing is learnt from it
+        for sent in (first, *cluster.sent()):
+            cluster.tell(ev.AttemptCancelled(worker_id=WorkerId(sent.worker), attempt=sent.attempt))
+    assert cluster.scheduler.counters["hedges"] == 2
+
+
 # ── drain and departure ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1784,22 +1855,31 @@ def test_a_request_that_need_not_be_exact_names_the_classes_it_met():
 
 
 @pytest.mark.parametrize("who", ["request", "version"])
-def test_an_exact_request_without_a_worker_of_its_class_fails_and_says_so(who):
+def test_an_exact_request_of_whose_class_nobody_is_left_starts_again_in_another(who):
     cluster = two_classes()
     if who == "version":
         cluster.deploy(*["a1 a2 b1"] * 2, number=2, exact=True)
     cluster.taken()
-    cluster.submit(exact=who == "request")
-    sent = cluster.the_one_sent()
-    cluster.finish(sent)
-    cluster.taken()
+    request = cluster.submit(exact=who == "request", size_bytes=5)
+    first = cluster.the_one_sent()
+    cluster.finish(first, size_bytes=9)
+    second = cluster.the_one_sent()
     cluster.lose("a1")
     cluster.lose("a2")
     assert cluster.taken(ev.Fail, ev.Dispatch) == [], "they may come back"
     cluster.wait(GRACE_S)
-    error = cluster.the_error()
-    assert isinstance(error, PlanError) and "'avx'" in str(error)
-    assert cluster.slots("b1") == 0
+    again = cluster.the_one_sent()
+    assert (again.worker, again.request, again.attempt.stage) == ("b1", request, 0)
+    assert again.attempt.generation != first.attempt.generation
+    assert again.action.input.size_bytes == 5, "from the input on"
+    cluster.silent.clear()
+    cluster.join(second.worker, numeric_class="avx", resident=["d.0", "d.1"], finished=[second.attempt])
+    assert only(cluster.finish(second), ev.Answer) == [], "of an earlier start"
+    cluster.finish(again)
+    (answer,) = only(cluster.finish(cluster.the_one_sent()), ev.Answer)
+    assert answer.numeric_classes == ("arm",)
+    assert cluster.scheduler.counters["restarts"] == 1
+    cluster.assert_idle()
 
 
 def test_an_exact_request_is_given_to_a_suspect_of_its_class_that_returns():
