@@ -16,10 +16,11 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from adapt.errors import AdaptError, ModelError, OverloadedError, PlanError, PoisonError, StageNotResidentError, WireError, WorkerLostError
+from adapt.errors import AdaptError, ModelError, OverloadedError, PoisonError, StageNotResidentError, WireError, WorkerLostError
 from adapt.planning.placement import Plan, StageNeed, place
 from adapt.protocol.ids import AttemptId, ClientId, Digest, Epoch, RequestId, WorkerId
 from adapt.protocol.messages import StageTimes
+from adapt.protocol.wire import Blob
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
 from adapt.scheduling.roster import AHEAD_S, STEADY
@@ -31,6 +32,7 @@ CLIENTS = [ClientId(bytes([n]) * 16) for n in (1, 2)]
 CREDIT = dict(zip(WORKERS, (2, 5, 3, 1), strict=True))
 COST_S = {"a": 1.0, "b": AHEAD_S / 4}  # of each stage of a deployment
 STAGES = 3
+BLOBS = (Blob.of(bytes(7)),)
 OF_TASKS = (ev.RequestArrived, ev.OutcomeAcknowledged, ev.StageBegun, ev.StageFinished)  # facts that may gather
 SETTINGS = SchedulerSettings(
     silence_s=3,
@@ -38,6 +40,7 @@ SETTINGS = SchedulerSettings(
     attempt_timeout_s=5,
     load_timeout_s=10,
     client_grace_s=6,
+    hedge_share=0.4,
     max_failures=4,
     tokens=TokenSettings(most=2, per_request=0.2, per_s=0.5),
     max_requests=12,
@@ -83,6 +86,7 @@ class Cluster(RuleBasedStateMachine):
         self.is_gathering = False
         self.acks: dict[WorkerId, list[AttemptId]] = {worker_id: [] for worker_id in WORKERS}  # not said yet
         self.numbers = {"a": 0, "b": 0}
+        self.dispatched: set[AttemptId] = set()
 
     # ── delivering actions ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -166,10 +170,23 @@ class Cluster(RuleBasedStateMachine):
         deployment = action.artifact.split(".")[0]
         assert deployment == self.submitted[action.attempt.request].deployment
         assert action.input.leaves == [self.mark(action.attempt.request, action.attempt.stage)], "the input is this stage's"
+        assert action.attempt not in self.dispatched, "no attempt has the name of an earlier one"
+        self.dispatched.add(action.attempt)
+        self.check_choice(action)
         if worker.is_connected:
-            assert action.attempt not in worker.held, "no attempt is sent twice"
             worker.held[action.attempt] = action
             self.say_acks(action.worker_id)
+
+    def check_choice(self, action: ev.Dispatch) -> None:
+        """Where it has failed it is tried again only if nobody else can."""
+        request = self.scheduler._requests.get(action.attempt.request)
+        if request is None or request.stage != action.attempt.stage or action.worker_id not in request.failed_on:
+            return
+        for worker_id in self.scheduler._residency.live(request.version).plan.places[request.stage]:
+            other = self.scheduler.roster.get(worker_id)
+            could = other is not None and other.is_ready and action.artifact in other.resident and self.scheduler._suits(request, other)
+            has_it = any(attempt.worker_id == worker_id for attempt in request.attempts.values())
+            assert not could or has_it or worker_id in request.failed_on, f"{worker_id} has not failed yet"
 
     def check_outcome(self, action: ev.Answer | ev.Fail) -> None:
         request_id = action.request_id
@@ -290,7 +307,7 @@ class Cluster(RuleBasedStateMachine):
                     assert len(request.deaths) == deaths < POISONED
                 else:
                     kinds = (WorkerLostError,) * (failures == SETTINGS.max_failures) + (PoisonError,) * (deaths == POISONED)
-                    assert isinstance(self.outcomes[request_id].error, kinds or PlanError), "or none of its class is left"
+                    assert isinstance(self.outcomes[request_id].error, kinds)
 
     def costs_after_a_loss(self, worker_id: WorkerId) -> dict[RequestId, tuple[int, int]]:
         """Failures and deaths. It costs only what was running: of what the worker did not say so, the oldest, if it is short."""
@@ -372,7 +389,7 @@ class Cluster(RuleBasedStateMachine):
         if attempt in worker.cancelled:
             return ev.AttemptCancelled(worker_id=worker.worker_id, attempt=attempt)
         if how in ("done", "quick"):
-            output = ev.Activation([self.mark(attempt.request, attempt.stage + 1)], ())
+            output = ev.Activation([self.mark(attempt.request, attempt.stage + 1)], BLOBS)
             times = StageTimes(wait_s=0.0, decode_s=0.0, compute_s=1.0 if how == "done" else AHEAD_S / 8, encode_s=0.0)
             return ev.StageFinished(worker_id=worker.worker_id, attempt=attempt, output=output, times=times)
         error: AdaptError
@@ -426,15 +443,15 @@ class Cluster(RuleBasedStateMachine):
             budget_s=float(budget_s),
             exact=exact,
             fingerprint=self.sequence,
-            input=ev.Activation([self.mark(request_id, 0)], ()),
+            input=ev.Activation([self.mark(request_id, 0)], BLOBS),
         )
         self.submitted[request_id] = arrived
         self.tell(arrived)
 
-    @rule(client=st.sampled_from(CLIENTS), deployment=st.sampled_from(["a", "b"]), count=st.integers(2, 10))
-    def submit_many(self, client: ClientId, deployment: str, count: int) -> None:
+    @rule(client=st.sampled_from(CLIENTS), deployment=st.sampled_from(["a", "b"]), count=st.integers(2, 10), exact=st.booleans())
+    def submit_many(self, client: ClientId, deployment: str, count: int, exact: bool) -> None:
         for _ in range(count):
-            self.submit(client, deployment, 40, exact=False)
+            self.submit(client, deployment, 40, exact)
 
     @precondition(lambda self: self.submitted)
     @rule(data=st.data())
@@ -479,19 +496,23 @@ class Cluster(RuleBasedStateMachine):
         assert self.scheduler.handle(arrived, self.now) == []
 
     @precondition(lambda self: self.outcomes)
-    @rule(data=st.data())
-    def acknowledge(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), was_said_twice=st.booleans())
+    def acknowledge(self, data: st.DataObject, was_said_twice: bool) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.outcomes)))
         if self.scheduler._ended.get(request_id) is not None and request_id not in self.decided:
             self.remembered_until[request_id] = self.now + REMEMBER_S
         self.decided.add(request_id)
         self.tell(ev.OutcomeAcknowledged(request_id=request_id))
+        if was_said_twice and request_id in self.remembered_until:
+            self.come_late(request_id)
 
     @precondition(lambda self: self.remembered_until)
     @rule(data=st.data())
-    def come_late(self, data: st.DataObject) -> None:
+    def say_late(self, data: st.DataObject) -> None:
+        self.come_late(data.draw(st.sampled_from(sorted(self.remembered_until))))
+
+    def come_late(self, request_id: RequestId) -> None:
         """A request that was said twice, and answered at the first time: nothing follows from the second."""
-        request_id = data.draw(st.sampled_from(sorted(self.remembered_until)))
         if self.now < self.remembered_until[request_id]:
             self.settle()
             assert self.scheduler.handle(self.submitted[request_id], self.now) == []
@@ -523,6 +544,22 @@ class Cluster(RuleBasedStateMachine):
             again = self.scheduler.next_wakeup()
             assert again is None or again > self.now, "the loop would spin"
         self.now = end
+
+    @rule()
+    def dawdle(self) -> None:
+        """Workers are well, and take longer than anybody waits for an attempt."""
+        for _ in range(6):
+            self.heartbeats()
+            self.wait(1)
+
+    @rule(workers=st.sampled_from([WORKERS[:2], WORKERS[2:]]))
+    def a_class_dies(self, workers: list[WorkerId]) -> None:
+        """All of one numeric class, for good: exact requests that began there have nobody left."""
+        for worker_id in workers:
+            self.kill(worker_id)
+        for _ in range(4):
+            self.heartbeats()
+            self.wait(1)
 
     # ── invariants ───────────────────────────────────────────────────────────────────────────────────────────────────
 
