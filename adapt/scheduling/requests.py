@@ -33,7 +33,7 @@ class Request:
     budget_s: float
     arrival: int  # order among all requests
     activation: Activation  # input of the current stage
-    generation: int = 1
+    generation: int = 1  # no other start of a request has it
     stage: int = 0
     ticket: int = 0  # of its valid place in a queue; 0: not queued
     attempts: dict[int, Attempt] = field(default_factory=dict)  # of the current stage, by number

@@ -94,10 +94,16 @@ _NOTHING = ev.Activation((), ())
 
 
 class Scheduler:
-    """See the head of this file. `now`: seconds, monotonic, never going back."""
+    """See the head of this file. `now`: seconds, monotonic, never going back.
 
-    def __init__(self, settings: SchedulerSettings | None = None, *, random: Random | None = None) -> None:
+    Args:
+        generation: each start of a request gets the next one. A random one for each reign: an answer to an earlier start, or in an
+            earlier reign, which a worker may still have, must not be taken for one to the attempt that has its number now.
+    """
+
+    def __init__(self, settings: SchedulerSettings | None = None, *, random: Random | None = None, generation: int = 0) -> None:
         self.settings = settings or SchedulerSettings()
+        self._generation = generation
         self.counters: Counter[str] = Counter()
         self.story: deque[tuple[float, str, object]] = deque(maxlen=STORY_LENGTH)
         self.roster = Roster(self.settings.qos)
@@ -318,6 +324,7 @@ class Scheduler:
             budget_s=budget_s,
             arrival=self._arrivals,
             activation=event.input,
+            generation=self._generation + self._arrivals,
         )
         self._ended.forget(event.request_id)
         self._due.clear(("forget", event.request_id))
@@ -381,7 +388,7 @@ class Scheduler:
         request.activation = _NOTHING  # its place in a queue may outlive it; the bytes are reserved no more
         self._due.clear(("deadline", request.request_id))
         self._due.clear(("retry", request.request_id))
-        self._due.set(("forget", request.request_id), request.deadline + REMEMBER_S)
+        self._due.set(("forget", request.request_id), max(request.deadline, now) + REMEMBER_S)
         self._admission.release(request.request_id)
         self._call_off(request)
         self._residency.request_ended(request.version)
@@ -471,7 +478,10 @@ class Scheduler:
         """Free the attempt's slot; what waits for this worker may go now."""
         self._due.clear(("attempt", attempt))
         self._wake(member)
-        return member.free(attempt, now)
+        slot = member.free(attempt, now)
+        if not member.slots:  # however the one task of a half-open breaker has ended, another may be tried
+            member.qos.returned()
+        return slot
 
     def _attempt_failed(self, event: ev.AttemptFailed, now: float) -> None:
         member = self.roster.member(event.worker_id)
@@ -801,7 +811,7 @@ class Scheduler:
                     member.take(attempt, Digest(""), 0.0, now)
                 self._actions.append(ev.Cancel(worker_id=member.worker_id, attempt=attempt))
             else:
-                member.free(attempt, now)
+                self._free(member, attempt, now)
             return
         if member.worker_id in request.deaths:  # its connection was lost, not its life
             request.deaths.remove(member.worker_id)

@@ -928,6 +928,33 @@ def test_a_worker_whose_breaker_is_open_gets_nothing_until_it_half_opens_and_the
     assert cluster.scheduler.counters["breakers_opened"] == 1
 
 
+@pytest.mark.parametrize("end", ["unlisted at the next hello", "failed, for nobody", "handed back"])
+def test_a_half_open_worker_is_tried_again_however_the_one_task_has_ended(end):
+    cluster = a_cluster("w1", "w2")
+    broken(cluster, "w1")
+    for _ in range(4):
+        cluster.submit(client=BERT)
+    others = cluster.sent()
+    cluster.wait(3.0)
+    probe = cluster.the_one_sent()
+    assert probe.worker == "w1"
+    match end:
+        case "unlisted at the next hello":
+            cluster.join("w1", resident=["d.0"])
+        case "failed, for nobody":
+            cluster.tell(ev.RequestCancelled(request_id=probe.request))
+            cluster.fail(probe, ModelError("ValueError: no"))
+        case "handed back":
+            cluster.tell(ev.WorkerDraining(worker_id=WorkerId("w1"), handed_back=frozenset({probe.attempt})))
+            cluster.join("w1", resident=["d.0"])
+    for sent in others:
+        cluster.finish(sent)
+    cluster.submit()
+    cluster.submit()
+    cluster.submit()
+    assert "w1" in {sent.worker for sent in cluster.sent()}
+
+
 def test_the_last_worker_gets_tasks_whatever_it_did():
     cluster = a_cluster("w1")
     broken(cluster, "w1", failures=9)
@@ -1231,8 +1258,8 @@ def test_acknowledged_ids_are_forgotten_some_time_after_the_acknowledgement():
 def test_results_that_were_dropped_for_their_size_are_computed_again():
     cluster = a_cluster("w1", max_kept_bytes=10)
     first = cluster.submit(budget_s=30.0)
-    asked_first = cluster.arrived
-    cluster.finish(cluster.the_one_sent(), size_bytes=6)
+    asked_first, sent_first = cluster.arrived, cluster.the_one_sent()
+    cluster.finish(sent_first, size_bytes=6)
     cluster.submit()
     asked_second = cluster.arrived
     cluster.finish(cluster.the_one_sent(), size_bytes=6)
@@ -1244,11 +1271,56 @@ def test_results_that_were_dropped_for_their_size_are_computed_again():
     cluster.wait(20)
     cluster.tell(asked_first)
     again = cluster.the_one_sent()
-    assert again.request == first and again.attempt == AttemptId(first, 1, 0, 1)
+    assert again.request == first and again.attempt.generation != sent_first.attempt.generation, "a worker may still have the earlier one"
     cluster.wait(10 + REMEMBER_S + 1)  # the memory of its first end would end while it runs
     (answer,) = only(cluster.finish(again, size_bytes=6), ev.Answer)
     assert answer.request_id == first
     assert cluster.tell(asked_first) == [answer]
+
+
+def test_an_answer_to_an_earlier_run_is_none_to_the_run_after_a_dropped_result():
+    cluster = a_cluster("w1", "w2", max_kept_bytes=10)
+    first = cluster.submit(budget_s=30.0)
+    asked, earlier = cluster.arrived, cluster.the_one_sent()
+    cluster.finish(earlier, size_bytes=11)
+    cluster.tell(asked)
+    again = cluster.the_one_sent()
+    cluster.join(earlier.worker, resident=["d.0"], finished=[earlier.attempt])
+    assert only(cluster.finish(earlier), ev.Answer) == []
+    cluster.wait(TIMEOUT_S - 1)
+    (answer,) = only(cluster.finish(Sent(again.worker, again.attempt, again.action)), ev.Answer)
+    assert answer.request_id == first
+    cluster.assert_idle()
+
+
+def test_an_attempt_of_an_earlier_reign_is_none_of_this_one():
+    before = a_cluster("w1", places=("w1",))
+    before.submit()
+    earlier = before.the_one_sent()
+    cluster = Cluster()
+    cluster.scheduler = Scheduler(cluster.scheduler.settings, random=Random(0), generation=1000)
+    for worker in ("w1", "w2"):
+        cluster.join(worker, resident=["d.0"], finished=[earlier.attempt] if worker == "w1" else ())
+    cluster.deploy("w1 w2")
+    cluster.submit()
+    sent = cluster.the_one_sent()
+    assert sent.request == earlier.request
+    assert cluster.tell(ev.AttemptCancelled(worker_id=WorkerId("w1"), attempt=earlier.attempt)) == [
+        ev.Acknowledge(worker_id=WorkerId("w1"), attempt=earlier.attempt)
+    ]
+    assert cluster.slots(sent.worker) == 1
+    assert only(cluster.finish(sent), ev.Answer)
+
+
+def test_after_a_stall_an_id_is_remembered_for_a_while_and_the_loop_does_not_spin():
+    cluster = a_cluster("w1")
+    cluster.submit(budget_s=10.0)
+    asked = cluster.arrived
+    cluster.now += 10.0 + 2 * REMEMBER_S
+    assert only(cluster.scheduler.tick(cluster.now), ev.Fail)
+    assert cluster.scheduler.next_wakeup() > cluster.now
+    (fail,) = cluster.tell(asked)
+    assert isinstance(fail.error, DeadlineExceededError)
 
 
 def test_a_result_above_the_limit_is_sent_and_not_kept():
