@@ -79,7 +79,7 @@ class Dispatcher:
             ended=lambda worker_id: self._inbox.append(ev.LeaseEnded(worker_id=worker_id)),
             renewed=lambda worker_id: self._inbox.append(ev.LeaseRenewed(worker_id=worker_id)),
         )
-        self._scheduler = Scheduler(_settings(config))
+        self._scheduler = Scheduler(_settings(config), generation=secrets.randbelow(1 << 32))
         self._tally = LinkTally()
         self._sessions = Sessions(1 + secrets.randbelow(1 << 32))
         self._reign = Reign()
