@@ -35,7 +35,9 @@ DEFAULT_ADDRESS = "tcp://127.0.0.1:5570"
 VARIABLE_PREFIX = "ADAPT_"
 FILE_TABLES = ("dispatcher", "worker")
 POLICIES = ("earliest-finish", "lowest-memory")
-MEMBERSHIPS = ("embedded",)
+EMBEDDED = "embedded"
+ETCD_SCHEME = "etcd://"
+ETCD_PORT = 2379
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 KIBIBYTE, MEBIBYTE, GIBIBYTE = 1 << 10, 1 << 20, 1 << 30
@@ -145,11 +147,13 @@ _NUMBER = _Kind(_parse_number, "X", lambda value: f"{value:g}")
 _COUNT = _Kind(_parse_count, "N")
 _BYTES = _Kind(_parse_bytes, "SIZE", format_size)
 _SWITCH = _Kind(_parse_switch, "")
+_FILE = _Kind(_parse_path, "FILE")
+_SECRET = _Kind(_parse_text, "", lambda value: "***")  # has a variable, and neither a flag nor a line in the file
 
 
 def _setting(kind: _Kind, about: str, default: Any = dataclasses.MISSING, *, otherwise: str = "") -> Any:
     """A field with all that is to be said about it. `otherwise`: the default in words, where it is found at the door."""
-    return field(default=default, metadata={"kind": kind, "about": about, "otherwise": otherwise})
+    return field(default=default, repr=kind is not _SECRET, metadata={"kind": kind, "about": about, "otherwise": otherwise})
 
 
 def _shown(value: object) -> str:
@@ -184,6 +188,8 @@ class _Settings:
         )
         for item in dataclasses.fields(cls):
             kind: _Kind = item.metadata["kind"]
+            if kind is _SECRET:
+                continue
             flag = "--" + _key_of(item.name).replace("_", "-")
             default = item.metadata["otherwise"] or _default_in_words(item, kind)
             text = (item.metadata["about"] + (f" (default: {default})" if default else "")).replace("%", "%%")
@@ -213,7 +219,7 @@ class _Settings:
                 values[item.name] = kind.parse(given, "--" + key.replace("_", "-"))
             elif given := environ.get(variable):
                 values[item.name] = kind.parse(given, variable)
-            elif key in from_file:
+            elif key in from_file and kind is not _SECRET:
                 values[item.name] = kind.parse(from_file[key], f"{path}: {key}")
         return cls(**cls._found_at_the_door(values, environ))
 
@@ -230,7 +236,7 @@ class _Settings:
                 raise ConfigError(f"{key}={_shown(value)}: expected seconds, above 0 and at most {MAX_DURATION_S:g}")
             if kind is _BYTES and not (isinstance(value, int) and 0 < value <= MAX_SIZE_BYTES):
                 raise ConfigError(f"{key}={_shown(value)}: expected bytes, above 0 and at most {MAX_SIZE_BYTES}")
-            if kind is _PATH and value is not None and not isinstance(value, Path):
+            if kind in (_PATH, _FILE) and value is not None and not isinstance(value, Path):
                 raise ConfigError(f"{key}={_shown(value)}: expected a pathlib.Path")
 
 
@@ -254,7 +260,7 @@ def _read_file(path: Path, cls: type[_Settings]) -> dict[str, Any]:
     table = content.get(cls.table(), {})
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: {cls.table()}={_shown(table)}: expected a table, [{cls.table()}]")
-    known = [_key_of(item.name) for item in dataclasses.fields(cls)]
+    known = [_key_of(item.name) for item in dataclasses.fields(cls) if item.metadata["kind"] is not _SECRET]
     for key in table:
         if key not in known:
             raise ConfigError(_unknown(f"{path}: {cls.table()}.{key}", key, known, "setting"))
@@ -329,6 +335,90 @@ def dispatcher_address(environ: Mapping[str, str] = os.environ) -> str:
     return check_address(address, key=VARIABLE_PREFIX + "DISPATCHER", is_listening=False)
 
 
+# --- membership -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EtcdSettings:
+    """Where etcd is and how it is spoken to. `endpoints`: HOST:PORT of one or more members of one etcd cluster."""
+
+    endpoints: tuple[str, ...]
+    cluster: str = "default"
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, path in (("etcd_ca", self.ca), ("etcd_cert", self.cert), ("etcd_key", self.key)):
+            if path is not None and not path.is_file():
+                raise ConfigError(f"{name}={_shown(path)}: there is no such file")
+        if (self.cert is None) != (self.key is None):
+            raise ConfigError("etcd_cert and etcd_key: expected both or neither")
+        if self.cert is not None and self.ca is None:
+            raise ConfigError("etcd_cert: expected etcd_ca as well, the authority that signed etcd's own certificate")
+        if (self.user is None) != (self.password is None):
+            raise ConfigError(
+                "etcd_user: expected a password with it, in ADAPT_ETCD_PASSWORD or --etcd-password-file; and no password alone"
+            )
+        if self.user is not None and self.ca is None and not all(is_loopback(f"tcp://{endpoint}") for endpoint in self.endpoints):
+            raise ConfigError("etcd_user: expected etcd_ca as well: without TLS the password would travel in clear")
+
+
+class _WithMembership:
+    """What dispatcher and worker have in common about etcd. No fields of its own: they would come first in every `--help`."""
+
+    __slots__ = ()
+
+    @property
+    def etcd(self) -> EtcdSettings | None:
+        """How etcd is reached; None: leases are kept by the dispatcher."""
+        given: Any = self
+        if given.membership == EMBEDDED:
+            return None
+        return EtcdSettings(
+            endpoints=_etcd_endpoints(given.membership),
+            cluster=given.cluster,
+            ca=given.etcd_ca,
+            cert=given.etcd_cert,
+            key=given.etcd_key,
+            user=given.etcd_user,
+            password=given.etcd_password or _read_secret(given.etcd_password_file),
+        )
+
+
+def _etcd_endpoints(membership: str) -> tuple[str, ...]:
+    """HOST:PORT of each member. Raises ConfigError: the text is neither `embedded` nor a list of them."""
+    expected = f"expected {EMBEDDED}, or {ETCD_SCHEME}HOST:PORT[,HOST:PORT...] such as {ETCD_SCHEME}127.0.0.1:{ETCD_PORT}"
+    if not membership.startswith(ETCD_SCHEME):
+        close = difflib.get_close_matches(membership, [EMBEDDED, "etcd"], n=1)
+        raise ConfigError(f"membership={_shown(membership)}: {expected}" + (f"; did you mean {close[0]}?" if close else ""))
+    found = []
+    for endpoint in membership.removeprefix(ETCD_SCHEME).rstrip("/").split(","):
+        try:
+            check_address(f"tcp://{endpoint}", key="membership", is_listening=False)
+        except ConfigError:
+            raise ConfigError(f"membership={_shown(membership)}: {expected}") from None
+        found.append(endpoint)
+    return tuple(found)
+
+
+def _read_secret(path: Path | None) -> str | None:
+    """The first line of a file that only its owner may read."""
+    if path is None:
+        return None
+    try:
+        mode, lines = path.stat().st_mode, path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"etcd_password_file={_shown(path)}: cannot be read: {getattr(error, 'strerror', error)}") from error
+    if mode & 0o077:
+        raise ConfigError(f"etcd_password_file={_shown(path)}: expected a file that only its owner may read; chmod 600")
+    if not lines or not lines[0]:
+        raise ConfigError(f"etcd_password_file={_shown(path)}: expected the password in its first line")
+    return lines[0]
+
+
 # --- folders and memory of this user and machine ----------------------------------------------------------------------
 
 
@@ -364,13 +454,33 @@ def available_memory_bytes() -> int:
 # --- the processes ----------------------------------------------------------------------------------------------------
 
 
+_MEMBERSHIP = "who keeps the leases: embedded, the dispatcher itself; or etcd://HOST:PORT[,HOST:PORT...]"
+_ETCD_CA = "certificate of the authority that signed etcd's; with it etcd is spoken to by TLS"
+_ETCD_CERT = "our own certificate, where etcd wants one"
+_ETCD_KEY = "the key of that certificate"
+_ETCD_USER = "name to log in to etcd with"
+_ETCD_PASSWORD_FILE = "file with the password in its first line, readable by its owner only; or set ADAPT_ETCD_PASSWORD"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DispatcherConfig(_Settings):
+class DispatcherConfig(_WithMembership, _Settings):
     """Settings of a dispatcher. Times in seconds, sizes in bytes."""
 
     listen: str = _setting(_ADDRESS, "address to listen on: tcp://HOST:PORT or ipc:///PATH", DEFAULT_ADDRESS)
     cluster: str = _setting(_NAMED, "name of the cluster; keeps the state of several apart", "default")
-    membership: str = _setting(_NAMED, "who keeps the leases: embedded, the dispatcher itself", "embedded")
+    membership: str = _setting(_ADDRESS, _MEMBERSHIP, EMBEDDED)
+    advertise: str | None = _setting(
+        _ADDRESS,
+        "address under which etcd tells workers of this dispatcher",
+        None,
+        otherwise="where it listens; of a wildcard, every address of this machine",
+    )
+    etcd_ca: Path | None = _setting(_FILE, _ETCD_CA, None)
+    etcd_cert: Path | None = _setting(_FILE, _ETCD_CERT, None)
+    etcd_key: Path | None = _setting(_FILE, _ETCD_KEY, None)
+    etcd_user: str | None = _setting(_NAMED, _ETCD_USER, None)
+    etcd_password_file: Path | None = _setting(_FILE, _ETCD_PASSWORD_FILE, None)
+    etcd_password: str | None = _setting(_SECRET, "the password itself; only as a variable", None)
     policy: str = _setting(_NAMED, f"how a worker is chosen for a task: {' or '.join(POLICIES)}", "earliest-finish")
     state_dir: Path = _setting(
         _PATH,
@@ -420,7 +530,9 @@ class DispatcherConfig(_Settings):
         object.__setattr__(self, "listen", check_address(self.listen, key="listen", is_listening=True))
         _check_name("cluster", self.cluster)
         _check_choice("policy", self.policy, POLICIES)
-        _check_choice("membership", self.membership, MEMBERSHIPS)
+        if self.advertise is not None:
+            check_address(self.advertise, key="advertise", is_listening=False)
+        _ = self.etcd  # refused here if it is impossible
         if not is_loopback(self.listen) and not self.insecure:
             raise ConfigError(
                 f"listen={_shown(self.listen)}: expected a loopback address: other machines reach this one, and "
@@ -441,10 +553,20 @@ class DispatcherConfig(_Settings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerConfig(_Settings):
+class WorkerConfig(_WithMembership, _Settings):
     """Settings of a worker. Times in seconds, sizes in bytes."""
 
-    dispatcher: str = _setting(_ADDRESS, "address of the dispatcher: tcp://HOST:PORT or ipc:///PATH", DEFAULT_ADDRESS)
+    dispatcher: str = _setting(
+        _ADDRESS, "address of the dispatcher: tcp://HOST:PORT or ipc:///PATH; with etcd it is found there", DEFAULT_ADDRESS
+    )
+    cluster: str = _setting(_NAMED, "name of the cluster; keeps several apart in one etcd", "default")
+    membership: str = _setting(_ADDRESS, _MEMBERSHIP, EMBEDDED)
+    etcd_ca: Path | None = _setting(_FILE, _ETCD_CA, None)
+    etcd_cert: Path | None = _setting(_FILE, _ETCD_CERT, None)
+    etcd_key: Path | None = _setting(_FILE, _ETCD_KEY, None)
+    etcd_user: str | None = _setting(_NAMED, _ETCD_USER, None)
+    etcd_password_file: Path | None = _setting(_FILE, _ETCD_PASSWORD_FILE, None)
+    etcd_password: str | None = _setting(_SECRET, "the password itself; only as a variable", None)
     name: str = _setting(_NAMED, "name of this worker, unique in the cluster", otherwise="host name and process id")
     device: str = _setting(_NAMED, "auto (a GPU if there is one), cpu, or cuda:N", "auto")
     threads: int = _setting(_COUNT, "threads within one operator; results of other counts may differ in their last bits", 1)
@@ -478,6 +600,8 @@ class WorkerConfig(_Settings):
         self._check()
         check_address(self.dispatcher, key="dispatcher", is_listening=False)
         _check_name("name", self.name)
+        _check_name("cluster", self.cluster)
+        _ = self.etcd  # refused here if it is impossible
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", str(self.device)):
             raise ConfigError(f"device={_shown(self.device)}: expected auto, cpu, or cuda:N with the number of a GPU")
         _check_range("threads", self.threads, 1, 1024)

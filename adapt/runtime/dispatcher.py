@@ -33,7 +33,7 @@ from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.deployer import Deployer
 from adapt.runtime.deployments import Deployments
 from adapt.runtime.endpoint import Arrival, Disconnected, Malformed, Received, RouterEndpoint, Undelivered
-from adapt.runtime.registry import EmbeddedRegistry, Registry
+from adapt.runtime.registry import Listener, Registry, open_registry
 from adapt.runtime.state import StateDirectory
 from adapt.runtime.status import LinkTally, counters, worker_records
 from adapt.scheduling import events as ev
@@ -74,10 +74,14 @@ class Dispatcher:
         self._state = StateDirectory(config.state_dir)
         self._store = ArtifactStore(self._state.artifacts)
         self._deployments = Deployments(self._state, self._store)
-        self._registry: Registry = EmbeddedRegistry(self._state, lease_ttl_s=config.lease_ttl_s)
+        self._registry: Registry = open_registry(config, self._state, clock)
         self._registry.watch(
-            ended=lambda worker_id: self._inbox.append(ev.LeaseEnded(worker_id=worker_id)),
-            renewed=lambda worker_id: self._inbox.append(ev.LeaseRenewed(worker_id=worker_id)),
+            Listener(
+                ended=lambda worker_id: self.tell(ev.LeaseEnded(worker_id=worker_id)),
+                renewed=lambda worker_id: self.tell(ev.LeaseRenewed(worker_id=worker_id)),
+                surpassed=lambda term: self._raise_term(term, "another dispatcher has reigned with a later term; ours is raised"),
+                deposed=self._deposed,
+            )
         )
         self._scheduler = Scheduler(_settings(config), generation=secrets.randbelow(1 << 32))
         self._tally = LinkTally()
@@ -101,6 +105,7 @@ class Dispatcher:
         self._stopping = asyncio.Event()
         self._turned = asyncio.Event()
         self._is_interrupted = False
+        self._successor = ""  # who reigns now, if it is not we
         self._began = clock()
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -109,26 +114,46 @@ class Dispatcher:
         """Serve until SIGTERM or SIGINT, then finish what lives. Exit status: 0 after a drain, 130 after a second SIGINT.
 
         Raises:
-            ConfigError: the address cannot be bound, or the state directory cannot be used.
+            ConfigError: the address cannot be bound, the state directory cannot be used, or the registry will not have us.
+            AdaptError: another dispatcher has taken over.
         """
         loop = asyncio.get_running_loop()
-        self._endpoint = RouterEndpoint(
-            self._config.listen,
-            receive=self._inbox.append,
-            turned=self._drive,
-            limit_bytes=self._config.max_message_bytes,
-            piece_bytes=self._config.piece_bytes,
-        )
+        await self._open()
         try:
-            self._reign.begin(self._registry.campaign() - 1)
             self._restore()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._signalled, number)
             print(f"adapt-dispatcher ready listen={self._endpoint.address} term={self._reign.term} pid={os.getpid()}", flush=True)
             await self._stopping.wait()
-            return await self._drain()
+            status = await self._drain()
         finally:
             await self._close()
+        if self._successor:
+            raise AdaptError(self._successor)
+        return status
+
+    async def _open(self) -> None:
+        """Begin the reign, which may have to wait for the end of another, then listen."""
+        try:
+            self._reign.begin(await self._registry.campaign() - 1)
+            self._endpoint = RouterEndpoint(
+                self._config.listen,
+                receive=self._inbox.append,
+                turned=self._drive,
+                limit_bytes=self._config.max_message_bytes,
+                piece_bytes=self._config.piece_bytes,
+            )
+        except BaseException:
+            await self._registry.close()
+            self._threads.shutdown()
+            self._state.close()
+            raise
+        self._registry.announce(self._endpoint.address)
+
+    def _deposed(self, successor: str) -> None:
+        log.error("deposed", extra={"reason": successor})
+        self._successor = successor
+        self._stopping.set()
 
     def _restore(self) -> None:
         """Take up the deployments of the last reign, and expect its workers."""
@@ -178,6 +203,7 @@ class Dispatcher:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._alarm.cancel()  # once more: it may have been set meanwhile
         self._endpoint.close(linger_s=GOODBYE_S)
+        await self._registry.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._state.close()
 
@@ -299,10 +325,7 @@ class Dispatcher:
     def _hello(self, routing_id: RoutingId, hello: msg.WorkerHello | msg.ClientHello, role: str, name: str) -> None:
         """Open a session; another living process of the same name keeps its own."""
         if self._reign.hello(hello.highest_term, has_met_us=self._sessions.has_met(role, name, hello.incarnation)):
-            self._registry.raise_term(self._reign.term)
-            log.warning("a peer has met a later term; ours is raised", extra={"term": self._reign.term})
-            for session in list(self._sessions):
-                self._end_session(session, "the term was raised")
+            self._raised("a peer has met a later term; ours is raised")
         earlier = self._sessions.greeted(role, name)
         if earlier is not None and earlier.incarnation != hello.incarnation and self._is_alive(earlier):
             error = ConnectError(self._endpoint.address, f"a {role} named {name} is connected already; choose another --name")
@@ -322,6 +345,16 @@ class Dispatcher:
             max_budget_s=self._config.max_budget_s,
         )
         self._send(session, welcome)
+
+    def _raise_term(self, above: int, reason: str) -> None:
+        if self._reign.hello(above, has_met_us=False):
+            self._raised(reason)
+
+    def _raised(self, reason: str) -> None:
+        self._registry.raise_term(self._reign.term)
+        log.warning(reason, extra={"term": self._reign.term})
+        for session in list(self._sessions):
+            self._end_session(session, "the term was raised")
 
     def _is_alive(self, session: Session) -> bool:
         """Whether this is a worker that has been heard of lately."""
@@ -686,7 +719,7 @@ class Dispatcher:
             uptime_s=self._clock() - self._began,
             workers=worker_records(self._scheduler.roster, self._last_hello, heartbeats, self._clock()),
             deployments=[self._deployments.record(version) for version, _ in self._scheduler.versions()],
-            counters=counters(self._scheduler) | self._tally.counters() | self._endpoint.counters(),
+            counters=counters(self._scheduler) | self._tally.counters() | self._endpoint.counters() | dict(self._registry.counters()),
         )
 
 

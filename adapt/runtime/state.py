@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,6 +53,13 @@ class StateDirectory:
 
     def write_term(self, term: int) -> None:
         self._replace("term", f"{term}\n")
+
+    def owner(self) -> str:
+        """A random name that stays with the directory: what its dispatcher is known by, life after life."""
+        file = self.directory / "owner"
+        if not file.exists():
+            self._replace("owner", secrets.token_hex(8) + "\n")
+        return file.read_text().strip()
 
     def read_deployments(self) -> dict[str, Any]:
         """What `write_deployments` was given last; empty in a new directory."""

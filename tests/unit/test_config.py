@@ -60,6 +60,9 @@ def test_every_setting_has_a_flag_a_variable_and_an_explanation():
         text = " ".join(parser.format_help().split())
         for item in dataclasses.fields(cls):
             flag = "--" + item.name.removesuffix("_bytes").removesuffix("_s").replace("_", "-")
+            if item.name == "etcd_password":  # other users of the machine read command lines
+                assert f"{flag} " not in text
+                continue
             assert flag in text
             assert " ".join(item.metadata["about"].split()) in text.replace("- ", "-")
     assert "(default: 10 s)" in " ".join(options_help(DispatcherConfig).split())
@@ -141,7 +144,12 @@ def test_a_missing_file_is_refused(tmp_path):
         (["--max-message", "12"], "max_message_bytes=12: expected 1MiB to 1024GiB"),
         (["--piece", "8MiB"], "piece_bytes=8388608: expected 16KiB to 1MiB"),
         (["--policy", "earliest"], "policy='earliest': expected earliest-finish"),
-        (["--membership", "etcd://127.0.0.1:2379"], "expected embedded, all that there is so far"),
+        (["--membership", "etcd"], "membership='etcd': expected embedded, or etcd://HOST:PORT"),
+        (["--membership", "etcd://127.0.0.1:2379,"], "expected embedded, or etcd://HOST:PORT"),
+        (["--membership", "etcd://127.0.0.1:0"], "expected embedded, or etcd://HOST:PORT"),
+        (["--membership", "etcd://127.0.0.1:2379", "--etcd-ca", "/none"], "etcd_ca='/none': there is no such file"),
+        (["--membership", "etcd://127.0.0.1:2379", "--etcd-user", "adapt"], "etcd_user: expected a password"),
+        (["--advertise", "tcp://*:1"], "advertise='tcp://*:1': expected the host"),
         (["--cluster", "../etc"], "cluster='../etc': expected 1 to 64 letters"),
         (["--max-requests", "many"], "expected a whole number"),
         (["--max-requests", "0"], "max_requests=0: expected 1 to"),
@@ -188,6 +196,40 @@ def test_a_long_value_is_not_echoed_whole():
     with pytest.raises(ConfigError) as caught:
         load_dispatcher("--cluster", "x" * 10_000)
     assert len(str(caught.value)) < 300
+
+
+# --- etcd -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_password_comes_from_a_variable_or_from_a_file_of_its_own(tmp_path):
+    etcd = ["--membership", "etcd://127.0.0.1:2379,[::1]:2380", "--etcd-user", "adapt"]
+    loaded = load_dispatcher(*etcd, ADAPT_ETCD_PASSWORD="secret")
+    assert loaded.etcd.endpoints == ("127.0.0.1:2379", "[::1]:2380")
+    assert loaded.etcd.password == "secret"
+    assert "secret" not in repr(loaded) and "secret" not in repr(loaded.etcd)
+
+    file = tmp_path / "password"
+    file.write_text("hidden\n")
+    file.chmod(0o600)
+    assert load_worker(*etcd, "--etcd-password-file", str(file)).etcd.password == "hidden"
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="only its owner may read"):
+        load_worker(*etcd, "--etcd-password-file", str(file))
+
+    settings = tmp_path / "adapt.toml"
+    settings.write_text('[worker]\netcd_password = "shown"\n')
+    with pytest.raises(ConfigError, match="there is no such setting"):
+        load_worker(*etcd, "--config", str(settings))
+
+
+def test_a_password_does_not_leave_the_machine_in_clear():
+    with pytest.raises(ConfigError, match="expected etcd_ca as well"):
+        load_worker("--membership", "etcd://edge:2379", "--etcd-user", "adapt", ADAPT_ETCD_PASSWORD="secret")
+
+
+def test_membership_is_embedded_unless_it_is_asked_for_otherwise():
+    assert load_dispatcher().etcd is None
+    assert load_worker().etcd is None
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,12 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of random weights (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write all figures to a file")
+    parser.add_argument(
+        "--membership",
+        choices=("embedded", "etcd"),
+        default="embedded",
+        help="who keeps the leases; etcd: a real server is started, and killed and started again on the way (default: %(default)s)",
+    )
     parser.add_argument("--no-faults", action="store_true", help="let every worker live")
     return parser
 
@@ -68,6 +74,7 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         tolerance=tolerance,
         in_flight=options.in_flight,
         has_faults=not options.no_faults,
+        membership=options.membership,
     )
     if options.json is not None and not options.json.parent.is_dir():
         raise ConfigError(f"json={str(options.json)!r}: there is no such folder")

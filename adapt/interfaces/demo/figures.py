@@ -126,6 +126,9 @@ class Figures:
     workers: list[WorkerFigures]
     codecs: list[CodecFigures]
     links: list[Link]
+    membership: str = "embedded"
+    etcd_outages: int = 0  # that the dispatcher has noticed
+    etcd_is_back: bool = True  # with a lease of every worker that is left, if membership is kept there
 
     @property
     def problems(self) -> list[str]:
@@ -140,6 +143,8 @@ class Figures:
             found.append(f"{verdict.duplicated} answers came more than once")
         if self.workers_lost != self.workers_expected_lost:
             found.append(f"{self.workers_lost} workers were given up, {self.workers_expected_lost} had been killed or stopped")
+        if not self.etcd_is_back:
+            found.append("etcd was started again, and membership does not stand there again")
         found += [f"link from stage {link.stage}: error above its bound" for link in self.links if not link.worst_share <= 1]
         return found
 

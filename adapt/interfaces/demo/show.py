@@ -1,9 +1,10 @@
 """The demo from beginning to end; the steps themselves are in the modules beside it.
 
 reference   the eager module, in a process of its own: the right answers, and the speed of one process
+etcd        only with --membership etcd: a real server
 cluster     a dispatcher and workers, one process each
 deploy      cut, placed, loaded
-stream      all images; one worker is killed on the way, another is stopped
+stream      all images; one worker is killed on the way, another is stopped; etcd is killed and started again
 links       only behind a lossy codec: the error on every link
 """
 
@@ -18,8 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from adapt.config import EMBEDDED
 from adapt.errors import ConfigError
 from adapt.interfaces.demo import figures as fig
+from adapt.interfaces.demo.etcd import DemoEtcd
 from adapt.interfaces.demo.images import find_photographs
 from adapt.interfaces.demo.links import Replay, replay
 from adapt.interfaces.demo.reference import Reference, compute_reference
@@ -34,6 +37,7 @@ THREADS = 1  # of every process that computes: results of other counts may diffe
 DEADLINE_S = 60.0
 LEASE_TTL_S = 4.0  # shorter than the default, so that the demo need not wait long until the stopped worker is given up
 LOST_WITHIN_S = 20.0
+ETCD = "etcd"
 POLL_S = 0.1
 
 
@@ -52,11 +56,14 @@ class Wishes:
     tolerance: float | None
     in_flight: int
     has_faults: bool
+    membership: str = EMBEDDED
 
     def __post_init__(self) -> None:
         for key, low, high in (("count", 1, 10_000), ("workers", 1, 64), ("stages", 1, 256), ("in_flight", 1, 1024)):
             if not low <= getattr(self, key) <= high:
                 raise ConfigError(f"{key}={getattr(self, key)}: expected {low} to {high}")
+        if self.membership not in (EMBEDDED, ETCD):
+            raise ConfigError(f"membership={self.membership!r}: expected {EMBEDDED} or {ETCD}")
         resolve_codec(self.codec, self.tolerance)
         if self.weights is not None and self.weights_file is None and not self.weights.replace("_", "").isalnum():
             raise ConfigError(f"weights={self.weights!r}: there is no such file, and it is no name of torchvision's weights")
@@ -95,8 +102,22 @@ class _Show:
         self._wishes, self._screen, self._scratch = wishes, screen, scratch
         self._done_to: dict[str, str] = {}  # worker -> what was done to it
         self._seen: dict[str, set[int]] = {}  # worker -> the stages that plans gave it
+        self._etcd: DemoEtcd | None = None
 
     def run(self) -> fig.Figures:
+        if self._wishes.membership == EMBEDDED:
+            return self._run({})
+        self._etcd = DemoEtcd(self._scratch)
+        try:
+            with self._screen.step("etcd") as step:
+                self._etcd.start()
+                self._etcd.wait_ready()
+                step.result = f"a real server keeps the leases, at {self._etcd.endpoint}"
+            return self._run({"membership": self._etcd.flag})
+        finally:
+            self._etcd.close()
+
+    def _run(self, membership: dict[str, object]) -> fig.Figures:
         wishes, screen = self._wishes, self._screen
         reference = self._reference()
         with screen.step("cluster") as step:
@@ -105,7 +126,8 @@ class _Show:
                 workers=wishes.workers,
                 device="cpu",  # where the reference is computed
                 threads=THREADS,
-                dispatcher={"lease_ttl": LEASE_TTL_S},
+                dispatcher={"lease_ttl": LEASE_TTL_S, **membership},
+                worker=membership,
             )
             cluster.start()
             step.result = f"1 dispatcher, {wishes.workers} workers, {THREADS} thread each, at {cluster.address}"
@@ -186,7 +208,24 @@ class _Show:
                 self._notes.note(f"after {after} answers: {worker.name} {words}; it held stage {held}")
 
             faults.append(Fault(after, act))
-        return faults
+        return sorted([*faults, *self._etcd_faults()], key=lambda fault: fault.after)
+
+    def _etcd_faults(self) -> list[Fault]:
+        """Kill etcd between the two, so that the second worker is lost without it, and start it again later."""
+        if self._etcd is None:
+            return []
+        etcd, count = self._etcd, self._wishes.count
+        gone, back = max(3 * count // 8, 1), max(5 * count // 8, 1)
+
+        def kill() -> None:
+            etcd.kill()
+            self._notes.note(f"after {gone} answers: etcd killed (SIGKILL)")
+
+        def start() -> None:
+            etcd.start()
+            self._notes.note(f"after {back} answers: etcd started again")
+
+        return [Fault(gone, kill), Fault(back, start)]
 
     def _stream(self, model: Model, reference: Reference, faults: Sequence[Fault]) -> list[Answer]:
         wishes = self._wishes
@@ -213,13 +252,22 @@ class _Show:
             while True:
                 status = client.status()
                 lost = [record.worker_id for record in status.workers if record.state == "lost"]
-                if self._done_to.keys() <= set(lost) or time.monotonic() - began > LOST_WITHIN_S:
+                is_settled = self._done_to.keys() <= set(lost) and self._etcd_is_back(status)
+                if is_settled or time.monotonic() - began > LOST_WITHIN_S:
                     break
                 time.sleep(POLL_S)
             step.result = (
                 f"given up: {', '.join(lost) or 'nobody'} (lease {LEASE_TTL_S:g} s); {len(status.workers) - len(lost)} workers left"
             )
+            if self._etcd is not None:
+                step.result += f"; in etcd again: {status.counters['etcd_workers']:.0f}"
         return status
+
+    def _etcd_is_back(self, status: StatusReport) -> bool:
+        """Whether etcd, if there is one, has a lease of every worker that is left, and no more."""
+        left = sum(record.state != "lost" for record in status.workers)
+        counters = status.counters
+        return self._etcd is None or (counters["etcd_is_well"] == 1 and counters["etcd_workers"] == left)
 
     def _note_stages(self, deployment: DeploymentRecord) -> None:
         for stage in deployment.stages:
@@ -278,6 +326,9 @@ class _Show:
             workers=fig.worker_figures({worker.name: worker.pid for worker in cluster.workers}, self._seen, self._done_to, status),
             codecs=fig.codec_figures(counters),
             links=[] if links is None else links.links,
+            membership=wishes.membership,
+            etcd_outages=int(counters.get("etcd_outages", 0)),
+            etcd_is_back=self._etcd_is_back(status),
         )
 
 

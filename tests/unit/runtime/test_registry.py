@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from adapt.errors import ConfigError
 from adapt.protocol.ids import WorkerId
-from adapt.runtime.registry import EmbeddedRegistry
+from adapt.runtime.registry import EmbeddedRegistry, Listener
 from adapt.runtime.state import StateDirectory
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
@@ -24,7 +26,7 @@ def state(tmp_path):
 
 def test_a_lease_ends_when_it_is_not_refreshed_and_comes_back_when_it_is(state):
     registry, heard = EmbeddedRegistry(state, lease_ttl_s=3), []
-    registry.watch(ended=lambda worker: heard.append(("ended", worker)), renewed=lambda worker: heard.append(("renewed", worker)))
+    registry.watch(Listener(ended=lambda worker: heard.append(("ended", worker)), renewed=lambda worker: heard.append(("renewed", worker))))
     registry.register(W1, 0)
     registry.register(W2, 0)
     registry.refresh(W2, 2)
@@ -60,9 +62,9 @@ def test_a_worker_whose_lease_was_renewed_is_suspect_when_it_falls_silent_and_no
 
 
 def test_every_reign_has_a_higher_term_than_the_one_before(state):
-    first = EmbeddedRegistry(state, lease_ttl_s=1).campaign()
+    first = asyncio.run(EmbeddedRegistry(state, lease_ttl_s=1).campaign())
     EmbeddedRegistry(state, lease_ttl_s=1).raise_term(first + 7)
-    assert EmbeddedRegistry(state, lease_ttl_s=1).campaign() == first + 8
+    assert asyncio.run(EmbeddedRegistry(state, lease_ttl_s=1).campaign()) == first + 8
 
 
 def test_a_state_directory_is_for_one_dispatcher(state):
