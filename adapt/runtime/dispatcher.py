@@ -186,6 +186,7 @@ class Dispatcher:
                     await self._turn()
         except TimeoutError:
             log.warning("drained in part", extra={"requests": self._scheduler.live_requests})
+        self._flush_acks(is_last=True)
         for session in self._sessions:
             self._send(session, msg.Goodbye(reason="the dispatcher has drained"))
         return 130 if self._is_interrupted else 0
@@ -633,11 +634,11 @@ class Dispatcher:
         self._inbox.appendleft(ev.DispatchRefused(worker_id=action.worker_id, attempt=action.attempt))
         self._wake()
 
-    def _flush_acks(self) -> None:
+    def _flush_acks(self, *, is_last: bool = False) -> None:
         """One `StageAck` per worker for all that it has answered: with the next task that it gets, or a little later."""
         if self._acks_due is None:
             self._acks_due = self._now + ACK_S
-        ready = self._acks.keys() if self._acks_due <= self._now else self._acks.keys() & self._addressed
+        ready = self._acks.keys() if is_last or self._acks_due <= self._now else self._acks.keys() & self._addressed
         for worker_id in list(ready):
             self._to_worker(worker_id, msg.StageAck(attempts=self._acks.pop(worker_id)))
         self._addressed.clear()

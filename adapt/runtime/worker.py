@@ -364,6 +364,8 @@ class Worker:
             case Goodbye(reason=reason):
                 log.info("the dispatcher says goodbye", extra={"reason": reason})
                 self._stages.stop_pulling()
+                if self._is_draining and not self._works:  # it will not acknowledge the rest
+                    self._end()
             case _:
                 log.warning("message not meant for a worker", extra={"kind": type(message).__name__})
 

@@ -86,7 +86,7 @@ class Inspector:
         self._reign = reign
         self._highest_term = 0
         self._latest: dict[tuple[RequestId, int, int], int] = {}  # task -> number of its latest attempt
-        self._live: dict[RequestId, int] = {}  # admitted, without an outcome -> generation
+        self._live: dict[RequestId, int] = {}  # admitted, without an outcome -> its number among arrivals
         self._again: set[RequestId] = set()  # of these, whose earlier outcome is about to be seen: both were noted together
         self._programs: dict[tuple[RequestId, int], str] = {}  # of each generation that was dispatched
         self._seen: set[RequestId] = set()
@@ -175,7 +175,7 @@ class Inspector:
 
     def _request_noted(self, request_id: RequestId, now: float) -> None:
         request = self._inside.request(request_id)
-        if request is None or self._live.get(request_id) == request.generation:
+        if request is None or self._live.get(request_id) == request.arrival:
             return
         if request_id in self._live:
             self._again.add(request_id)
@@ -184,7 +184,7 @@ class Inspector:
         self._outcomes.pop(request_id, None)
         self._cancelled.discard(request_id)
         self._deadlines[request_id] = request.deadline
-        self._live[request_id] = request.generation
+        self._live[request_id] = request.arrival
 
     def _hello_noted(self, event: ev.WorkerJoined) -> None:
         """The two sides agree on what the worker holds."""

@@ -4,8 +4,6 @@
     load        requests come and faults happen
     settling    all faults are over; every request ends, and slots, credit and bytes return to zero, within `SETTLE_S`
     probing     what is asked now has to be answered
-
-Not modelled, because the scheduler does not do it yet: requests that start again under another plan, and hedging.
 """
 
 from __future__ import annotations
@@ -169,6 +167,7 @@ class Simulation:
             min_attempt_timeout_s=random.choice((0.3, 1.0)),
             load_timeout_s=random.choice((2.0, 8.0)),
             client_grace_s=random.choice((3.0, 6.0)),
+            hedge_share=random.choice((0.0, 0.0, 0.05, 0.3)),
             max_requests=random.choice((4096, 4096, 4096, 4096, 12)),
             max_retained_bytes=random.choice((2 << 30, 2 << 30, 2 << 30, 6_000_000)),
             max_kept_bytes=random.choice((MAX_KEPT_BYTES, MAX_KEPT_BYTES, 100_000)),
@@ -399,7 +398,7 @@ class Simulation:
         if asked.nature is Nature.WRONG:
             results = frozenset()
         is_exact = asked.exact or self._is_exact[asked.deployment]
-        return Expected(results, frozenset(self._errors(request_id, asked, is_exact=is_exact)), one_class=is_exact)
+        return Expected(results, frozenset(self._errors(request_id, asked)), one_class=is_exact)
 
     def _drops_results(self) -> bool:
         return self.dispatcher.settings.max_kept_bytes < MAX_KEPT_BYTES
@@ -414,7 +413,7 @@ class Simulation:
         end = operation.ends[0].at if operation.ends else self.timeline.now
         return sum(operation.at <= moment <= end for moment in self.history.deaths)
 
-    def _errors(self, request_id: RequestId, asked: Asked, *, is_exact: bool) -> Iterator[str]:
+    def _errors(self, request_id: RequestId, asked: Asked) -> Iterator[str]:
         """The errors that a request may end in, for what befell it and its cluster."""
         settings, kinds = self.dispatcher.settings, self.kinds
         yield "deadline-exceeded"
@@ -436,5 +435,3 @@ class Simulation:
             yield "unknown-model"
         if Kind.DAMAGE in kinds:
             yield "wire"
-        if is_exact:
-            yield "plan"

@@ -70,6 +70,21 @@ def test_the_life_of_a_worker(tmp_path):
     assert "not running" in repr(cluster)
 
 
+def test_after_work_everybody_leaves_by_itself_when_all_end_at_once():
+    """Regression: workers waited for acknowledgements that a dispatcher had not said before it left, until they were killed."""
+    torch = pytest.importorskip("torch")
+    x = torch.ones(1, 4)
+    with adapt.LocalCluster(workers=2) as cluster:
+        with adapt.Client(cluster.address) as client:
+            model = client.deploy(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).eval(), example_inputs=(x,), name="net")
+            for _ in range(3):
+                model(x)
+        processes = [cluster.dispatcher, *cluster.workers]
+        for process in processes:
+            process.terminate()
+        assert [process.wait(WAIT_S) for process in processes] == [0, 0, 0]
+
+
 def test_a_process_that_does_not_start_tells_why():
     cluster = adapt.LocalCluster(workers=0, dispatcher={"policy": "random"})
     with pytest.raises(adapt.AdaptError, match=r"(?s)dispatcher ended with status 2.*policy='random'"):

@@ -23,10 +23,10 @@ RARE_PATHS = {
     "dispatch refused", "suspect and back", "eviction",
     # requests
     "request came again", "answered from the table", "kept result dropped", "cancel overtook its request", "refused at the door",
-    "requests cancelled", "ended in deadline-exceeded", "ended in model", "ended in poison", "ended in input-mismatch", "ended in plan",
+    "requests cancelled", "ended in deadline-exceeded", "ended in model", "ended in poison", "ended in input-mismatch", "restarts",
     # attempts
     "retry elsewhere", "late answer accepted", "late answer dropped", "attempt timeouts", "retries delayed", "task handed back",
-    "unlisted attempt at hello", "reconciled attempt", "death while it ran", "death retracted", "poisonous requests", "breakers opened",
+    "unlisted attempt at hello", "reconciled attempt", "death while it ran", "death retracted", "poisonous requests", "breakers opened", "hedges",
     "model raised on other workers only", "neutral answers", "numeric re-pin",
     # stages
     "stage moved", "stage refused by a worker", "version switched", "version failed", "version released",
