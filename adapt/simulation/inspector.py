@@ -51,6 +51,10 @@ class _Inside:
     def is_wanted(self, attempt: AttemptId, worker_id: WorkerId) -> bool:
         return self._scheduler._wanted(attempt, worker_id) is not None
 
+    def places(self, request: Request) -> tuple[WorkerId, ...]:
+        """Who has the request's current stage, by the plan that is in force now."""
+        return self._scheduler._residency.live(request.version).plan.places[request.stage]
+
     def eligible(self, request: Request, now: float) -> list[Member]:
         return self._scheduler._eligible(request, now)
 
@@ -253,7 +257,7 @@ class Inspector:
             raise Violation(f"{worker_id} has it already", request.request_id)
         if worker_id not in request.failed_on:
             return
-        for other in request.version.plan.places[request.stage]:
+        for other in self._inside.places(request):
             member = self._scheduler.roster.get(other)
             if member is None or not member.is_ready or action.artifact not in member.resident:
                 continue

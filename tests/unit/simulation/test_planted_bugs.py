@@ -9,12 +9,10 @@ import pytest
 from msgspec import structs
 
 from adapt.errors import OverloadedError
-from adapt.protocol.ids import AttemptId
 from adapt.protocol.messages import RunStage
 from adapt.protocol.wire import Envelope
 from adapt.scheduling import events as ev
 from adapt.scheduling.outcome import Outcomes, Resolve
-from adapt.scheduling.requests import Request
 from adapt.scheduling.roster import Member
 from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
 from adapt.scheduling.session import PeerSession, Step
@@ -45,8 +43,8 @@ def made(kind: type[Scheduler]) -> Callable[[SchedulerSettings, Random], Schedul
 
 
 class SkipsTheHeapEntry(Scheduler):
-    def _dispatch(self, request, member, now):
-        super()._dispatch(request, member, now)
+    def _dispatch(self, request, member, now, **options):
+        super()._dispatch(request, member, now, **options)
         self._due.clear(("attempt", request.attempt_id(len(request.issued))))
 
 
@@ -164,10 +162,7 @@ def test_a_failing_seed_fails_again_and_tells_the_story_of_its_request():
 
 
 def test_a_late_answer_that_is_taken_for_the_present_stage_is_found(monkeypatch):
-    def is_current(self: Request, attempt: AttemptId) -> bool:
-        return attempt.request == self.request_id and attempt.attempt in self.issued
-
-    monkeypatch.setattr(Request, "is_current", is_current)
+    monkeypatch.setattr(Scheduler, "_wanted", lambda self, attempt, worker_id: self._requests.get(attempt.request))
     assert not first_bad(kinds=MUCH).is_good
 
 
