@@ -251,10 +251,13 @@ class Dispatcher:
             self._now = self._clock()
 
     def _empty_inbox(self) -> None:
-        """Take note of everything, and decide once for what the tasks of all peers have brought."""
+        """Take note of everything, and decide once for what the tasks of all peers have brought.
+
+        Nor is anything decided before somebody's leaving is noted: after a stall several have left, and a task would go from one to the next."""
+        self._decide()
         while self._inbox:
             item = self._inbox.popleft()
-            if not (type(item) is Received and type(item.envelope.message) in _OF_TASKS):
+            if not (_is_of_tasks(item) or type(item) is Disconnected):
                 self._decide()  # with those who are there, before that changes
             match item:
                 case Received():
@@ -437,7 +440,8 @@ class Dispatcher:
             return
         if isinstance(peer.hello, msg.WorkerHello):
             log.info("worker session ended", extra={"worker_id": session.name, "reason": reason})
-            self._handle(ev.WorkerDisconnected(worker_id=WorkerId(session.name), reason=reason))
+            self._note(ev.WorkerDisconnected(worker_id=WorkerId(session.name), reason=reason))
+            self._wake()
             return
         client_id = ClientId(peer.hello.client_id)
         self._deployer.client_gone(client_id)
@@ -722,6 +726,10 @@ class Dispatcher:
             deployments=[self._deployments.record(version) for version, _ in self._scheduler.versions()],
             counters=counters(self._scheduler) | self._tally.counters() | self._endpoint.counters() | dict(self._registry.counters()),
         )
+
+
+def _is_of_tasks(item: object) -> bool:
+    return type(item) is Received and type(item.envelope.message) in _OF_TASKS
 
 
 def _settings(config: DispatcherConfig) -> SchedulerSettings:

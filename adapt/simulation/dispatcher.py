@@ -228,9 +228,11 @@ class Dispatcher(Process):
 
     def _empty_inbox(self) -> None:
         """Take note of everything, and decide once for what the tasks of all peers have brought."""
+        self._decide()
         while self._inbox:
             item = self._inbox.popleft()
-            if not (type(item) is _Came and type(item.item) is Envelope and type(item.item.message) in _OF_TASKS):
+            is_of_tasks = type(item) is _Came and type(item.item) is Envelope and type(item.item.message) in _OF_TASKS
+            if not (is_of_tasks or type(item) is _Broke):
                 self._decide()
             match item:
                 case _Came(connection, Damaged()):
@@ -391,7 +393,8 @@ class Dispatcher(Process):
         if greeted is None:
             return
         if isinstance(greeted.hello, msg.WorkerHello):
-            self._handle(ev.WorkerDisconnected(worker_id=WorkerId(session.name), reason=reason))
+            self._note(ev.WorkerDisconnected(worker_id=WorkerId(session.name), reason=reason))
+            self._wake()
         else:
             self._handle(ev.ClientDisconnected(client_id=ClientId(greeted.hello.client_id)))
 

@@ -1,9 +1,9 @@
 """One run, drawn from one seed: a cluster is made, asked for inferences and plagued; then the plague ends, and everything has to come right.
 
-    deploying   until every deployment takes requests
-    load        requests come and faults happen
-    settling    all faults are over; every request ends, and slots, credit and bytes return to zero, within `SETTLE_S`
-    probing     what is asked now has to be answered
+deploying   until every deployment takes requests
+load        requests come and faults happen
+settling    all faults are over; every request ends, and slots, credit and bytes return to zero, within `SETTLE_S`
+probing     what is asked now has to be answered
 """
 
 from __future__ import annotations
@@ -404,11 +404,7 @@ class Simulation:
         return self.dispatcher.settings.max_kept_bytes < MAX_KEPT_BYTES
 
     def _deaths(self, request_id: RequestId) -> int:
-        """Of workers, while the request lived. Who computed what at its death is not always known: innocents may be condemned.
-
-        After a stall of the dispatcher's, connections that were lost meanwhile count as deaths in the hands of what came meanwhile."""
-        if Kind.DISPATCHER_STOP in self.kinds:
-            return POISONED
+        """Of workers, while the request lived. Who computed what at its death is not always known: innocents may be condemned."""
         operation = self.history.operations[request_id]
         end = operation.ends[0].at if operation.ends else self.timeline.now
         return sum(operation.at <= moment <= end for moment in self.history.deaths)
