@@ -540,17 +540,17 @@ def _text(item: Any, place: str) -> str:
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def check_inputs(specs: Sequence[ValueSpec], leaves: Sequence[Any], *, batch_limit: int | None = None) -> int | None:
+def check_inputs(specs: Sequence[ValueSpec], leaves: Sequence[Any], *, batch_limit: int | None = None, what: str = "input") -> int | None:
     """Check leaves (numpy arrays, torch tensors, ints) against their specs; return the batch size, None if there is none.
 
     Raises:
         InputMismatchError: naming expected and got dtype and shape of the first that does not fit.
     """
     if len(leaves) != len(specs):
-        raise InputMismatchError(f"expected {len(specs)} inputs, got {len(leaves)}")
+        raise InputMismatchError(f"expected {len(specs)} {what}s, got {len(leaves)}")
     for index, (spec, leaf) in enumerate(zip(specs, leaves, strict=True)):
-        _check_kind(spec, leaf, index)
-    batch = batch_size_of(specs, leaves)
+        _check_kind(spec, leaf, f"{what} {index}")
+    batch = batch_size_of(specs, leaves, what=what)
     if batch is not None and (batch < 1 or (batch_limit is not None and batch > batch_limit)):
         raise InputMismatchError(f"a batch of {batch}: expected 1 to {batch_limit or 'any number'}")
     for index, (spec, leaf) in enumerate(zip(specs, leaves, strict=True)):
@@ -559,7 +559,7 @@ def check_inputs(specs: Sequence[ValueSpec], leaves: Sequence[Any], *, batch_lim
         else:
             fits = tuple(leaf.shape) == spec.shape_at(batch or 1)
         if not fits:
-            raise _mismatch(spec, leaf, index, f" (the batch is {batch} by the inputs before)" if batch and index else "")
+            raise _mismatch(spec, leaf, f"{what} {index}", f" (the batch is {batch} by the inputs before)" if batch and index else "")
     return batch
 
 
@@ -583,7 +583,29 @@ class InputCheck:
             self._fitted.add(signature)
 
 
-def batch_size_of(specs: Sequence[ValueSpec], leaves: Sequence[Any]) -> int | None:
+class FormCheck:
+    """Whether a stage can have made such outputs of such inputs: dtypes, shapes, and one batch size for both. What has fitted is known again."""
+
+    def __init__(self, inputs: Sequence[ValueSpec], outputs: Sequence[ValueSpec]) -> None:
+        self._inputs, self._outputs = inputs, outputs
+        self._fitted: set[tuple[tuple[Any, Any], ...]] = set()
+
+    def __call__(self, given: Sequence[Any], made: Sequence[Any]) -> None:
+        """Raises InputMismatchError, naming expected and got dtype and shape of the first that does not fit."""
+        try:
+            signature = tuple([(leaf.dtype, leaf.shape) for leaf in (*given, *made)])
+            if signature in self._fitted:
+                return
+        except (AttributeError, TypeError):  # a number among them
+            signature = None
+        batch, made_batch = check_inputs(self._inputs, given), check_inputs(self._outputs, made, what="output")
+        if made_batch not in (None, batch):
+            raise InputMismatchError(f"outputs of a batch of {made_batch}: expected {batch}")
+        if signature is not None and len(self._fitted) < FITTED_LIMIT:
+            self._fitted.add(signature)
+
+
+def batch_size_of(specs: Sequence[ValueSpec], leaves: Sequence[Any], *, what: str = "input") -> int | None:
     """The batch size by the first size that depends on it; None when no size does."""
     for index, (spec, leaf) in enumerate(zip(specs, leaves, strict=True)):
         pairs = [(spec.size, leaf)] if isinstance(spec, SizeSpec) else list(zip(spec.shape, tuple(leaf.shape), strict=True))
@@ -591,7 +613,7 @@ def batch_size_of(specs: Sequence[ValueSpec], leaves: Sequence[Any]) -> int | No
             if isinstance(size, Affine) and size.scale:
                 batch, rest = divmod(int(got) - size.offset, size.scale)
                 if rest:
-                    raise _mismatch(spec, leaf, index)
+                    raise _mismatch(spec, leaf, f"{what} {index}")
                 return batch
     return None
 
@@ -630,19 +652,19 @@ def bind_arguments(program: Signature, args: list[Any], kwargs: dict[str, Any]) 
     return args, kwargs
 
 
-def _check_kind(spec: ValueSpec, leaf: Any, index: int) -> None:
+def _check_kind(spec: ValueSpec, leaf: Any, place: str) -> None:
     if isinstance(spec, SizeSpec):
         if type(leaf) is not int:
-            raise _mismatch(spec, leaf, index)
+            raise _mismatch(spec, leaf, place)
         return
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        raise _mismatch(spec, leaf, index, "; give a numpy array or a torch tensor")
+        raise _mismatch(spec, leaf, place, "; give a numpy array or a torch tensor")
     if len(leaf.shape) != len(spec.shape):
         missing_batch = len(leaf.shape) == len(spec.shape) - 1 and spec.shape and isinstance(spec.shape[0], Affine)
-        raise _mismatch(spec, leaf, index, "; add the batch dimension with x[None]" if missing_batch else "")
+        raise _mismatch(spec, leaf, place, "; add the batch dimension with x[None]" if missing_batch else "")
     if (dtype := dtype_name(leaf)) != spec.dtype:
         convert = f"x.to(torch.{spec.dtype})" if str(leaf.dtype).startswith("torch.") else f'x.astype("{spec.dtype}")'
-        raise _mismatch(spec, leaf, index, f"; convert with {convert}" if dtype in DTYPES else "")
+        raise _mismatch(spec, leaf, place, f"; convert with {convert}" if dtype in DTYPES else "")
 
 
 def dtype_name(leaf: Any) -> str:
@@ -650,9 +672,9 @@ def dtype_name(leaf: Any) -> str:
     return str(leaf.dtype).removeprefix("torch.")
 
 
-def _mismatch(spec: ValueSpec, leaf: Any, index: int, hint: str = "") -> InputMismatchError:
+def _mismatch(spec: ValueSpec, leaf: Any, place: str, hint: str = "") -> InputMismatchError:
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         got = f"{dtype_name(leaf)} {tuple(leaf.shape)}"
     else:
         got = f"{type(leaf).__name__} {str(leaf)[:40]!r}"
-    return InputMismatchError(f"input {index}: expected {spec}, got {got}{hint}")
+    return InputMismatchError(f"{place}: expected {spec}, got {got}{hint}")

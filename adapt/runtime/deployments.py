@@ -18,7 +18,7 @@ from typing import Any
 from adapt.errors import ConfigError
 from adapt.models.cut import StageArtifact, legal_cuts, write_stages
 from adapt.models.interface import Interface
-from adapt.models.program import Program, read_program
+from adapt.models.program import FormCheck, Program, read_graph, read_program
 from adapt.planning.partition import partition, stage_costs_s
 from adapt.planning.placement import Plan, StageNeed, WorkerOffer, place
 from adapt.protocol.codecs import resolve_codec
@@ -72,6 +72,7 @@ class Deployments:
         self._ready: set[tuple[str, int]] = set()  # versions that have taken requests
         self._garbage: set[Digest] = set()  # artifacts that no version needs any more
         self._under_way = 0  # deployments that may be about to need them again
+        self._forms: dict[Digest, FormCheck] = {}
         self._numbers: dict[str, int] = {}  # deployment -> the highest number it ever had
 
     def restore(self) -> list[Version]:
@@ -157,7 +158,15 @@ class Deployments:
             return
         for artifact in self._garbage - self._needed():
             self._store.path(artifact).unlink(missing_ok=True)
+            self._forms.pop(artifact, None)
         self._garbage.clear()
+
+    def form(self, artifact: Digest) -> FormCheck:
+        """What a stage makes of what. Reads its file at the first time, which takes milliseconds. Raises WireError, OSError."""
+        if artifact not in self._forms:
+            graph = read_graph(self._store.path(artifact), verify=False).graph
+            self._forms[artifact] = FormCheck(graph.input_specs, graph.output_specs)
+        return self._forms[artifact]
 
     def file_bytes(self, artifact: Digest) -> int:
         """Size of a stage's file. Raises KeyError for a stage of no version."""

@@ -476,8 +476,7 @@ class Dispatcher:
                 self._note(ev.StageBegun(worker_id=worker_id, attempt=attempt))
             case msg.StageDone() as done:
                 self._tally.count(done.leaves, envelope.blobs)
-                output = ev.Activation(done.leaves, envelope.blobs)
-                self._note(ev.StageFinished(worker_id=worker_id, attempt=done.attempt, output=output, times=done.times))
+                self._done(worker_id, done, envelope.blobs)
                 if done.begun is not None:
                     self._note(ev.StageBegun(worker_id=worker_id, attempt=done.begun))
             case msg.StageFailed() as failed:
@@ -687,6 +686,22 @@ class Dispatcher:
             return
         self._handle(ev.Undeployed(deployment=undeploy.name))
         self._send(session, msg.CallDone(call=undeploy.call))
+
+    def _done(self, worker_id: WorkerId, done: msg.StageDone, blobs: tuple[Blob, ...]) -> None:
+        """An answer, unless it is none that this stage can give: then the attempt has failed, and the worker is to blame."""
+        work = self._scheduler.work_of(done.attempt, worker_id)
+        try:
+            if work is not None:
+                artifact, given = work
+                self._deployments.form(artifact)(given, done.leaves)
+        except AdaptError as misfit:
+            log.warning("answer of a wrong form", extra={"worker_id": worker_id, "attempt": str(done.attempt), "reason": str(misfit)})
+            self._scheduler.counters["misfits"] += 1
+            error = WireError(f"the answer of {worker_id} is none that stage {done.attempt.stage} can give: {misfit}")
+            self._handle(ev.AttemptFailed(worker_id=worker_id, attempt=done.attempt, error=error))
+            return
+        output = ev.Activation(done.leaves, blobs)
+        self._note(ev.StageFinished(worker_id=worker_id, attempt=done.attempt, output=output, times=done.times))
 
     async def _serve_piece(self, session: Session, fetch: msg.Fetch) -> None:
         """Answer `Fetch`: read beside the loop, so that a slow disk delays no activation."""

@@ -21,7 +21,7 @@ Rules that the rest follows from:
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import TypeAlias
@@ -39,6 +39,7 @@ from adapt.errors import (
 )
 from adapt.planning.placement import StageNeed, WorkerOffer
 from adapt.protocol.ids import AttemptId, ClientId, Digest, RequestId, WorkerId
+from adapt.protocol.messages import Leaf
 from adapt.scheduling import events as ev
 from adapt.scheduling.admission import Admission, AdmissionLimits
 from adapt.scheduling.deadlines import Deadlines, earliest
@@ -185,6 +186,11 @@ class Scheduler:
     def offers(self) -> list[WorkerOffer]:
         """What the workers that are ready have to give."""
         return [self._residency.offer(member) for member in self.roster if member.is_ready]
+
+    def work_of(self, attempt: AttemptId, worker_id: WorkerId) -> tuple[Digest, Sequence[Leaf]] | None:
+        """The stage of an attempt and the input that it was given; None if its answer comes too late to be used."""
+        request = self._wanted(attempt, worker_id)
+        return None if request is None else (self._need(request).artifact, request.activation.leaves)
 
     @property
     def live_requests(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
@@ -17,6 +18,7 @@ from adapt.models.interpreter import Stage
 from adapt.models.program import (
     PROGRAM_KEY,
     Affine,
+    FormCheck,
     TensorSpec,
     program_to_metadata,
     read_program,
@@ -232,6 +234,35 @@ STRUCTURES = st.recursive(
     ),
     max_leaves=8,
 )
+
+
+BATCHED = TensorSpec("float32", (Affine(2, 0), 3), (0, 1))
+PLAIN = TensorSpec("int64", (4,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ([np.zeros((4, 3), np.float32)], None),
+        ([np.zeros((4, 3), np.float64)], "output 0: expected float32"),
+        ([np.zeros((4, 5), np.float32)], "output 0: expected float32"),
+        ([np.zeros((3, 3), np.float32)], "output 0: expected float32"),
+        ([np.zeros(12, np.float32)], "output 0: expected float32"),
+        ([np.zeros((2, 3), np.float32)], "outputs of a batch of 1: expected 2"),
+        ([], "expected 1 outputs, got 0"),
+        ([7], "output 0: expected float32"),
+    ],
+)
+def test_what_a_stage_can_have_made(made, message):
+    """The input is a batch of 2, and the output has two rows for each of it."""
+    check = FormCheck([TensorSpec("float32", (Affine(1, 0), 5), (0, 1))], [BATCHED])
+    for _ in range(2):  # what has fitted is known again, and what has not is not
+        with contextlib.nullcontext() if message is None else pytest.raises(InputMismatchError, match=message):
+            check([np.zeros((2, 5), np.float32)], made)
+
+
+def test_an_output_may_be_independent_of_the_batch():
+    FormCheck([TensorSpec("float32", (Affine(1, 0), 5), (0, 1))], [PLAIN])([np.zeros((9, 5), np.float32)], [np.zeros(4, np.int64)])
 
 
 @given(STRUCTURES)
