@@ -18,6 +18,8 @@ from adapt.scheduling.liveness import Verdict
 from adapt.scheduling.queues import StageKey
 from adapt.scheduling.roster import Member, Roster
 
+REFUSED_S = 30.0  # after a load that failed, the worker is not asked for that stage again
+
 
 @dataclass(slots=True)
 class LiveVersion:
@@ -235,7 +237,7 @@ class Residency:
             member = self._roster.get(worker_id)
             if member is not None and member.is_ready and need.artifact in member.loading and suits(member):
                 return True
-        spare = [m for m in self._roster if m.is_ready and m.worker_id not in places and need.artifact not in m.refused and suits(m)]
+        spare = [m for m in self._roster if m.is_ready and m.worker_id not in places and not m.refuses(need.artifact, now) and suits(m)]
         if not self._substitute(live, stage, spare, now):
             return False
         self.stages_moved += 1
@@ -263,7 +265,7 @@ class Residency:
     def refused(self, member: Member, artifact: Digest, error: AdaptError, now: float) -> None:
         """The worker cannot have this stage. A version that never was ready fails if nobody can; requests of others wait."""
         self._forget(member, artifact)
-        member.refused[artifact] = error
+        member.refused[artifact] = now + REFUSED_S
         self.loads_failed += 1
         for live in list(self._versions.values()):
             for stage, need in enumerate(live.plan.stages):
@@ -277,7 +279,7 @@ class Residency:
         if live.is_retired:  # it has failed already, for another stage
             return
         artifact, places = live.plan.stages[stage].artifact, live.plan.places[stage]
-        spare = [m for m in self._roster if m.is_ready and m.worker_id not in places and artifact not in m.refused]
+        spare = [m for m in self._roster if m.is_ready and m.worker_id not in places and not m.refuses(artifact, now)]
         if self._substitute(live, stage, spare, now) or places:
             return
         if self._current.get(live.version.deployment) == live.version.number:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from adapt.errors import AdaptError
 from adapt.protocol.ids import AttemptId, Digest, WorkerId
 from adapt.protocol.messages import StageTimes
 from adapt.scheduling.liveness import Verdict
@@ -90,7 +89,7 @@ class Member:
     slots: dict[AttemptId, Slot] = field(default_factory=dict)
     resident: set[Digest] = field(default_factory=set)
     loading: set[Digest] = field(default_factory=set)
-    refused: dict[Digest, AdaptError] = field(default_factory=dict)  # until it joins again
+    refused: dict[Digest, float] = field(default_factory=dict)  # stages that it could not load, until when it is not asked again
     services: dict[Digest, Service] = field(default_factory=dict)
     slowness: float = 1.0  # measured seconds per predicted second, over all stages
     held_s: float = 0.0  # expected of all that it holds
@@ -129,6 +128,10 @@ class Member:
         self.is_draining = False
         self.loading.clear()
         self.refused.clear()
+
+    def refuses(self, artifact: Digest, now: float) -> bool:
+        """Whether it could not load the stage a while ago."""
+        return self.refused.get(artifact, now) > now
 
     def expect(self, artifact: Digest, predicted_s: float, size_bytes: int = 0) -> tuple[float, float]:
         """Seconds that the stage should keep it busy, and seconds on the way; `predicted_s` comes from the quick profile."""

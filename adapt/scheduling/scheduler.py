@@ -48,7 +48,7 @@ from adapt.scheduling.policies import POLICIES, Candidate, Rank
 from adapt.scheduling.qos import Breaker, QosSettings, usable
 from adapt.scheduling.queues import Entry, StageKey, StageQueues
 from adapt.scheduling.requests import Attempt, Ended, EndedRequests, Request
-from adapt.scheduling.residency import LiveVersion, Residency
+from adapt.scheduling.residency import REFUSED_S, LiveVersion, Residency
 from adapt.scheduling.roster import Member, Roster, Slot
 from adapt.scheduling.tokens import RetryTokens, TokenSettings
 
@@ -88,7 +88,7 @@ class SchedulerSettings:
     tokens: TokenSettings = field(default_factory=TokenSettings)
 
 
-# What can fall due, as a key of the deadline heap: "deadline", "attempt", "hedge", "retry", "forget", "client", "member", "look" or "breaker", and of whom.
+# What can fall due, as a key of the deadline heap: "deadline", "attempt", "hedge", "retry", "forget", "client", "member", "load", "look" or "breaker", and of whom.
 _Due: TypeAlias = tuple[str, RequestId | AttemptId | ClientId | WorkerId]
 
 
@@ -151,7 +151,7 @@ class Scheduler:
             self._verdict_changed(self.roster.member(worker_id), now)
         for worker_id, artifact in self._residency.tick(now):
             error = AttemptTimeoutError(worker_id, timeout_s=self.settings.load_timeout_s)
-            self._residency.refused(self.roster.member(worker_id), artifact, error, now)
+            self._load_failed(self.roster.member(worker_id), artifact, error, now)
         for due in self._due.take_due(now):
             self._fell_due(due, now)
         self._accept_slow(now)
@@ -175,6 +175,8 @@ class Scheduler:
                 self.roster.forget(WorkerId(worker_id))
             case "retry", RequestId() as request_id:
                 self._retry(request_id, now)
+            case "load", str():
+                self._queues.wake_all()
             case (("look" | "breaker"), str() as worker_id):
                 if (member := self.roster.get(WorkerId(worker_id))) is not None:
                     self._wake(member)
@@ -241,7 +243,7 @@ class Scheduler:
             case ev.LoadProgressed():
                 self._residency.progressed(self.roster.member(event.worker_id), event.artifact, now)
             case ev.StageRefused():
-                self._residency.refused(self.roster.member(event.worker_id), event.artifact, event.error, now)
+                self._load_failed(self.roster.member(event.worker_id), event.artifact, event.error, now)
             case _:
                 self._note_membership(event, now)
 
@@ -861,6 +863,11 @@ class Scheduler:
         request.attempts.setdefault(attempt.attempt, Attempt(member.worker_id, self.settings.attempt_timeout_s)).is_expired = False
         request.ticket = 0  # no second attempt while this one is there
         self._due.set(("attempt", attempt), now + self.settings.attempt_timeout_s)
+
+    def _load_failed(self, member: Member, artifact: Digest, error: AdaptError, now: float) -> None:
+        """It may be asked again after a while: perhaps its disk was full for a moment."""
+        self._residency.refused(member, artifact, error, now)
+        self._due.set(("load", member.worker_id), now + REFUSED_S)
 
     def _heard(self, event: ev.WorkerHeard, now: float) -> None:
         self._liveness.heard(event.worker_id, now)

@@ -25,6 +25,7 @@ from adapt.protocol.messages import StageTimes
 from adapt.protocol.wire import Blob
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
+from adapt.scheduling.residency import REFUSED_S
 from adapt.scheduling.roster import AHEAD_S, STEADY, Service
 from adapt.scheduling.scheduler import (
     ACCEPT_S,
@@ -1677,6 +1678,20 @@ def test_a_load_without_progress_is_given_to_another_worker():
     cluster.tell(ev.LoadProgressed(worker_id=WorkerId("w1"), artifact=Digest("d.0")))
     assert cluster.wait(LOAD_TIMEOUT_S - 1) == []
     assert only(cluster.wait(1), ev.Load) == [ev.Load(worker_id=WorkerId("w2"), artifact=Digest("d.0"))]
+
+
+def test_a_worker_that_could_not_load_a_stage_is_asked_again_after_a_while():
+    """Its disk was full for a moment; nobody else is left, and requests wait."""
+    cluster = a_cluster("w1", "w2", places=("w1",))
+    cluster.lose("w1")
+    cluster.wait(GRACE_S)
+    cluster.submit(budget_s=500.0)
+    assert only(cluster.taken(), ev.Load) == [ev.Load(worker_id=WorkerId("w2"), artifact=Digest("d.0"))]
+    cluster.tell(ev.StageRefused(worker_id=WorkerId("w2"), artifact=Digest("d.0"), error=AdaptError("disk full")))
+    assert only(cluster.wait(REFUSED_S - 1), ev.Load) == []
+    assert only(cluster.wait(1), ev.Load) == [ev.Load(worker_id=WorkerId("w2"), artifact=Digest("d.0"))]
+    cluster.load()
+    assert cluster.the_one_sent().worker == "w2"
 
 
 def test_a_load_that_nobody_can_do_fails_the_version_with_its_reason():
