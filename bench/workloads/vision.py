@@ -16,10 +16,10 @@ SHAPE = (1, 3, 224, 224)
 SEED = 0
 
 
-def images(count: int, *, seed: int = 1) -> list[Array]:
+def images(count: int, *, seed: int = 1, shape: tuple[int, ...] = SHAPE) -> list[Array]:
     """Inputs that differ; their content does not change how long anything takes."""
     random = np.random.default_rng(seed)
-    return [random.standard_normal(SHAPE, np.float32) for _ in range(count)]
+    return [random.standard_normal(shape, np.float32) for _ in range(count)]
 
 
 def eager(model: str) -> nn.Module:
