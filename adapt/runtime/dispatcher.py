@@ -242,6 +242,8 @@ class Dispatcher:
         if due is not None and due <= now:
             if now - due > LAG_S:  # we were late, not they
                 self._scheduler.counters["loop_lags"] += 1
+                self._registry.excuse(now - due)
+                self._scheduler.excuse(now - due)
                 self._endpoint.drain()
                 self._empty_inbox()
             self._registry.tick(self._clock())

@@ -67,6 +67,10 @@ class Registry(Protocol):
 
     def watch(self, listener: Listener) -> None: ...
 
+    def excuse(self, by_s: float) -> None:
+        """The dispatcher itself stood still for so long, and could hear nobody."""
+        ...
+
     def tick(self, now: float) -> None: ...
 
     def next_wakeup(self) -> float | None: ...
@@ -160,6 +164,9 @@ class EmbeddedRegistry:
 
     def watch(self, listener: Listener) -> None:
         self._listener = listener
+
+    def excuse(self, by_s: float) -> None:
+        self._leases.postpone(by_s)
 
     def tick(self, now: float) -> None:
         for worker_id in self._leases.take_due(now):

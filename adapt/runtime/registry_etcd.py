@@ -130,6 +130,10 @@ class EtcdRegistry:
     def watch(self, listener: Listener) -> None:
         self._listener = listener
 
+    def excuse(self, by_s: float) -> None:
+        self._heard_until = {worker_id: until + by_s for worker_id, until in self._heard_until.items()}
+        self._due.postpone(by_s)
+
     def tick(self, now: float) -> None:
         for worker_id in self._due.take_due(now):
             self._lapsed.add(worker_id)

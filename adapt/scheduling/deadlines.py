@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -50,6 +50,12 @@ class Deadlines(Generic[Key]):
     def clear(self, key: Key) -> None:
         """`key` is due no more; nothing happens if it was not."""
         self._valid.pop(key, None)
+
+    def postpone(self, by_s: float, *, concerns: Callable[[Key], bool] = lambda key: True) -> None:
+        """What is due of these keys is due so much later."""
+        valid = [entry for entry in self._heap if self._valid.get(entry[2]) == entry[1]]
+        self._heap = [(moment + by_s * concerns(key), ticket, key) for moment, ticket, key in valid]
+        heapq.heapify(self._heap)
 
     def take_due(self, now: float) -> list[Key]:
         """Remove and return what is due at `now`, earliest first."""

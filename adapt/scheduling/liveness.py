@@ -116,6 +116,10 @@ class Liveness:
         self._due.clear(("grace", worker_id))
         self._due.clear(("silence", worker_id))
 
+    def excuse(self, by_s: float) -> None:
+        """It was we who heard nobody for so long."""
+        self._due.postpone(by_s)
+
     def tick(self, now: float) -> list[WorkerId]:
         """Note what has fallen due; returns the workers concerned, whose verdict may have changed."""
         touched = []

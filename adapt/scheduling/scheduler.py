@@ -145,6 +145,11 @@ class Scheduler:
         self._actions.clear()
         return actions
 
+    def excuse(self, by_s: float) -> None:
+        """The dispatcher itself stood still: workers and their attempts have so much longer. Requests have not."""
+        self._liveness.excuse(by_s)
+        self._due.postpone(by_s, concerns=lambda due: due[0] == "attempt")
+
     def tick(self, now: float) -> list[ev.Action]:
         """Do what has fallen due."""
         for worker_id in self._liveness.tick(now):

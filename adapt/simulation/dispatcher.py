@@ -34,6 +34,7 @@ from adapt.simulation.timeline import Process, Timeline
 HEARTBEAT_S = 0.5
 MALFORMED_LIMIT, MALFORMED_WINDOW_S = 3, 10.0  # so many unreadable messages of one peer within so long, and it is refused
 ACK_S = 0.1  # how long a worker may wait for an acknowledgement, if no task comes that it can ride on
+LAG_S = 0.25  # a loop that comes this late has been standing still
 TURN_S = 0.0004  # the most that lies between an arrival and the turn of the loop in which it is read
 MAX_MESSAGE_BYTES = 256 << 20
 DRAIN_S = 3.0  # the most that a drain may take
@@ -213,6 +214,9 @@ class Dispatcher(Process):
         now = self.clock()
         due = self._next_wakeup()
         if due is not None and due <= now:
+            if now - due > LAG_S:  # we were late, not they
+                self.counters["loop lag"] += 1
+                self.scheduler.excuse(now - due)
             self._do_what_is_due(now)
         self._flush_acks()
         self._arm()

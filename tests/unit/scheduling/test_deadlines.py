@@ -70,3 +70,16 @@ def test_moving_one_moment_often_fills_no_memory(waiting, moves):
         deadlines.set(0, 10_000 - move)
         assert len(deadlines._heap) <= 2 * waiting + deadlines_module._SLACK
     assert deadlines.take_due(20_000) == [*range(1, waiting), 0]
+
+
+@given(st.dictionaries(st.integers(0, 9), st.integers(0, 50)), st.integers(1, 20))
+def test_some_can_be_postponed(moments, by_s):
+    deadlines: Deadlines[int] = Deadlines()
+    for key, moment in moments.items():
+        deadlines.set(key, -1)  # an earlier moment, which counts no more
+        deadlines.set(key, moment)
+    deadlines.postpone(by_s, concerns=lambda key: key % 2 == 0)
+    later = {key: moment + by_s * (key % 2 == 0) for key, moment in moments.items()}
+    assert deadlines.next_wakeup() == min(later.values(), default=None)
+    for now in range(80):
+        assert sorted(deadlines.take_due(now)) == sorted(key for key, moment in later.items() if moment == now)

@@ -1702,6 +1702,22 @@ def test_a_load_that_nobody_can_do_fails_the_version_with_its_reason():
     assert isinstance(failed.error, AttemptTimeoutError)
 
 
+def test_what_falls_due_while_the_dispatcher_stands_still_is_nobodys_fault_but_deadlines_stay():
+    cluster = a_cluster("w1", "w2")
+    cluster.submit(budget_s=32.0)
+    sent = cluster.the_one_sent()
+    due = cluster.scheduler.next_wakeup()
+    cluster.now += 28.0  # longer than silence, grace and the attempt's timeout
+    cluster.scheduler.excuse(cluster.now - due)
+    assert only(cluster.scheduler.tick(cluster.now), ev.Evict) == []
+    assert [cluster.verdict(worker) for worker in ("w1", "w2")] == [Verdict.READY, Verdict.READY]
+    assert cluster.scheduler.counters["attempt_timeouts"] == 0
+    cluster.taken()
+    cluster.wait(5)
+    assert isinstance(cluster.the_error(), DeadlineExceededError)
+    assert only(cluster.finish(sent), ev.Answer) == []
+
+
 # ── a socket that takes nothing ──────────────────────────────────────────────────────────────────────────────────────
 
 
