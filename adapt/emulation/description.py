@@ -28,7 +28,7 @@ class Kind(StrEnum):
     STALL = "stall"  # its connections stay open, and no byte moves
     RESET = "reset"  # its connections are reset; new ones are taken
     CORRUPT = "corrupt"  # bytes are changed on the way, `corrupt_per_mib` in each direction
-    RESTORE = "restore"  # link and speed are again what they are in the description
+    RESTORE = "restore"  # link and speed are again what they are in the description, but for what remains in force
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,11 @@ class LinkSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One thing that happens to one device at one moment after the start of the schedule."""
+    """One thing that happens to one device at one moment after the start of the schedule.
+
+    Attributes:
+        remaining: of a `restore`: what stays in force, in the order in which it began.
+    """
 
     at_s: float
     kind: Kind
@@ -82,6 +86,7 @@ class Event:
     latency_s: float | None = None
     jitter_s: float | None = None
     corrupt_per_mib: float | None = None
+    remaining: tuple[Event, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

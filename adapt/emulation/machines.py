@@ -11,8 +11,10 @@ latency, stall, reset, corruption                        by the proxy, in both
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -23,7 +25,10 @@ from adapt.emulation.groups import Group, Groups
 from adapt.emulation.network import Network, PairLink, Port
 from adapt.emulation.observation import Reading
 from adapt.emulation.ownership import Claim, claim
+from adapt.emulation.proxy import DIRECTIONS
 from adapt.emulation.proxy_control import LinkProxy
+from adapt.emulation.shares import CpuShare
+from adapt.emulation.state import BOTH, Direction, State
 from adapt.errors import AdaptError
 
 FLOOR_BYTES = 220 << 20  # of a process that has imported torch: what its memory may be above the stage budget
@@ -48,13 +53,13 @@ class Machines(Protocol):
         """The address at which that machine finds the dispatcher."""
 
     def limit(self, name: str, cores: float | None) -> None:
-        """From now on its CPU share is this; None: no limit."""
+        """From now on its CPU share is this, None: no limit; while it is hurried, as soon as it is not."""
 
     def hurry(self, name: str) -> None:
         """Until `settle` it has what the others leave: a worker starts, and to import torch is not the test."""
 
     def settle(self, name: str) -> None:
-        """From now on it has the CPU share that it is described with."""
+        """From now on it has the CPU share that it should have."""
 
     def rate(self, name: str, up_bytes_per_s: float | None, down_bytes_per_s: float | None) -> None:
         """From now on its link has these rates; None: no limit."""
@@ -65,14 +70,25 @@ class Machines(Protocol):
     def proxy_of(self, name: str) -> LinkProxy:
         """What delays, stalls, resets and corrupts its connections."""
 
-    def restore(self, name: str) -> None:
-        """Its link is again as described, its CPU share too."""
+    def restore(self, name: str, state: State) -> None:
+        """Its link and CPU share become this, in one step."""
 
     def read(self, pids: Mapping[str, int]) -> dict[str, Reading]:
         """What the machines use now. `pids`: of the workers that live."""
 
+    def memory_kills(self) -> dict[str, MemoryKills]:
+        """Of the machines with a memory limit."""
+
     def close(self) -> None:
         """Leave nothing behind."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryKills:
+    """How many processes of a machine have been killed since its beginning because together they exceeded its limit."""
+
+    count: int
+    limit_bytes: int
 
 
 class IsolatedMachines:
@@ -80,16 +96,19 @@ class IsolatedMachines:
 
     Args:
         proxied: devices whose connections go through the proxy, besides those with latency.
+        directory: of the emulation, if it is to be removed after it has been killed.
     """
 
     is_isolated = True
 
-    def __init__(self, spec: ClusterSpec, proxied: Iterable[str]) -> None:
+    def __init__(self, spec: ClusterSpec, proxied: Iterable[str], directory: Path | None = None) -> None:
         self._spec, self._proxied = spec, {*proxied, *(device.name for device in spec.devices if device.latency_s or device.jitter_s)}
+        self._lines: set[str] = set()  # devices that are connected through the proxy
         self._groups_of: dict[str, Group] = {}
+        self._shares: dict[str, CpuShare] = {}
         self._has_begun = False  # shares are in force
         with contextlib.ExitStack() as stack:
-            self._claim: Claim = stack.enter_context(contextlib.closing(claim()))
+            self._claim: Claim = stack.enter_context(contextlib.closing(claim(directory)))
             self._network = stack.enter_context(contextlib.closing(Network(self._claim.tag, self._claim.subnet)))
             self._network.build(self._ports(), [PairLink(*link.between, link.bytes_per_s) for link in spec.links])
             self._groups = stack.enter_context(contextlib.closing(Groups(self._claim.tag)))
@@ -106,8 +125,8 @@ class IsolatedMachines:
         return ports if self._spec.dispatcher != HOST else [Port(DISPATCHER_MACHINE, None, None), *ports]
 
     def _make_group(self, device: DeviceSpec) -> None:
-        limit_bytes = None if device.memory_bytes is None else device.memory_bytes + FLOOR_BYTES
-        self._groups_of[device.name] = self._groups.make(device.name, cores=device.cores, memory_bytes=limit_bytes)
+        group = self._groups.make(device.name, cores=device.cores, memory_bytes=_limit_bytes(device))
+        self._groups_of[device.name], self._shares[device.name] = group, CpuShare(group, device.cores)
 
     @property
     def _dispatcher_machine(self) -> str:
@@ -128,19 +147,21 @@ class IsolatedMachines:
         if name not in self._proxied:
             return dispatcher
         device = self._spec.device(name)
-        return _through(self.proxy_of(name), device, self._network.namespace(name), dispatcher)
+        address = _through(self.proxy_of(name), device, self._network.namespace(name), dispatcher)
+        self._lines.add(name)
+        return address
 
     def limit(self, name: str, cores: float | None) -> None:
-        self._groups_of[name].limit_cores(cores)
+        self._shares[name].want(cores)
 
     def hurry(self, name: str) -> None:
         """At the beginning there are no shares yet to be respected."""
         own, others = self._spec.device(name).cores, [device.cores or 0.0 for device in self._spec.devices if device.name != name]
-        left = (psutil.cpu_count() or 1) - sum(others)
-        self.limit(name, max(own, left) if own is not None and self._has_begun else None)
+        left = len(os.sched_getaffinity(0)) - sum(others)
+        self._shares[name].hurry(max(own, left) if own is not None and self._has_begun else None)
 
     def settle(self, name: str) -> None:
-        self._groups_of[name].begin_limit()
+        self._shares[name].settle()
         self._has_begun = True
 
     def rate(self, name: str, up_bytes_per_s: float | None, down_bytes_per_s: float | None) -> None:
@@ -152,11 +173,11 @@ class IsolatedMachines:
         else:
             self._network.cut_one_way(name, direction)
 
-    def restore(self, name: str) -> None:
-        self._network.restore(name)
-        self.limit(name, self._spec.device(name).cores)
-        if name in self._proxied:
-            self.proxy_of(name).restore(name)
+    def restore(self, name: str, state: State) -> None:
+        self._network.restore(name, rates=state.rates, lost=state.lost)
+        self.limit(name, state.cores)
+        if name in self._lines:
+            _restore_line(self.proxy_of(name), name, state, lost=frozenset())
 
     def proxy_of(self, name: str) -> LinkProxy:
         if self._proxy is None or name not in self._proxied:
@@ -171,6 +192,14 @@ class IsolatedMachines:
             readings[name] = Reading(usage.cpu_s, usage.memory_bytes, sent_bytes, received_bytes, name in pids)
         return readings
 
+    def memory_kills(self) -> dict[str, MemoryKills]:
+        limits = {device.name: _limit_bytes(device) for device in self._spec.devices}
+        return {
+            name: MemoryKills(self._groups_of[name].out_of_memory_kills(), limit_bytes)
+            for name, limit_bytes in limits.items()
+            if limit_bytes is not None
+        }
+
     def close(self) -> None:
         self._stack.close()
 
@@ -184,7 +213,9 @@ class PlainMachines:
         self._spec = spec
         self._proxy = LinkProxy(spec.seed)
         self._proxy.start()
-        self._cpu_s: dict[str, dict[int, float]] = {device.name: {} for device in spec.devices}  # of all its workers' lives
+        self._lines: set[str] = set()
+        # of all its workers' lives. A device without one is no machine here: nothing of its own runs on it
+        self._cpu_s: dict[str, dict[int, float]] = {device.name: {} for device in spec.devices if device.has_worker}
 
     def inside(self, name: str) -> list[str]:
         return []
@@ -192,7 +223,9 @@ class PlainMachines:
     listen = "tcp://127.0.0.1:0"
 
     def connect(self, name: str, dispatcher: str) -> str:
-        return _through(self._proxy, self._spec.device(name), None, dispatcher)
+        address = _through(self._proxy, self._spec.device(name), None, dispatcher)
+        self._lines.add(name)
+        return address
 
     def limit(self, name: str, cores: float | None) -> None:
         raise AdaptError("the CPU share of a device cannot be changed without isolation")
@@ -211,8 +244,9 @@ class PlainMachines:
     def proxy_of(self, name: str) -> LinkProxy:
         return self._proxy
 
-    def restore(self, name: str) -> None:
-        self._proxy.restore(name)
+    def restore(self, name: str, state: State) -> None:
+        if name in self._lines:
+            _restore_line(self._proxy, name, state, lost=state.lost)
 
     def read(self, pids: Mapping[str, int]) -> dict[str, Reading]:
         moved = self._proxy.counters()
@@ -224,9 +258,12 @@ class PlainMachines:
                     process = psutil.Process(pid)
                     memory_bytes, times = process.memory_info().rss, process.cpu_times()
                     lives[pid] = times.user + times.system
-            sent_bytes, received_bytes = (moved[name, direction].carried_bytes for direction in ("up", "down"))
+            sent_bytes, received_bytes = (moved[name, way].carried_bytes if name in self._lines else 0 for way in DIRECTIONS)
             readings[name] = Reading(sum(lives.values()), memory_bytes, sent_bytes, received_bytes, pid is not None)
         return readings
+
+    def memory_kills(self) -> dict[str, MemoryKills]:
+        return {}
 
     def close(self) -> None:
         self._proxy.close()
@@ -236,3 +273,12 @@ def _through(proxy: LinkProxy, device: DeviceSpec, namespace: Path | None, dispa
     host, _, port = dispatcher.removeprefix("tcp://").rpartition(":")
     at = proxy.add(device.name, namespace=namespace, target=(host, int(port)), latency_s=device.latency_s, jitter_s=device.jitter_s)
     return f"tcp://{at[0]}:{at[1]}"
+
+
+def _restore_line(proxy: LinkProxy, name: str, state: State, *, lost: frozenset[Direction]) -> None:
+    held = BOTH if state.is_stalled else lost
+    proxy.restore(name, late=(state.latency_s, state.jitter_s), held=held, per_mib=state.corrupt_per_mib)
+
+
+def _limit_bytes(device: DeviceSpec) -> int | None:
+    return None if device.memory_bytes is None else device.memory_bytes + FLOOR_BYTES

@@ -23,10 +23,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 from adapt.emulation.enter import enter_network
+from adapt.emulation.state import Direction
 from adapt.errors import AdaptError
+from adapt.runtime.forks import forget_in_forks
 
 NAMESPACES = Path("/run/netns")  # where `ip netns` keeps them
 HUB = "_hub"  # no machine's name: those begin with a letter or digit
@@ -39,7 +41,6 @@ BURST_S, MIN_BURST_BYTES = 0.001, 2 * FRAME_BYTES + 172
 QUEUE_S, MIN_QUEUE_BYTES = 0.2, 32 * 1024
 LOST = "blackhole"
 
-Direction = Literal["up", "down"]
 End = tuple[str, str]  # namespace and interface
 
 
@@ -91,6 +92,7 @@ class Network:
         self._is_closed = False
         self._queues: dict[End, str] = {}  # what each end has; nothing for an end without
         self._files = contextlib.ExitStack()  # `counters` of all machines
+        forget_in_forks(self)
 
     @property
     def host_address(self) -> str:
@@ -144,11 +146,13 @@ class Network:
         machine.lost.add(direction)
         self._settle([machine])
 
-    def restore(self, name: str) -> None:
-        """Its cables are again as they were described."""
+    def restore(
+        self, name: str, *, rates: tuple[float | None, float | None] | None = None, lost: frozenset[Direction] = frozenset()
+    ) -> None:
+        """Its cables are again as they were described, but for what remains: rates up and down as `shape` takes them, and what gets lost."""
         machine = self._machine(name)
-        machine.up, machine.down, machine.is_shaped = machine.port.up_bytes_per_s, machine.port.down_bytes_per_s, False
-        machine.lost = set()
+        machine.up, machine.down = rates or (machine.port.up_bytes_per_s, machine.port.down_bytes_per_s)
+        machine.is_shaped, machine.lost = rates is not None, set(lost)
         self._settle([machine])
 
     def counters(self) -> dict[str, tuple[int, int]]:
@@ -161,6 +165,10 @@ class Network:
             self._files.close()  # an open file of a namespace keeps it
             remove(self._tag)
             self._is_closed = True
+
+    def forget(self) -> None:
+        """In a fork: the open files would keep the namespaces."""
+        self._files.close()
 
     def _machine(self, name: str) -> _Machine:
         try:

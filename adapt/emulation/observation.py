@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from adapt.errors import AdaptError
 
 log = logging.getLogger(__name__)
 
+KILLED_BY_MEMORY, ENDED = "killed-by-memory", "ended"
 MAX_ROWS = 2048  # of readings of all devices; then every second one goes: 8 minutes at 0.25 s, 17 at 0.5 s, ...
 
 
@@ -60,6 +61,7 @@ class EventRecord:
         began_s: when it really began.
         took_s: how long it took to bring about.
         error: why it failed; None if it did not.
+        is_planned: false for what nobody ordered: KILLED_BY_MEMORY, ENDED. Then `at_s` is when it was seen.
     """
 
     at_s: float
@@ -69,6 +71,16 @@ class EventRecord:
     began_s: float
     took_s: float
     error: str | None = None
+    is_planned: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Mishap:
+    """What has happened and nobody has ordered: to a device, or to the dispatcher."""
+
+    kind: str
+    device: str
+    detail: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,11 +189,20 @@ class Observer:
         read: what each device has used until now. If it fails with AdaptError or OSError, that moment is left out.
         facts: of the cluster.
         every_s: pause between two samples; one that is late does not make the next ones hurry.
+        look: what has happened, without being ordered, since it was called last.
     """
 
-    def __init__(self, read: Callable[[], Mapping[str, Reading]], *, facts: Facts, clock: Clock, every_s: float = 0.25) -> None:
-        self._read, self._facts, self._clock, self._every_s = read, facts, clock, every_s
-        self._track, self._events = Track(), list[EventRecord]()
+    def __init__(
+        self,
+        read: Callable[[], Mapping[str, Reading]],
+        *,
+        facts: Facts,
+        clock: Clock,
+        every_s: float = 0.25,
+        look: Callable[[], Iterable[Mishap]] = tuple,
+    ) -> None:
+        self._read, self._facts, self._clock, self._every_s, self._look = read, facts, clock, every_s, look
+        self._track, self._events = Track(), list[EventRecord | tuple[float, Mishap]]()  # a mishap with its moment of the clock
         self._zero = clock()
         self._lock, self._is_over = threading.Lock(), threading.Event()
         self._has_failed = False
@@ -204,15 +225,21 @@ class Observer:
             self._sample()
         with self._lock:
             samples = {name: self._counted(seen) for name, seen in self._track.samples().items()}
-            return Observation(facts=self._facts, samples=samples, events=tuple(self._events))
+            events = tuple(event if isinstance(event, EventRecord) else self._recorded(*event) for event in self._events)
+            return Observation(facts=self._facts, samples=samples, events=events)
 
     def close(self) -> Observation:
         """Look a last time and end. Closing twice gives the same again."""
         if not self._is_over.is_set():
             self._sample()
             self._is_over.set()
-            self._thread.join()
+            if self._thread is not threading.current_thread():  # a cluster may be forgotten anywhere
+                self._thread.join()
         return self.observation()
+
+    def _recorded(self, moment: float, seen: Mishap) -> EventRecord:
+        at_s = moment - self._zero
+        return EventRecord(at_s=at_s, kind=seen.kind, device=seen.device, detail=seen.detail, began_s=at_s, took_s=0.0, is_planned=False)
 
     def _counted(self, samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
         return tuple(replace(sample, at_s=sample.at_s - self._zero) for sample in samples)
@@ -231,10 +258,10 @@ class Observer:
     def _sample(self) -> None:
         with self._lock:
             now, last = self._clock(), self._track.last_s
-            if last is not None and now - last < self._every_s / 4:  # a rate over so short a time would be noise
-                return
             try:
-                self._track.add(now, self._read())
+                self._events += [(now, seen) for seen in self._look()]
+                if last is None or now - last >= self._every_s / 4:  # a rate over a shorter time would be noise
+                    self._track.add(now, self._read())
             except (AdaptError, OSError) as error:
                 if not self._has_failed:
                     log.warning("devices cannot be read; the moment is left out", extra={"reason": str(error)})

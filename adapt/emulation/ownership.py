@@ -29,12 +29,14 @@ from typing import Any, Self
 
 from adapt.emulation import groups, network
 from adapt.errors import AdaptError
+from adapt.runtime.forks import forget_in_forks
 
 RECORDS = Path("/run/adapt-emulation")
 SUBNETS = ipaddress.IPv4Network("10.77.0.0/16")
 TAG = re.compile(r"[0-9a-f]{6}")
 END_WITHIN_S = 5.0  # for killed processes
 POLL_S = 0.005
+DIRECTORY_PREFIX = "adapt-emulation-"
 TOOLS = ("ip", "tc", "bridge")  # all of iproute2
 
 
@@ -50,6 +52,7 @@ class Claim:
         self.tag, self.subnet = tag, subnet
         self._lock: int | None = lock
         self._owner = os.getpid()
+        forget_in_forks(self)
 
     def __enter__(self) -> Self:
         return self
@@ -72,16 +75,27 @@ class Claim:
         os.close(self._lock)
         self._lock = None
 
+    def forget(self) -> None:
+        """In a fork: to close the file leaves the owner its lock, but to keep it open would lock the record for longer than the owner lives."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
-def claim() -> Claim:
-    """A tag and a subnet that nobody has. Raises AdaptError."""
+
+def claim(directory: Path | None = None) -> Claim:
+    """A tag and a subnet that nobody has. Raises AdaptError.
+
+    Args:
+        directory: a temporary one, made with `DIRECTORY_PREFIX`, that `clean` is to remove if its owner could not.
+    """
     with _door():
         taken = [_subnet_of(path) for path in _records()]
         subnet = _free_subnet([*_networks_of_host(), *(one for one in taken if one is not None)])
         tag = _free_tag()
         lock = os.open(_record(tag), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(lock, json.dumps({"tag": tag, "subnet": str(subnet), "pid": os.getpid()}).encode())
+        record = {"tag": tag, "subnet": str(subnet), "pid": os.getpid()}
+        os.write(lock, json.dumps(record if directory is None else {**record, "directory": str(directory.resolve())}).encode())
         return Claim(tag, subnet, lock)
 
 
@@ -94,7 +108,8 @@ def leftovers() -> list[str]:
 
 
 def clean(tag: str) -> None:
-    """Remove all leftovers with this tag: processes in its groups and namespaces, groups, namespaces, interface, record.
+    """Remove all leftovers with this tag: processes in its groups and namespaces, groups, namespaces, interface, record, and its temporary
+    directory.
 
     Raises:
         AdaptError: its emulation is alive, or something cannot be removed.
@@ -109,7 +124,7 @@ def clean(tag: str) -> None:
         with _door():  # else a look for leftovers, which tries the lock, would pass for its owner
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(lock).st_nlink:  # else another process has just cleaned it
-            _remove(tag)
+            _remove(tag, _directory_of(_record(tag)))
     except BlockingIOError:
         raise AdaptError(f"emulation {tag} is alive; end it first") from None
     finally:
@@ -167,11 +182,13 @@ def _missing_groups(tag: str) -> Iterator[str]:
         yield f"limits are refused ({error}); the kernel needs CFS bandwidth control and memory control"
 
 
-def _remove(tag: str) -> None:
-    """All that carries the tag, its record last. Half-made things and things that are gone are no error."""
+def _remove(tag: str, directory: Path | None = None) -> None:
+    """All that carries the tag, then that directory, the record last. Half-made things and things that are gone are no error."""
     _end_processes(tag)
     network.remove(tag)
     groups.remove(tag)
+    if directory is not None:
+        shutil.rmtree(directory, ignore_errors=True)
     _record(tag).unlink(missing_ok=True)
 
 
@@ -229,6 +246,16 @@ def _subnet_of(record: Path) -> ipaddress.IPv4Network | None:
         return ipaddress.IPv4Network(json.loads(record.read_text())["subnet"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _directory_of(record: Path) -> Path | None:
+    """What may be removed of the directory that the record names: only one that is called as an emulation calls its own."""
+    try:
+        directory = Path(json.loads(record.read_text())["directory"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    is_ours = directory.is_absolute() and directory.name.startswith(DIRECTORY_PREFIX) and directory.parent.resolve() == directory.parent
+    return directory if is_ours and directory.is_dir() and not directory.is_symlink() else None
 
 
 def _free_tag() -> str:

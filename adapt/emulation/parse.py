@@ -29,6 +29,7 @@ from adapt.emulation import ready
 from adapt.emulation.description import HOST, ClusterSpec, DeviceSpec, Event, EventSpec, Kind, LinkSpec, RandomSpec
 from adapt.emulation.schedule import UNDONE_BY
 from adapt.emulation.values import (
+    MIN_CORES,
     NAME,
     WrongValueError,
     hint,
@@ -79,6 +80,7 @@ _EXAMPLES = {
     "for": '"5 s"', "until": '"120 s"',
 }  # fmt: skip
 _OF_A_WORKER = frozenset({Kind.CRASH, Kind.JOIN, Kind.LEAVE, Kind.STOP, Kind.CONTINUE, Kind.SLOW})
+OF_A_CONNECTION = frozenset({Kind.DELAY, Kind.STALL, Kind.RESET, Kind.CORRUPT})  # to the dispatcher; the proxy does them
 _DRAWN = tuple(kind for kind in Kind if kind in UNDONE_BY or kind == Kind.RESET)
 _TAKEN_NAMES = (HOST, "hub", "dispatcher")  # machines of the emulation itself
 _TEMPLATE = ""  # the device of an event that has none yet
@@ -137,16 +139,17 @@ def parse(text: str, *, name: str) -> ClusterSpec:
         raise ConfigError(f"{name}: not TOML: {error}") from error
     top = _Table(content, name, _TOP_KEYS)
     devices = _devices(top)
+    dispatcher = _dispatcher(top, devices)
     settings = _Table(top.get("settings", _read_table, {}), f"{name}: settings", ("dispatcher", "worker"))
     return ClusterSpec(
         name=top.get("name", read_name, re.sub(r"[^a-z0-9-]+", "-", Path(name).stem.lower()).strip("-")[:31] or "cluster"),
         about=top.get("about", read_line, ""),
         seed=top.get("seed", read_count(0, 2**63 - 1), 0),
         devices=tuple(devices.values()),
-        dispatcher=_dispatcher(top, devices),
+        dispatcher=dispatcher,
         links=tuple(_links(top, devices)),
-        events=tuple(event for table in top.tables("event", _EVENT_KEYS) for event in _events(table, devices)),
-        random=tuple(_random(table, devices) for table in top.tables("random", _RANDOM_KEYS)),
+        events=tuple(event for table in top.tables("event", _EVENT_KEYS) for event in _events(table, devices, dispatcher)),
+        random=tuple(_random(table, devices, dispatcher) for table in top.tables("random", _RANDOM_KEYS)),
         dispatcher_settings=_settings(settings, "dispatcher"),
         worker_settings=_settings(settings, "worker"),
     )
@@ -235,8 +238,9 @@ def check_speed(spec: ClusterSpec, host_cores: int) -> None:
     makes faster counts as it is then.
 
     Raises:
-        ConfigError: it cannot; with the arithmetic, and how many times slower it can.
+        ConfigError: it cannot; with the arithmetic, and how many times slower it can. Or a share is too small for the kernel.
     """
+    _check_least_shares(spec)
     shares = [_largest_share(spec, device) for device in spec.devices]
     allowed = host_cores - KEPT_CORES
     excess = sum(shares) / allowed
@@ -245,9 +249,49 @@ def check_speed(spec: ClusterSpec, host_cores: int) -> None:
     counted = " + ".join(f"{count} × {share:g}" for share, count in sorted(Counter(shares).items(), reverse=True))
     raise ConfigError(
         f"cluster {spec.name} needs {counted} = {sum(shares):.4g} cores; this machine has {host_cores}, of which {KEPT_CORES:g} are kept for "
-        f"dispatcher and client: {allowed:g} are left; expected smaller shares, or everything slower alike: --time-scale "
-        f"{_rounded_up(excess * spec.time_scale):g}"
+        f"dispatcher and client: {allowed:g} are left; expected {_remedy(spec, _rounded_up(excess * spec.time_scale))}"
     )
+
+
+def _remedy(spec: ClusterSpec, enough: float) -> str:
+    """What to do where a time scale of `enough` would do."""
+    most, words = min(((_largest_scale(spec, cores), words) for words, cores in _shares(spec)), default=(MAX_TIME_SCALE, ""))
+    if enough <= min(most, MAX_TIME_SCALE):
+        return f"smaller shares, or everything slower alike: --time-scale {enough:g}"
+    why = f": {words} would have less than the {MIN_CORES:g} cores that the kernel gives at least" if most < MAX_TIME_SCALE else ""
+    return f"smaller shares or fewer devices. It cannot be made slower by the {enough:g} that it would take{why}"
+
+
+def _check_least_shares(spec: ClusterSpec) -> None:
+    """The kernel does not give less than so much; a large time scale may ask for that."""
+    for words, cores in _shares(spec):
+        if cores < MIN_CORES * (1 - 1e-9):
+            scale = f"with time scale {spec.time_scale:g} " if spec.time_scale != 1 else ""
+            most = _largest_scale(spec, cores)
+            remedy = f"; the largest possible time scale is {most:g}" if most >= 1 else ""
+            raise ConfigError(
+                f"cluster {spec.name}: {scale}{words} has {cores:.3g} cores; expected at least {MIN_CORES:g}, what the kernel gives at "
+                f"least{remedy}"
+            )
+
+
+def _largest_scale(spec: ClusterSpec, cores: float) -> float:
+    """With which the kernel can give a share that is this one with the scale of now. To two decimals, rounded down."""
+    return math.floor(cores * spec.time_scale / MIN_CORES * 100 + 1e-6) / 100
+
+
+def _shares(spec: ClusterSpec) -> Iterator[tuple[str, float]]:
+    """All CPU shares that are asked for, and who asks."""
+    for device in spec.devices:
+        if device.cores is not None:
+            yield f"device {device.name}", device.cores
+    for number, item in enumerate(spec.events, 1):
+        if item.event.cores is not None:
+            yield f"event {number}, the slow of {item.event.device} at {item.event.at_s:g} s,", item.event.cores
+    for number, drawn in enumerate(spec.random, 1):
+        for event in drawn.templates:
+            if event.cores is not None:
+                yield f"a slow of random {number}", event.cores
 
 
 def _largest_share(spec: ClusterSpec, device: DeviceSpec) -> float:
@@ -384,6 +428,11 @@ def _dispatcher(top: _Table, devices: dict[str, DeviceSpec]) -> str:
                 f"{top.place}: device {device.name}: worker=false: it does not run the dispatcher either, which is on {where}; expected "
                 f'dispatcher = "{device.name}", or worker = true'
             )
+        if device.name == where and (device.latency_s or device.jitter_s):
+            raise ConfigError(
+                f"{top.place}: device {device.name}: latency and jitter are added to connections to the dispatcher, which runs on {where} "
+                "itself; expected them on the other devices"
+            )
     return where
 
 
@@ -403,7 +452,7 @@ def _links(top: _Table, devices: dict[str, DeviceSpec]) -> Iterator[LinkSpec]:
 # ── events ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _events(table: _Table, devices: dict[str, DeviceSpec]) -> list[EventSpec]:
+def _events(table: _Table, devices: dict[str, DeviceSpec], dispatcher: str) -> list[EventSpec]:
     """One for each device that it names."""
     event = _template(table, table.need("kind", _read_kind))
     event = replace(event, at_s=table.need("at", read_moment))
@@ -417,6 +466,7 @@ def _events(table: _Table, devices: dict[str, DeviceSpec]) -> list[EventSpec]:
     key = "device" if "device" in table else "devices"
     names = [table.need("device", read_choice(devices))] if key == "device" else _matching(table, devices)
     _check_workers(table, key, names, [event.kind], devices)
+    _check_connections(table, key, names, [event.kind], dispatcher)
     return [EventSpec(event=replace(event, device=name), for_s=for_s) for name in names]
 
 
@@ -442,12 +492,17 @@ def _template(table: _Table, kind: Kind) -> Event:
     )
 
 
-def _random(table: _Table, devices: dict[str, DeviceSpec]) -> RandomSpec:
-    with_worker = [device.name for device in devices.values() if device.has_worker]
-    names = _matching(table, devices) if "devices" in table else with_worker
+def _random(table: _Table, devices: dict[str, DeviceSpec], dispatcher: str) -> RandomSpec:
+    """By default for all devices that have a worker and to which all its kinds can happen."""
     templates = _templates(table)
+    kinds = [event.kind for event in templates]
     if "devices" in table:
-        _check_workers(table, "devices", names, [event.kind for event in templates], devices)
+        names = _matching(table, devices)
+        _check_workers(table, "devices", names, kinds, devices)
+        _check_connections(table, "devices", names, kinds, dispatcher)
+    else:
+        left_out = dispatcher if OF_A_CONNECTION.intersection(kinds) else None
+        names = [device.name for device in devices.values() if device.has_worker and device.name != left_out]
     spared = table.get("spare", read_count(0, MAX_DEVICES), 1)
     if spared >= len(names):
         left = f"spare={spared}: expected less than the number of devices, {len(names)}"
@@ -505,6 +560,15 @@ def _check_workers(table: _Table, key: str, names: Sequence[str], kinds: Sequenc
                 table.refuse(key, f"{name} has no worker, which a {affecting[0]} is about; expected a device with one")
 
 
+def _check_connections(table: _Table, key: str, names: Sequence[str], kinds: Sequence[Kind], dispatcher: str) -> None:
+    """What happens to connections to the dispatcher happens only to those of other devices."""
+    if dispatcher in names and (affecting := [kind for kind in kinds if kind in OF_A_CONNECTION]):
+        table.refuse(
+            key,
+            f"a {affecting[0]} is about connections to the dispatcher, which runs on {dispatcher} itself; expected only the other devices",
+        )
+
+
 # ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -525,4 +589,8 @@ def _settings(settings: _Table, door: str) -> dict[str, object]:
             WorkerConfig(**{"name": "worker", "memory_limit_bytes": MEBIBYTE, "cache_dir": Path(), **values})
     except ConfigError as error:
         raise ConfigError(f"{table.place}: {error}") from error
+    except OverflowError:  # a number of hundreds of digits
+        raise ConfigError(
+            f"{table.place}: a number is too large; expected at most {MAX_DURATION_S:g} seconds, and sizes that exist"
+        ) from None
     return {key: table[key] for key in table}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt.emulation.description import Kind
-from adapt.emulation.observation import EventRecord, Facts, Observation, Sample
+from adapt.emulation.observation import ENDED, KILLED_BY_MEMORY, EventRecord, Facts, Observation, Sample
 from adapt.emulation.schedule import UNDONE_BY
 from adapt.errors import ConfigError
 
@@ -35,7 +35,7 @@ CLASSES: dict[str, tuple[str, tuple[Kind, ...]]] = {
     "stopped or slow": (SLOWED, (Kind.STOP, Kind.CONTINUE, Kind.SLOW)),
     "link disturbed": (LINK, (Kind.CUT, Kind.CUT_UP, Kind.CUT_DOWN, Kind.RATE, Kind.DELAY, Kind.STALL, Kind.RESET, Kind.CORRUPT)),
 }
-COLORS: dict[str, str] = {kind: color for color, kinds in CLASSES.values() for kind in kinds}
+COLORS: dict[str, str] = {kind: color for color, kinds in CLASSES.values() for kind in kinds} | {KILLED_BY_MEMORY: DEAD, ENDED: DEAD}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +49,18 @@ class Span:
 
 
 def spans(events: Sequence[EventRecord], device: str) -> list[Span]:
-    """What disturbed the device, by beginning. What was begun again when something else was undone has gone on."""
+    """What disturbed the device, by beginning. What remains when something else is undone goes on."""
     found: list[Span] = []
     open_ones: dict[str, EventRecord] = {}
     mine = sorted((event for event in events if event.device == device), key=lambda event: event.began_s)
-    for place, event in enumerate(mine):
+    for event in mine:
         if event.error is not None:
             found.append(Span(event.began_s, None, f"{event.kind} failed", QUIET))
             continue
-        again = {later.kind for later in mine[place + 1 :] if later.at_s == event.at_s}
+        remaining = event.detail.get("remaining", ())
         ended = [kind for kind in open_ones if UNDONE_BY[Kind(kind)] == event.kind]
         for kind in ended:
-            if kind not in again:
+            if kind not in remaining:
                 found.append(_span(open_ones.pop(kind), event.began_s))
         if event.kind in UNDONE_BY:
             open_ones.setdefault(event.kind, event)

@@ -465,11 +465,12 @@ class Line:
         for connection in list(self.connections):
             connection.reset()
 
-    def restore(self) -> None:
-        """All is as it was when the line was made; but the target stays."""
-        self.latency_s, self.jitter_s = self._usual
-        self.corrupt(0.0)
-        self.held = frozenset()
+    def restore(self, late: tuple[float, float] | None, held: frozenset[Direction], per_mib: float) -> None:
+        """All is as it was when the line was made, but for the target and what remains: latency and jitter, what is held, what is changed."""
+        self.latency_s, self.jitter_s = self._usual if late is None else _checked_delay(*late)
+        if per_mib != self.per_mib:  # else it goes on where it is
+            self.corrupt(per_mib)
+        self.held = held
         self._settle()
 
     def _settle(self) -> None:
@@ -562,7 +563,8 @@ class Proxy:
             case "corrupt":
                 line.corrupt(**facts)
             case "restore":
-                line.restore()
+                late = facts["late"]
+                line.restore(None if late is None else (late[0], late[1]), frozenset(facts["held"]), facts["per_mib"])
             case _:
                 raise ValueError(f"no command {do!r}")
         return None

@@ -11,12 +11,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from adapt.emulation.proxy import DIRECTIONS, Direction
 from adapt.errors import AdaptError
+from adapt.runtime.forks import forget_in_forks
 
 ANSWER_TIMEOUT_S = 30.0  # it answers at once, but this machine may be busy
 STOP_TIMEOUT_S = 5.0
@@ -62,6 +64,7 @@ class LinkProxy:
                 process_group=0,  # what ends our group is for us, and we end it then
             )
             self._heard = b""
+        forget_in_forks(self)
         self.counters()
 
     @property
@@ -113,9 +116,15 @@ class LinkProxy:
         """From now on so many bytes per MiB are changed in each direction: see `proxy.corruptions`, offsets count from now."""
         self._ask("corrupt", device=device, per_mib=per_mib)
 
-    def restore(self, device: str) -> None:
-        """All but its target is as `add` said."""
-        self._ask("restore", device=device)
+    def restore(
+        self, device: str, *, late: tuple[float, float] | None = None, held: Collection[Direction] = (), per_mib: float = 0.0
+    ) -> None:
+        """All but its target is as `add` said, in one step.
+
+        Args:
+            late, held, per_mib: what remains otherwise: latency and jitter, directions in which nothing moves, bytes that are changed.
+        """
+        self._ask("restore", device=device, late=late, held=sorted(held), per_mib=per_mib)
 
     def counters(self) -> dict[tuple[str, Direction], Carried]:
         """Of all links since they were added."""
@@ -130,6 +139,12 @@ class LinkProxy:
             if self._errors is not None:
                 self._errors.close()
                 self._errors = None
+
+    def forget(self) -> None:
+        """In a fork: its end of the pipe would keep the proxy alive."""
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdin is not None and process.stdout is not None

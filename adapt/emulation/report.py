@@ -9,7 +9,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from adapt.emulation.observation import EventRecord, Facts, Observation, Sample
+from adapt.config import format_size
+from adapt.emulation.observation import KILLED_BY_MEMORY, EventRecord, Facts, Observation, Sample
 
 SAMPLES, EVENTS, OBSERVATION = "samples.csv", "events.csv", "observation.json"
 DECIMALS = 6
@@ -52,7 +53,22 @@ def to_plain(observation: Observation) -> dict[str, Any]:
 
 def planned(events: Iterable[EventRecord]) -> list[dict[str, Any]]:
     """The events as the seed drew them, without what was measured: the same in every run."""
-    return [{name: getattr(event, name) for name in PLANNED} for event in events]
+    return [{name: getattr(event, name) for name in PLANNED} for event in events if event.is_planned]
+
+
+def troubles(observation: Observation) -> list[str]:
+    """What went otherwise than it was planned, a sentence each."""
+    return [_trouble(event) for event in observation.events if event.error is not None or not event.is_planned]
+
+
+def _trouble(event: EventRecord) -> str:
+    if event.is_planned:
+        return f"{event.kind} of {event.device} at {event.at_s:g} s failed: {event.error}"
+    if event.kind == KILLED_BY_MEMORY:
+        limit = format_size(event.detail["limit_bytes"])
+        return f"{event.device} was killed at {event.at_s:.2f} s: it needed more memory than its limit of {limit}"
+    status, words = event.detail["status"], event.detail["log"]
+    return f"{event.device} ended by itself at {event.at_s:.2f} s with status {status}; its log ends with: {words}"
 
 
 def summary(observation: Observation) -> tuple[list[str], list[list[str]]]:

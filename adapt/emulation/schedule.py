@@ -33,7 +33,7 @@ UNDONE_BY: dict[Kind, Kind] = {
 }
 
 # What comes first of what has the same moment: what ends at a moment has ended when something else begins.
-_UNDOING, _AGAIN, _BEGINNING = range(3)
+_UNDOING, _BEGINNING = range(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,7 @@ class _Span:
 def expand(spec: ClusterSpec, *, seed: int | None = None) -> tuple[Event, ...]:
     """All events, by moment; of one moment first what undoes, then in the order of the description. The same seed gives the same events.
 
-    Events of one device may overlap: a restore that ends one is followed by what of the others is still in force; a join or continue
-    waits for the last one.
+    Events of one device may overlap: a restore that ends one says what remains of the others; a join or continue waits for the last one.
 
     Args:
         seed: instead of the description's.
@@ -115,11 +114,11 @@ def _undoing(at_s: float, ended: _Span, spans: Iterable[_Span]) -> Iterator[tupl
         for span in spans
         if span is not ended and span.event.device == device and span.undoing == undoing and span.event.at_s < at_s < span.end_s
     ]
-    if undoing == Kind.RESTORE or not in_force:
-        yield at_s, _UNDOING, Event(at_s=at_s, kind=undoing, device=device)
     if undoing == Kind.RESTORE:
-        for span in sorted(in_force, key=lambda span: span.event.at_s):
-            yield at_s, _AGAIN, replace(span.event, at_s=at_s)
+        remaining = tuple(span.event for span in sorted(in_force, key=lambda span: span.event.at_s))
+        yield at_s, _UNDOING, Event(at_s=at_s, kind=undoing, device=device, remaining=remaining)
+    elif not in_force:
+        yield at_s, _UNDOING, Event(at_s=at_s, kind=undoing, device=device)
 
 
 # ── drawn events ─────────────────────────────────────────────────────────────────────────────────────────────────────

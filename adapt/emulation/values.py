@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
@@ -114,7 +113,7 @@ def read_memory(value: object) -> int:
         raise WrongValueError('expected a size such as "256MiB" or "1GiB"')
     try:
         size_bytes = parse_size(value)
-    except ConfigError:
+    except (ConfigError, OverflowError):
         raise WrongValueError('expected a size such as "256MiB" or "1GiB"') from None
     if not MEBIBYTE <= size_bytes <= MAX_SIZE_BYTES:
         raise WrongValueError('expected at least 1MiB, as "256MiB"; a number without unit is bytes')
@@ -127,7 +126,7 @@ def read_memory(value: object) -> int:
 def read_number(low: float, high: float) -> Callable[[object], float]:
     def read(value: object) -> float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+        if not is_number or not low <= value <= high:  # type: ignore[operator]
             raise WrongValueError(f"expected a number from {low:g} to {high:g}")
         return float(value)  # type: ignore[arg-type]
 

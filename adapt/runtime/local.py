@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -18,11 +19,70 @@ from types import TracebackType
 from typing import Any, Self
 
 from adapt.errors import AdaptError, ConfigError
+from adapt.runtime.forks import forget_in_forks
 
 READY_TIMEOUT_S = 60.0  # importing torch on a busy small board takes its time
 STOP_TIMEOUT_S = 10.0
+REAPER_TIMEOUT_S = 2.0
+LOOK_S = 0.2  # so often, who waits for a line looks whether the process still lives
+ENDING = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT})
 LOG_TAIL = 2000
 MAX_WORKERS = 256
+
+
+class Life:
+    """One start of a `LocalProcess`, until that very process ends: what is awaited of it is not mixed up with a later one's. For several
+    threads.
+
+    Attributes:
+        is_told_to_end: it was sent a signal that ends.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process, self.is_told_to_end = process, False
+        self._said, self._reading = b"", threading.Lock()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process exists, stopped or not."""
+        return self.process.poll() is None
+
+    def first_line(self, timeout_s: float) -> str | None:
+        """Its first line of output, however often it is asked for; an unfinished one if it ended; None if nothing comes in time."""
+        limit = time.monotonic() + timeout_s
+        if not self._reading.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX)):
+            return None
+        try:
+            is_all = self._read_line(limit)
+        finally:
+            self._reading.release()
+        return self._said.decode(errors="replace").strip() if is_all else None
+
+    def _read_line(self, limit: float) -> bool:
+        """Whether all has been read of it that will come. In short waits: what else holds the pipe open must not keep us."""
+        pipe = self.process.stdout
+        assert pipe is not None
+        if self._said.endswith(b"\n") or pipe.closed:
+            return True
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            while not self._said.endswith(b"\n"):
+                has_ended, left_s = not self.is_alive, limit - time.monotonic()
+                if not selector.select(0.0 if has_ended else max(min(left_s, LOOK_S), 0.0)):
+                    if has_ended or left_s <= 0:
+                        return has_ended
+                    continue
+                data = os.read(pipe.fileno(), 1)  # no more than this line; it is short
+                if not data:
+                    break
+                self._said += data
+        return True
+
+    def close(self) -> None:
+        """After its end."""
+        with self._reading:
+            if self.process.stdout is not None:
+                self.process.stdout.close()
 
 
 class LocalProcess:
@@ -31,7 +91,8 @@ class LocalProcess:
     Attributes:
         name: of the worker, or "dispatcher".
         log: the file; a restart goes on in it.
-        ready: its ready line.
+        life: since its last start.
+        ready: its ready line; empty until that has come.
 
     Args:
         command: a module and its arguments.
@@ -42,9 +103,9 @@ class LocalProcess:
         self.name, self._command, self._inside, self._reaper = name, list(command), list(inside), reaper
         self.log = directory / f"{name}.log"
         self.ready = ""
-        self._process = self._start()
+        self.life = self._start()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> Life:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("ADAPT_")}  # flags say it all
         with open(self.log, "ab") as log:
             process = subprocess.Popen(
@@ -56,48 +117,46 @@ class LocalProcess:
                 process_group=0,  # Ctrl-C in the terminal is for the user's program, which may want to go on
             )
         self._reaper.add(process.pid)
-        return process
+        return Life(process)
 
     def __repr__(self) -> str:
-        state = "alive" if self.is_alive else f"ended with status {self._process.returncode}"
+        state = "alive" if self.is_alive else f"ended with status {self.status}"
         return f"<adapt process {self.name}: pid {self.pid}, {state}>"
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self.life.process.pid
 
     @property
     def is_alive(self) -> bool:
         """Whether the process exists, stopped or not."""
-        return self._process.poll() is None
+        return self.life.is_alive
 
-    def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
-        """Wait for its ready line. Raises AdaptError with the end of its log if it dies first or takes too long."""
-        line = self._read_line(timeout_s)
+    @property
+    def status(self) -> int | None:
+        """Exit status, negative for a signal; None while it lives."""
+        return self.life.process.poll()
+
+    def wait_ready(self, timeout_s: float = READY_TIMEOUT_S, *, life: Life | None = None) -> None:
+        """Wait for its ready line.
+
+        Args:
+            life: the one that is waited for, even if it has been started anew since; by default the one of now.
+
+        Raises:
+            AdaptError: it dies first or takes too long; with the end of its log.
+        """
+        life = life or self.life
+        line = life.first_line(timeout_s)
         if line is None:
-            raise AdaptError(f"{self.name} was not ready within {timeout_s:g} s; its log ends with:\n{self._log_tail()}")
+            raise AdaptError(f"{self.name} was not ready within {timeout_s:g} s; its log ends with:\n{self.log_tail()}")
         if " ready " not in line:
             with contextlib.suppress(TimeoutError):
-                self.wait(timeout_s=STOP_TIMEOUT_S)
-            status = "alive" if self.is_alive else f"with status {self._process.returncode}"
-            raise AdaptError(f"{self.name} ended {status} before it was ready; its log ends with:\n{self._log_tail()}")
-        self.ready = line
-
-    def _read_line(self, timeout_s: float) -> str | None:
-        """Its first line of output, an unfinished one if it ended; None if nothing comes in time."""
-        pipe, line = self._process.stdout, b""
-        assert pipe is not None
-        limit = time.monotonic() + timeout_s
-        with selectors.DefaultSelector() as selector:
-            selector.register(pipe, selectors.EVENT_READ)
-            while not line.endswith(b"\n"):
-                if not selector.select(max(limit - time.monotonic(), 0.0)):
-                    return None
-                data = os.read(pipe.fileno(), 1)  # no more than this line; it is short
-                if not data:
-                    break
-                line += data
-        return line.decode(errors="replace").strip()
+                self._wait(life, STOP_TIMEOUT_S)
+            status = "alive" if life.is_alive else f"with status {life.process.returncode}"
+            raise AdaptError(f"{self.name} ended {status} before it was ready; its log ends with:\n{self.log_tail()}")
+        if life is self.life:
+            self.ready = line
 
     def kill(self) -> None:
         """SIGKILL: it dies at once, as by a pulled plug. Waits for that."""
@@ -118,13 +177,15 @@ class LocalProcess:
 
     def wait(self, timeout_s: float | None = STOP_TIMEOUT_S) -> int:
         """Wait for its end; returns its exit status, negative for a signal. Raises TimeoutError."""
+        return self._wait(self.life, timeout_s)
+
+    def _wait(self, life: Life, timeout_s: float | None) -> int:
         try:
-            status = self._process.wait(timeout_s)
+            status = life.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"{self.name} has not ended within {timeout_s} s") from None
-        self._reaper.remove(self.pid)
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        self._reaper.remove(life.process.pid)
+        life.close()
         return status
 
     def restart(self) -> None:
@@ -135,7 +196,8 @@ class LocalProcess:
 
     def begin_again(self) -> None:
         """Start it anew after its end, with the same settings, and do not wait until it is ready."""
-        self._process = self._start()
+        self.ready = ""
+        self.life = self._start()
 
     def always(self, *flags: str) -> None:
         """From its next start on it has these flags too; the last of a kind counts."""
@@ -152,9 +214,13 @@ class LocalProcess:
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send it a signal; one that has ended gets none."""
-        self._process.send_signal(number)
+        life = self.life
+        if number in ENDING and life.is_alive:
+            life.is_told_to_end = True
+        life.process.send_signal(number)
 
-    def _log_tail(self) -> str:
+    def log_tail(self) -> str:
+        """How its log ends."""
         with contextlib.suppress(OSError):
             return self.log.read_text(errors="replace")[-LOG_TAIL:].strip() or "(nothing)"
         return "(it cannot be read)"
@@ -168,9 +234,10 @@ class Reaper:
 
     def __init__(self) -> None:
         # Run as a file, without site-packages: it needs nothing of ADAPT, and should cost nothing. In a group of its own, so that what
-        # kills ours spares it.
+        # kills ours spares it. Without a buffer, so that a fork can close its end of the pipe and take no lock.
         command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("reaper.py"))]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0, bufsize=0)
+        forget_in_forks(self)
 
     def add(self, pid: int) -> None:
         self._tell(f"+{pid}\n")
@@ -180,16 +247,22 @@ class Reaper:
 
     def close(self) -> None:
         """End it; whatever is still listed dies with it."""
+        self.forget()
+        try:
+            self._process.wait(REAPER_TIMEOUT_S)
+        except subprocess.TimeoutExpired:  # somebody else holds its pipe: a process that was forked past Python
+            self._process.kill()
+            self._process.wait()
+
+    def forget(self) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
-        self._process.wait()
 
     def _tell(self, line: str) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):  # it is gone: somebody was thorough
-            self._process.stdin.write(line.encode())
-            self._process.stdin.flush()
+            self._process.stdin.write(line.encode())  # short: a pipe takes it whole
 
 
 class LocalCluster:

@@ -251,6 +251,36 @@ def test_a_cut_holds_one_direction_only(link, direction):
     late.close()
 
 
+def test_what_remains_held_is_not_let_go_for_a_moment(link):
+    """As when a delay ends during a stall."""
+    device, target = link.connect()
+    link.proxy.delay("pi", 0.01)
+    link.proxy.stall("pi")
+    device.sendall(b"held")
+    for late in (None, (0.0, 0.0)):
+        link.proxy.restore("pi", late=late, held=("up", "down"))
+        link.settled()
+        assert not select.select([target], [], [], 0.05)[0]
+    link.proxy.restore("pi", held=("down",))
+    assert receive(target, 4) == b"held"
+    target.sendall(b"too")
+    assert not select.select([device], [], [], 0.05)[0]
+    link.proxy.restore("pi")
+    assert receive(device, 3) == b"too"
+
+
+def test_a_corruption_that_remains_goes_on_where_it_is(link):
+    device, target = link.connect()
+    link.proxy.corrupt("pi", 50_000.0)
+    first, _ = exchange(device, target, BYTES, b"")
+    link.proxy.restore("pi", per_mib=50_000.0)
+    second, _ = exchange(device, target, BYTES, b"")
+    expected = bytearray(BYTES * 2)
+    for offset, mask in takewhile(lambda change: change[0] < len(expected), corruptions(SEED, "pi", "up", 0, 50_000.0)):
+        expected[offset] ^= mask
+    assert bytes(first) + bytes(second) == expected
+
+
 def test_what_is_under_way_is_held_too(link):
     device, target = link.connect()
     link.proxy.delay("pi", 0.05)

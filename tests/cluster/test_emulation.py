@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import signal
@@ -74,9 +76,22 @@ def nothing_remains() -> Iterator[None]:
 
 
 def _traces() -> set[str]:
+    """But for emulations of other programs, which may come and go meanwhile."""
     traces = {path.name for path in Path("/run/netns").glob("adapt-*")} if Path("/run/netns").is_dir() else set()
     traces |= {str(path) for root in ("cpu", "memory", ".") for path in Path("/sys/fs/cgroup", root).glob("adapt-*")}
-    return traces | {name for name in psutil.net_if_addrs() if name.startswith("adapt")}
+    traces |= {name for name in psutil.net_if_addrs() if name.startswith("adapt")}
+    return {trace for trace in traces if not any(f"adapt-{tag}" in trace for tag in _foreign())}
+
+
+def _foreign() -> set[str]:
+    """Tags whose owners live and are not ours."""
+    found = set()
+    for record in ownership.RECORDS.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, psutil.Error):
+            owner = psutil.Process(json.loads(record.read_text())["pid"])
+            if os.getpid() not in (owner.pid, *(parent.pid for parent in owner.parents())):
+                found.add(record.stem)
+    return found
 
 
 def _equal_answers(cluster: adapt.EmulatedCluster, count: int, *, stages: int = 3) -> None:
@@ -120,6 +135,92 @@ def test_what_cannot_be_is_refused_before_anything_starts() -> None:
         adapt.EmulatedCluster(spec, is_isolated=False, proxied=["nobody"])
     with pytest.raises(adapt.ConfigError, match="no such"):
         adapt.EmulatedCluster("no-such-cluster")
+
+
+def test_what_is_not_started_says_so() -> None:
+    cluster = adapt.EmulatedCluster(parse(TRIO, name="trio"), is_isolated=False)
+    for act in (cluster.play, cluster.observation, cluster.wait_played, lambda: cluster.address, lambda: cluster.dispatcher):
+        with pytest.raises(adapt.AdaptError, match="not been started"):
+            act()
+
+
+NOBODY = 'dispatcher = "front"\n[[device]]\nname = "front"\nworker = false\n[[device]]\nname = "pi"\npresent = false\n'
+STOPPED = '[[event]]\nat = "9 s"\ndevice = "pi"\nkind = "cut"\n[[event]]\nat = "0 s"\ndevice = "front"\nkind = "restore"\n'
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_forgotten_or_closed_is_gone() -> None:
+    cluster = adapt.EmulatedCluster(parse(NOBODY + STOPPED, name="nobody"), is_isolated=False)
+    cluster.start()
+    pid, directory, (front, pi) = cluster.dispatcher.pid, cluster.directory, cluster.devices
+    cluster.play()
+    limit = time.monotonic() + 10
+    while not cluster.observation().events:
+        assert time.monotonic() < limit
+    assert cluster.observation().events[0].error is None
+    del cluster
+    gc.collect()
+    assert not psutil.pid_exists(pid) and not directory.exists()
+    with pytest.raises(adapt.AdaptError, match="does not run"):
+        pi.begin()
+    with pytest.raises(adapt.AdaptError, match="does not run"):
+        front.restart()
+
+
+SHORT = """
+[[device]]
+name = "pi"
+cores = 0.5
+memory = "64MiB"
+latency = "1 ms"
+[[event]]
+at = "0 s"
+device = "pi"
+kind = "leave"
+for = "0.01 s"
+[[event]]
+at = "0.02 s"
+device = "pi"
+kind = "slow"
+cores = 0.2
+[[event]]
+at = "0.03 s"
+device = "pi"
+kind = "stall"
+for = "0.2 s"
+"""
+
+
+@isolated
+@pytest.mark.slow
+def test_a_device_that_leaves_for_a_moment_comes_back_and_is_then_as_slow_as_it_should_be() -> None:
+    with adapt.EmulatedCluster(parse(SHORT, name="short")) as cluster:
+        (pi,) = cluster.workers
+        first = pi.pid
+        cluster.play()
+        assert cluster.wait_played(30)
+        assert [(event.kind, event.error) for event in cluster.observation().events] == [
+            ("leave", None), ("join", None), ("slow", None), ("stall", None), ("restore", None),
+        ]  # fmt: skip
+        limit = time.monotonic() + 60
+        while _quota_us(cluster) != (2000, 10000):
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+        assert pi.is_alive and pi.pid != first and pi.process.ready
+        os.kill(pi.pid, signal.SIGKILL)
+        pi.wait()
+        assert [(event.kind, event.detail["status"]) for event in cluster.observation().events[5:]] == [("ended", -9)]
+
+
+def _quota_us(cluster: adapt.EmulatedCluster) -> tuple[int, int] | None:
+    """Of the device pi; None until its worker has entered its group."""
+    groups = Path(f"/proc/{cluster.device('pi').pid}/cgroup").read_text().splitlines()
+    name = next((line.rpartition(":")[2] for line in groups if "adapt-" in line), None)
+    if name is None:
+        return None
+    v2, v1 = Path(f"/sys/fs/cgroup{name}/cpu.max"), Path(f"/sys/fs/cgroup/cpu{name}")
+    words = v2.read_text().split() if v2.exists() else [(v1 / f"cpu.cfs_{key}_us").read_text() for key in ("quota", "period")]
+    return (-1 if words[0] == "max" else int(words[0])), int(words[1])
 
 
 @isolated

@@ -6,13 +6,12 @@ import argparse
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import threading
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -25,10 +24,12 @@ from adapt.emulation.description import HOST, DeviceSpec
 from adapt.emulation.machines import FLOOR_BYTES
 from adapt.emulation.observation import Observation
 from adapt.emulation.plot import draw
-from adapt.emulation.report import summary, write
-from adapt.errors import ConfigError
+from adapt.emulation.report import summary, troubles, write
+from adapt.errors import AdaptError, ConfigError
 from adapt.interfaces.cli.doors import FAILED, OK
+from adapt.interfaces.cli.interrupts import LOOK_S, Interrupts, run_command
 from adapt.interfaces.tables import print_table
+from adapt.runtime.local import LocalProcess
 
 PLAIN_WIDTH = 120
 NOTHING = "-"
@@ -76,36 +77,59 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         return _clean()
     if options.cluster is None:
         raise ConfigError("which cluster? Give a TOML file or a name; adapt emulate --list shows those that come with ADAPT")
-    cluster = EmulatedCluster(options.cluster, seed=options.seed, time_scale=options.time_scale, is_isolated=not options.no_isolation)
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    _check(options, environ)
     console = _console()
-    try:
-        with cluster:
+    with Interrupts() as interrupts:
+        cluster = EmulatedCluster(options.cluster, seed=options.seed, time_scale=options.time_scale, is_isolated=not options.no_isolation)
+        # two of them, so that wherever a signal comes the cluster is closed, and none disturbs that
+        try:
             try:
-                _introduce(cluster, console)
-                cluster.play()
-                status = _run_command(options.after, cluster.address, environ) if options.after else _wait_for_ctrl_c()
-            except KeyboardInterrupt:
-                if options.after:
-                    raise
-                status = OK
+                cluster.start()
+                return _use(cluster, options, environ, interrupts, console)
             finally:
-                _report(cluster, console, options.out)
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatience must not leave half of it behind
+                interrupts.ignore()
+        finally:
+            cluster.close()
+
+
+def _check(options: argparse.Namespace, environ: Mapping[str, str]) -> None:
+    """What would be a pity to find out after the run."""
+    if options.after and shutil.which(options.after[0], path=environ.get("PATH")) is None:
+        raise ConfigError(f"{options.after[0]!r} cannot be run: there is no such command")
+    if options.out is not None:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=options.out):
+                pass
+        except OSError as error:
+            raise ConfigError(f"--out {options.out}: cannot be written: {error.strerror}; expected a folder that can be") from None
+
+
+def _use(
+    cluster: EmulatedCluster, options: argparse.Namespace, environ: Mapping[str, str], interrupts: Interrupts, console: Console
+) -> int:
+    """The exit status."""
+    try:
+        _introduce(cluster, console)
+        cluster.play()
+        if options.after:
+            return _run_command(options.after, cluster, environ, interrupts)
+        return _wait_for_ctrl_c(cluster)
+    except KeyboardInterrupt:
+        if options.after:
+            raise
+        return OK
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    return status
+        try:
+            _report(cluster, console, options.out)
+        except OSError as error:  # the disk is full, say; the command's status counts more
+            _say(f"not all can be written: {error}")
 
 
 def _console() -> Console:
     """Everything goes to standard error: standard output is the command's."""
     console = Console(stderr=True)
     return console if console.is_terminal else Console(stderr=True, width=PLAIN_WIDTH)
-
-
-def _as_interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _list() -> int:
@@ -115,36 +139,49 @@ def _list() -> int:
 
 
 def _clean() -> int:
-    tags = ownership.leftovers()
+    tags, status = ownership.leftovers(), OK
     for tag in tags:
-        ownership.clean(tag)
-        print(f"removed what emulation {tag} had left behind")
+        try:
+            ownership.clean(tag)
+        except AdaptError as error:  # the others can go nevertheless
+            _say(str(error))
+            status = FAILED
+        else:
+            print(f"removed what emulation {tag} had left behind")
     if not tags:
         print("nothing was left behind")
-    return OK
+    return status
 
 
-def _run_command(command: Sequence[str], address: str, environ: Mapping[str, str]) -> int:
-    """Ctrl-C reaches the command too, which is in our group; its end is waited for."""
-    try:
-        process = subprocess.Popen(command, env={**environ, "ADAPT_DISPATCHER": address})
-    except OSError as error:
-        raise ConfigError(f"{command[0]!r} cannot be run: {error.strerror}") from None
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        raise
+def _run_command(command: Sequence[str], cluster: EmulatedCluster, environ: Mapping[str, str], interrupts: Interrupts) -> int:
+    said: list[str] = []
+
+    def look() -> None:
+        if not said and not cluster.dispatcher.is_alive:
+            said.append(_obituary(cluster.dispatcher))
+            _say(said[0])
+
+    status = run_command(command, {**environ, "ADAPT_DISPATCHER": cluster.address}, interrupts, look)
     if status < 0:
-        print(f"adapt emulate: the command was ended by {signal.Signals(-status).name}", file=sys.stderr)
+        _say(f"the command was ended by {signal.Signals(-status).name}")
         return FAILED
     return status
 
 
-def _wait_for_ctrl_c() -> int:
-    threading.Event().wait()
-    return OK
+def _wait_for_ctrl_c(cluster: EmulatedCluster) -> int:
+    """Or until there is nothing to wait for."""
+    while cluster.dispatcher.is_alive:
+        time.sleep(LOOK_S)
+    _say(_obituary(cluster.dispatcher))
+    return FAILED
+
+
+def _obituary(dispatcher: LocalProcess) -> str:
+    return f"the dispatcher has ended with status {dispatcher.status}; its log:\n{dispatcher.log_tail()}"
+
+
+def _say(words: str) -> None:
+    print(f"adapt emulate: {words}", file=sys.stderr)
 
 
 # ── what is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -194,9 +231,8 @@ def _report(cluster: EmulatedCluster, console: Console, out: Path | None) -> Non
     observation = cluster.observation()
     columns, rows = summary(observation)
     print_table(console, "what the devices used", columns, rows)
-    for event in observation.events:
-        if event.error is not None:
-            console.print(f"[yellow]{event.kind} of {event.device} at {event.at_s:g} s failed: {escape(event.error)}[/yellow]")
+    for words in troubles(observation):
+        console.print(f"[yellow]{escape(words)}[/yellow]", highlight=False, soft_wrap=True)
     if out is not None:
         written = [*write(observation, out), *_drawn(observation, out)]
         for file in cluster.directory.glob("*.log"):
@@ -209,5 +245,5 @@ def _drawn(observation: Observation, out: Path) -> list[Path]:
     try:
         return [draw(observation, out / PICTURE)]
     except ConfigError as error:  # a picture is worth no failure
-        print(f"adapt emulate: {error}", file=sys.stderr)
+        _say(str(error))
         return []

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -126,6 +127,51 @@ def test_a_fork_of_the_owner_removes_nothing(records):
             os._exit(0)
         os.waitpid(pid, 0)
         assert (records / f"{held.tag}.json").exists()
+
+
+FORKS = """
+import os, signal, sys, time
+from pathlib import Path
+from adapt.emulation import ownership
+ownership.RECORDS = Path(sys.argv[1])
+held = ownership.claim()
+fork = os.fork()
+if fork == 0:
+    os.close(1)
+    time.sleep(60)
+    os._exit(0)
+print(fork, held.tag, flush=True)
+time.sleep(0.2)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_fork_that_lives_on_does_not_keep_a_claim(records):
+    done = subprocess.run([sys.executable, "-c", FORKS, str(records)], stdout=subprocess.PIPE, text=True)
+    fork, tag = done.stdout.split()
+    try:
+        assert ownership.leftovers() == [tag]
+    finally:
+        os.kill(int(fork), signal.SIGKILL)
+
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from adapt.emulation import ownership
+ownership.RECORDS = Path(sys.argv[1])
+ownership.claim(Path(sys.argv[2]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("name", "is_removed"), [("adapt-emulation-x", True), ("other-x", False)])
+def test_a_temporary_directory_goes_with_the_leftovers_if_it_is_ours(records, tmp_path, name, is_removed):
+    (tmp_path / name / "state").mkdir(parents=True)
+    subprocess.run([sys.executable, "-c", DIES, str(records), str(tmp_path / name)])
+    (tag,) = ownership.leftovers()
+    ownership.clean(tag)
+    assert (tmp_path / name).exists() != is_removed and ownership.leftovers() == []
 
 
 def test_routes_and_addresses_of_the_host_are_left_alone(monkeypatch):

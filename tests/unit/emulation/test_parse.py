@@ -494,6 +494,10 @@ def test_the_time_scale_that_is_offered_fits_and_is_the_least_of_two_digits(thou
     try:
         check_speed(spec, host_cores)
     except ConfigError as error:
+        if "--time-scale" not in str(error):
+            smallest = min(share / 1000 for share in thousandths if share is not None)
+            assert "smaller shares or fewer devices" in str(error) and smallest / (need * 1.1) < 0.001
+            return
         offered = float(str(error).rpartition("--time-scale ")[2])
         digit = 10.0 ** (math.floor(math.log10(offered)) - 1)
         assert offered / digit == pytest.approx(round(offered / digit)), "two digits"
@@ -506,6 +510,73 @@ def test_the_time_scale_that_is_offered_fits_and_is_the_least_of_two_digits(thou
 def test_a_cluster_that_is_slower_already_is_offered_the_whole_scale():
     with pytest.raises(ConfigError, match=r"--time-scale 3\.2$"):
         check_speed(scaled(described(f"{PI}count = 5"), 2), 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "scale", "named"),
+    [
+        (f"{PI}cores = 0.05", 1000, r"with time scale 1000 device pi has 5e-05 cores; expected at least 0\.001.* time scale is 50$"),
+        (
+            f"{PI}cores = 1\n[[event]]\nat = '1 s'\nkind = 'slow'\ndevice = 'pi'\ncores = 0.0125",
+            100,
+            r"event 1, the slow of pi at 100 s, has .* time scale is 12\.5$",
+        ),
+    ],
+)
+def test_a_share_that_is_too_small_for_the_kernel_is_refused_by_name(text, scale, named):
+    with pytest.raises(ConfigError, match=named):
+        check_speed(scaled(described(text), scale), 2)
+    check_speed(scaled(described(text), 12.5), 2)
+
+
+DIGITS = "9" * 400
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{PI}cores = {DIGITS}",
+        f"{PI}memory = {DIGITS}",
+        f"{PI}memory = '{DIGITS}GiB'",
+        f"{PI}rate = '{DIGITS} Mbit/s'",
+        f"{PI}latency = '{DIGITS} s'",
+        f"{PI}threads = {DIGITS}",
+        f"seed = {DIGITS}\n{PI}",
+        f"{PI}[settings.dispatcher]\nlease_ttl = {DIGITS}",
+        f"{PI}[settings.worker]\ncredit = {DIGITS}",
+        f"{PI}[settings.dispatcher]\nmax_kept = '{DIGITS}GiB'",
+        f"{PI}[[event]]\nat = '1 s'\nkind = 'corrupt'\ndevice = 'pi'\nper_mib = {DIGITS}",
+    ],
+)
+def test_a_number_of_hundreds_of_digits_is_refused(text):
+    with pytest.raises(ConfigError):
+        described(text)
+
+
+TWO_ROLES = 'dispatcher = "pi"\n' + PI + "cores = 0.5\n{}[[device]]\nname = 'po'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (TWO_ROLES.format('latency = "5 ms"\n'), "which runs on pi itself; expected them on the other devices"),
+        (TWO_ROLES.format('jitter = "5 ms"\n'), "which runs on pi itself; expected them on the other devices"),
+        (
+            TWO_ROLES.format("") + '[[event]]\nat = "1 s"\nkind = "stall"\ndevices = ["p*"]',
+            "which runs on pi itself; expected only the other",
+        ),
+        (TWO_ROLES.format("") + '[[event]]\nat = "1 s"\nkind = "reset"\ndevice = "pi"', "which runs on pi itself; expected only the other"),
+    ],
+)
+def test_a_device_has_no_way_to_a_dispatcher_that_it_runs_itself(text, reason):
+    with pytest.raises(ConfigError, match=reason):
+        described(text)
+
+
+def test_random_events_of_connections_leave_out_who_runs_the_dispatcher():
+    drawn = '[[random]]\nkinds = ["crash", {}]\nevery = "1 s"\nfor = "1 s"\nuntil = "9 s"\nspare = 0'
+    assert described(TWO_ROLES.format("") + drawn.format('"stall"')).random[0].devices == ("po",)
+    assert described(TWO_ROLES.format("") + drawn.format('"cut"')).random[0].devices == ("pi", "po")
 
 
 def test_ready_clusters_are_loaded_by_name():

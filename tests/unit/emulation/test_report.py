@@ -73,6 +73,20 @@ def test_a_row_says_what_a_device_used_and_had():
     assert report.summary(nothing)[1] == [["a", "-", "-", "-", "-", "-", "-"]]
 
 
+def test_what_nobody_ordered_is_told_but_not_planned():
+    killed = {"kind": "killed-by-memory", "detail": {"limit_bytes": 284 << 20}}
+    ended = {"kind": "ended", "detail": {"status": -11, "log": "Segmentation fault"}}
+    unplanned = [EventRecord(at_s=1.234, device="a", began_s=1.234, took_s=0.0, is_planned=False, **facts) for facts in (killed, ended)]
+    seen = observed(event(0.2, "slow"), *unplanned, event(2.0, "cut", error="no"))
+    assert [row["kind"] for row in report.planned(seen.events)] == ["slow", "cut"]
+    assert report.troubles(seen) == [
+        "a was killed at 1.23 s: it needed more memory than its limit of 284MiB",
+        "a ended by itself at 1.23 s with status -11; its log ends with: Segmentation fault",
+        "cut of a at 2 s failed: no",
+    ]
+    assert [span.word for span in plot.spans(seen.events, "a")][1:3] == ["killed-by-memory", "ended"]
+
+
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 
@@ -96,10 +110,9 @@ def test_what_nothing_undid_goes_on_and_what_nothing_undoes_is_a_moment():
     ]  # fmt: skip
 
 
-def test_what_is_begun_again_when_something_else_ends_has_gone_on():
-    assert drawn(at(1, "delay"), at(2, "cut"), at(3, "restore"), at(3, "delay"), at(5, "restore")) == [
-        ("delay", 1, 5), ("cut", 2, 3),
-    ]  # fmt: skip
+def test_what_remains_when_something_else_ends_goes_on():
+    restore = event(3, "restore", late_s=0.0, remaining=["delay"])
+    assert drawn(at(1, "delay"), at(2, "cut"), restore, at(5, "restore")) == [("delay", 1, 5), ("cut", 2, 3)]
 
 
 def test_an_event_that_failed_disturbed_nothing():
