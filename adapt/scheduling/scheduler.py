@@ -63,6 +63,7 @@ PATIENCE = 2.0  # times what is usual, before another worker is asked
 MOST_HEDGES = 10.0  # at once, after a time without any
 POISONED = 3  # deaths of workers that make a request the cause
 SAID_S = 0.01  # of what should take longer, a worker says that it has begun
+REACHED_S = 0.001  # what was sent less than this ago has not reached its worker
 WORTH_S = 0.01  # a better worker is waited for if that saves more than this
 LOOK_AGAIN_S = 0.01  # the least pause before looking whether a busy worker is still worth waiting for
 
@@ -922,7 +923,7 @@ class Scheduler:
         member = self.roster.get(worker_id)
         if member is None:
             return
-        running = _running(member, is_guessed=is_guessed)
+        running = _running(member, now, is_guessed=is_guessed)
         for attempt in list(member.slots):
             self._loss(member, attempt, reason, now, was_running=attempt == running)
         self._residency.session_ended(member)
@@ -971,13 +972,17 @@ class Scheduler:
         self._due.set(("member", member.worker_id), now + MEMBER_MEMORY_S)
 
 
-def _running(member: Member, *, is_guessed: bool = True) -> AttemptId | None:
-    """What the worker was computing. Of what is short it does not say that it has begun; if anything of that had, it was the first."""
+def _running(member: Member, now: float, *, is_guessed: bool = True) -> AttemptId | None:
+    """What the worker was computing. Of what is short it does not say that it has begun; if anything of that had, it was the first.
+
+    But not what was sent a moment ago: it had not left, or a stalled dispatcher would blame it for all deaths that it reads of."""
     for attempt, slot in member.slots.items():
         if slot.begun:
             return attempt
     first = next(iter(member.slots.items()), None)
-    return first[0] if first is not None and is_guessed and first[1].busy_s < SAID_S else None
+    if first is None or not is_guessed or first[1].busy_s >= SAID_S or now - first[1].since < REACHED_S:
+        return None
+    return first[0]
 
 
 def _is_first(member: Member, attempt: AttemptId) -> bool:

@@ -31,6 +31,7 @@ from adapt.scheduling.scheduler import (
     ACCEPT_S,
     EARLY_CANCEL_S,
     MEMBER_MEMORY_S,
+    REACHED_S,
     REGAINED_SHARE,
     REMEMBER_S,
     STORY_LENGTH,
@@ -818,12 +819,27 @@ def test_the_oldest_task_of_a_lost_worker_counts_as_begun():
     cluster.finish(first, busy_s=AHEAD_S / 2)
     assert first.request == finished and [one.request for one in cluster.sent()] == [innocent]
     for _ in range(3):
+        cluster.wait(2 * REACHED_S)
         cluster.lose("w1")
         cluster.silent.clear()
         cluster.join("w1", resident=["d.0"])
     (fail,) = cluster.taken(ev.Fail)
     assert fail.request_id == killer and isinstance(fail.error, PoisonError)
     assert cluster.scheduler.live_requests == 1
+
+
+def test_what_was_sent_a_moment_ago_has_killed_nobody():
+    """Regression: a dispatcher that had been stopped sent a request from one dead worker to the next, and then condemned it."""
+    cluster = a_cluster("w1", "w2", "w3")
+    for _ in range(3):
+        cluster.submit()
+    for sent in cluster.sent():
+        cluster.finish(sent, busy_s=AHEAD_S / 2)
+    cluster.submit()
+    cluster.taken()
+    for worker in ("w1", "w2", "w3"):
+        cluster.lose(worker)
+    assert cluster.taken(ev.Fail) == [] and cluster.scheduler.live_requests == 1
 
 
 def test_what_had_begun_counts_wherever_it_stands():

@@ -24,7 +24,7 @@ from adapt.protocol.wire import Blob
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
 from adapt.scheduling.roster import AHEAD_S, STEADY
-from adapt.scheduling.scheduler import ACCEPT_S, POISONED, REMEMBER_S, SAID_S, Scheduler, SchedulerSettings
+from adapt.scheduling.scheduler import ACCEPT_S, POISONED, REACHED_S, REMEMBER_S, SAID_S, Scheduler, SchedulerSettings
 from adapt.scheduling.tokens import TokenSettings
 
 WORKERS = [WorkerId(name) for name in ("w1", "w2", "w3", "w4")]
@@ -313,7 +313,8 @@ class Cluster(RuleBasedStateMachine):
         """Failures and deaths. It costs only what was running: of what the worker did not say so, the oldest, if it is short."""
         member = self.scheduler.roster.member(worker_id)
         begun = [attempt for attempt, slot in member.slots.items() if slot.begun]
-        short = [attempt for attempt, slot in list(member.slots.items())[:1] if slot.busy_s < SAID_S]
+        first = list(member.slots.items())[:1]
+        short = [attempt for attempt, slot in first if slot.busy_s < SAID_S and self.now - slot.since >= REACHED_S]
         is_sound = member.tally.tasks_done > 0 or all(other.tally.tasks_done == 0 for other in self.scheduler.roster)
         costs: dict[RequestId, tuple[int, int]] = {}
         for attempt in member.slots:
