@@ -394,6 +394,8 @@ def _etcd_endpoints(membership: str) -> tuple[str, ...]:
     if not membership.startswith(ETCD_SCHEME):
         close = difflib.get_close_matches(membership, [EMBEDDED, "etcd"], n=1)
         raise ConfigError(f"membership={_shown(membership)}: {expected}" + (f"; did you mean {close[0]}?" if close else ""))
+    if "@" in membership:
+        raise ConfigError("membership=etcd://...@...: the user goes into --etcd-user, the password into ADAPT_ETCD_PASSWORD or a file")
     found = []
     for endpoint in membership.removeprefix(ETCD_SCHEME).rstrip("/").split(","):
         try:
@@ -581,7 +583,7 @@ class WorkerConfig(_WithMembership, _Settings):
     credit: int = _setting(_COUNT, "most tasks accepted at a time; it gets two, and more only while they are short", 32)
     max_message_bytes: int = _setting(_BYTES, "largest message that is accepted", 256 * MEBIBYTE)
     drain_timeout_s: float = _setting(_SECONDS, "longest wait for the running task after SIGTERM or SIGINT", 30.0)
-    hang_timeout_s: float = _setting(_SECONDS, "a computation longer than this that nobody waits for any more hangs: begin anew", 30.0)
+    hang_timeout_s: float = _setting(_SECONDS, "a computation longer than this that nobody waits for any more hangs: begin anew", 60.0)
 
     @classmethod
     def table(cls) -> str:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -584,24 +584,32 @@ class InputCheck:
 
 
 class FormCheck:
-    """Whether a stage can have made such outputs of such inputs: dtypes, shapes, and one batch size for both. What has fitted is known again."""
+    """Whether a stage can have made such outputs of such inputs: dtypes, shapes, and one batch size for both.
+
+    The description of a stage may be wrong where a batch of one is a case of its own (`squeeze`), so a form that two witnesses have seen, or
+    that one has seen twice of one task, is believed. What has fitted is known again.
+    """
 
     def __init__(self, inputs: Sequence[ValueSpec], outputs: Sequence[ValueSpec]) -> None:
         self._inputs, self._outputs = inputs, outputs
-        self._fitted: set[tuple[tuple[Any, Any], ...]] = set()
+        self._fitted: set[tuple[Any, ...]] = set()
+        self._odd: dict[tuple[Any, ...], tuple[Hashable, Hashable]] = {}  # forms that did not fit -> the latest task and witness
 
-    def __call__(self, given: Sequence[Any], made: Sequence[Any]) -> None:
+    def __call__(self, given: Sequence[Any], made: Sequence[Any], *, task: Hashable = None, witness: Hashable = None) -> None:
         """Raises InputMismatchError, naming expected and got dtype and shape of the first that does not fit."""
+        signature = tuple([(str(leaf.dtype), tuple(leaf.shape)) if hasattr(leaf, "shape") else leaf for leaf in (*given, None, *made)])
+        if signature in self._fitted:
+            return
         try:
-            signature = tuple([(leaf.dtype, leaf.shape) for leaf in (*given, *made)])
-            if signature in self._fitted:
-                return
-        except (AttributeError, TypeError):  # a number among them
-            signature = None
-        batch, made_batch = check_inputs(self._inputs, given), check_inputs(self._outputs, made, what="output")
-        if made_batch not in (None, batch):
-            raise InputMismatchError(f"outputs of a batch of {made_batch}: expected {batch}")
-        if signature is not None and len(self._fitted) < FITTED_LIMIT:
+            batch, made_batch = check_inputs(self._inputs, given), check_inputs(self._outputs, made, what="output")
+            if made_batch not in (None, batch):
+                raise InputMismatchError(f"outputs of a batch of {made_batch}: expected {batch}")
+        except InputMismatchError:
+            before, self._odd[signature] = self._odd.get(signature), (task, witness)
+            if before is None or (before[1] == witness and before[0] != task):
+                raise
+            del self._odd[signature]
+        if len(self._fitted) < FITTED_LIMIT:
             self._fitted.add(signature)
 
 

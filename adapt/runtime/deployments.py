@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapt.errors import ConfigError
+from adapt.errors import AdaptError, ConfigError
 from adapt.models.cut import StageArtifact, legal_cuts, write_stages
 from adapt.models.interface import Interface
 from adapt.models.program import FormCheck, Program, read_graph, read_program
@@ -72,7 +72,7 @@ class Deployments:
         self._ready: set[tuple[str, int]] = set()  # versions that have taken requests
         self._garbage: set[Digest] = set()  # artifacts that no version needs any more
         self._under_way = 0  # deployments that may be about to need them again
-        self._forms: dict[Digest, FormCheck] = {}
+        self._forms: dict[Digest, FormCheck | None] = {}
         self._numbers: dict[str, int] = {}  # deployment -> the highest number it ever had
 
     def restore(self) -> list[Version]:
@@ -161,11 +161,15 @@ class Deployments:
             self._forms.pop(artifact, None)
         self._garbage.clear()
 
-    def form(self, artifact: Digest) -> FormCheck:
-        """What a stage makes of what. Reads its file at the first time, which takes milliseconds. Raises WireError, OSError."""
+    def form(self, artifact: Digest) -> FormCheck | None:
+        """What a stage makes of what; None if its file cannot be read. Reads it at the first time, which takes milliseconds."""
         if artifact not in self._forms:
-            graph = read_graph(self._store.path(artifact), verify=False).graph
-            self._forms[artifact] = FormCheck(graph.input_specs, graph.output_specs)
+            try:
+                graph = read_graph(self._store.path(artifact), verify=False).graph
+                self._forms[artifact] = FormCheck(graph.input_specs, graph.output_specs)
+            except (OSError, AdaptError) as error:
+                log.error("the form of a stage is unknown; its answers are not checked", extra={"artifact": artifact, "reason": str(error)})
+                self._forms[artifact] = None
         return self._forms[artifact]
 
     def file_bytes(self, artifact: Digest) -> int:

@@ -23,10 +23,10 @@ import xxhash
 
 from adapt.clock import Clock, monotonic
 from adapt.config import DispatcherConfig
-from adapt.errors import AdaptError, ConnectError, UnknownModelError, VersionError, WireError
+from adapt.errors import AdaptError, ConnectError, InputMismatchError, UnknownModelError, VersionError, WireError
 from adapt.planning.placement import WorkerOffer
 from adapt.protocol import messages as msg
-from adapt.protocol.ids import AttemptId, ClientId, Digest, RoutingId, WorkerId, control_of
+from adapt.protocol.ids import AttemptId, ClientId, Digest, RoutingId, Term, WorkerId, control_of
 from adapt.protocol.wire import Blob, Envelope
 from adapt.runtime.alarm import Alarm
 from adapt.runtime.artifacts import ArtifactStore
@@ -118,11 +118,12 @@ class Dispatcher:
             AdaptError: another dispatcher has taken over.
         """
         loop = asyncio.get_running_loop()
-        await self._open()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+        if not await self._open():
+            return 0
         try:
             self._restore()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self._signalled, number)
             print(f"adapt-dispatcher ready listen={self._endpoint.address} term={self._reign.term} pid={os.getpid()}", flush=True)
             await self._stopping.wait()
             status = await self._drain()
@@ -132,10 +133,16 @@ class Dispatcher:
             raise AdaptError(self._successor)
         return status
 
-    async def _open(self) -> None:
-        """Begin the reign, which may have to wait for the end of another, then listen."""
+    async def _open(self) -> bool:
+        """Begin the reign, which may have to wait for the end of another, then listen. False: a signal came before that."""
         try:
-            self._reign.begin(await self._registry.campaign() - 1)
+            term = await self._elected()
+            if term is None:
+                await self._registry.close()
+                self._threads.shutdown()
+                self._state.close()
+                return False
+            self._reign.begin(term - 1)
             self._endpoint = RouterEndpoint(
                 self._config.listen,
                 receive=self._inbox.append,
@@ -149,6 +156,18 @@ class Dispatcher:
             self._state.close()
             raise
         self._registry.announce(self._endpoint.address)
+        return True
+
+    async def _elected(self) -> Term | None:
+        campaign = asyncio.ensure_future(self._registry.campaign())
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait((campaign, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if campaign.done():
+            return campaign.result()
+        campaign.cancel()
+        await asyncio.gather(campaign, return_exceptions=True)
+        return None
 
     def _deposed(self, successor: str) -> None:
         log.error("deposed", extra={"reason": successor})
@@ -693,10 +712,9 @@ class Dispatcher:
         """An answer, unless it is none that this stage can give: then the attempt has failed, and the worker is to blame."""
         work = self._scheduler.work_of(done.attempt, worker_id)
         try:
-            if work is not None:
-                artifact, given = work
-                self._deployments.form(artifact)(given, done.leaves)
-        except AdaptError as misfit:
+            if work is not None and (form := self._deployments.form(work[0])) is not None:
+                form(work[1], done.leaves, task=done.attempt.task, witness=worker_id)
+        except InputMismatchError as misfit:
             log.warning("answer of a wrong form", extra={"worker_id": worker_id, "attempt": str(done.attempt), "reason": str(misfit)})
             self._scheduler.counters["misfits"] += 1
             error = WireError(f"the answer of {worker_id} is none that stage {done.attempt.stage} can give: {misfit}")

@@ -23,8 +23,8 @@ from typing import Protocol
 
 from adapt.clock import Clock, monotonic
 from adapt.config import EtcdSettings
-from adapt.errors import AdaptError
-from adapt.runtime.etcd_link import Entry, EtcdAwayError, EtcdError, EtcdFullError, EtcdLink, Lease, Snapshot
+from adapt.errors import AdaptError, ConfigError
+from adapt.runtime.etcd_link import Entry, EtcdAwayError, EtcdError, EtcdFullError, EtcdLink, EtcdRefusedError, Lease, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class Keeper:
         self._tended = 0
         self.ttl_s = ttl_s
         self.is_well = self.is_full = False
+        self._is_told_well = False  # the role believes that etcd is well
         self.outages = self.resyncs = 0
         self._endpoint = 0  # that is tried next
         self._failures = 0  # since it was last well
@@ -128,6 +129,7 @@ class Keeper:
             changed=lambda key, entry: inbox.put(lambda: self._role.changed(key, entry)),
             broken=lambda error: inbox.put(lambda: _raise(error)),
         )
+        self._is_told_well = True
         self._role.resynced(snapshot)
         self._tend(link)
         self._met(link)
@@ -168,13 +170,17 @@ class Keeper:
 
     def _lost(self, error: AdaptError) -> None:
         self._failures += 1
+        is_refused = isinstance(error, (EtcdRefusedError, ConfigError))
         if self.is_well or self._failures == 1:
             log.warning("etcd is away; heartbeats alone decide until it is back", extra={"reason": str(error)})
-            self.is_well = False
             self.outages += 1
-            self._role.went_away(error)
+        elif is_refused:
+            log.warning("etcd refuses us", extra={"reason": str(error)})
         else:
             log.debug("etcd is still away", extra={"reason": str(error)})
+        if self.is_well or self._is_told_well or is_refused or self._failures == 1:
+            self._role.went_away(error)
+        self.is_well = self._is_told_well = False
 
     def _pause_s(self) -> float:
         """The other members are tried at once, then all of them after a while."""

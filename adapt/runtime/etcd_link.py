@@ -224,7 +224,8 @@ class EtcdLink:
         raised: Any = cause
         status, text = raised.code(), f"etcd at {self.endpoint}: {raised.details()}"
         codes = self._grpc.StatusCode
-        if status in (codes.UNAUTHENTICATED, codes.PERMISSION_DENIED, codes.INVALID_ARGUMENT):
+        is_without_users = status is codes.FAILED_PRECONDITION and "authentication is not enabled" in text
+        if is_without_users or status in (codes.UNAUTHENTICATED, codes.PERMISSION_DENIED, codes.INVALID_ARGUMENT):
             return EtcdRefusedError(text)
         if status is codes.RESOURCE_EXHAUSTED and "space exceeded" in text:
             return EtcdFullError(text)

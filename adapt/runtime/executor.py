@@ -46,6 +46,7 @@ from adapt.protocol.wire import Blob
 log = logging.getLogger(__name__)
 
 INLINE_BYTES = 64 << 10
+SLOWER = 3.0  # times what is usual, and a computation that nobody waits for any more hangs
 SHORT_S = 0.002  # a stage that took less last time is not said to have begun: its answer says as much
 HEADER_BYTES = 64 << 10  # at least what the frames of a message take besides its tensors
 ALIGNMENT_BYTES = 64  # of torch's own memory: the interpreter copies what is less aligned
@@ -192,10 +193,15 @@ class Executor:
     def hanging_s(self, limit_s: float) -> float | None:
         """How long something has been computing that nobody waits for any more, if that is more than the limit. On any thread."""
         work, now = self._computing, self._clock()
-        if work is None or now - work.began_at <= limit_s:
+        if work is None or now - work.began_at <= max(limit_s, SLOWER * self._usual_s(work)):
             return None
         is_wanted = not work.is_cancelled and now - work.arrived_at < work.order.budget_s
         return None if is_wanted else now - work.began_at
+
+    def _usual_s(self, work: Work) -> float:
+        """What it should take, as the last one of its stage did; 0 if there was none."""
+        took_s, most = self._took.get(work.order.artifact, (0.0, 0))
+        return took_s * max(work.elements / most, 1.0) if most else took_s
 
     def submit(self, order: RunStage, blobs: tuple[Blob, ...], stage: RunnableStage) -> Work:
         """Take an attempt; its end is told by `notify`, unless `cancel` tells."""
@@ -306,7 +312,8 @@ class Executor:
             self._end(work, Failed(work, _as_adapt_error(error)), events)
             return
         finally:
-            self._computing = None
+            if self._computing is work:
+                self._computing = None
         work.compute_s = self._clock() - started_at
         self._remember(work)
         self._progress += 1
@@ -385,7 +392,7 @@ class Executor:
     def _deliver(self) -> None:
         with self._lock:
             events, self._outbox = self._outbox, []
-        self._queued -= sum([not isinstance(event, (Begun, Crashed)) for event in events])
+        self._queued -= sum([not isinstance(event, (Begun, Crashed)) and event.work.is_queued for event in events])
         self._notify(events)
 
     def _decode(self, work: Work) -> None:

@@ -199,7 +199,7 @@ class EtcdRegistry:
     def away(self, error: AdaptError) -> None:
         self._is_well = False
         is_refused = isinstance(error, (EtcdRefusedError, ConfigError))
-        if is_refused and not self._was_met and self._won is not None and not self._won.done():
+        if is_refused and self._won is not None and not self._won.done():
             self._won.set_exception(ConfigError(f"membership: {error}"))
         self._judge_all()
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from adapt.config import WorkerConfig
 from adapt.errors import ConfigError
 from adapt.interfaces.cli import logs
-from adapt.interfaces.cli.doors import run_door, spare_the_collector
+from adapt.interfaces.cli.doors import FAILED, run_door, spare_the_collector
 
 PROGRAM = "adapt-worker"
 ABOUT = "Execute stages of models on this device for a dispatcher."
@@ -56,7 +56,11 @@ async def _run(config: WorkerConfig) -> int:
 def begin_anew(words: str) -> None:
     """The same process from its start: whoever supervises it need not notice. What hangs goes, with all connections."""
     print(f"{PROGRAM}: {words}", file=sys.stderr, flush=True)
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    try:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    except OSError as error:  # this Python was replaced, say
+        print(f"{PROGRAM}: cannot begin anew: {error}", file=sys.stderr, flush=True)
+        os._exit(FAILED)
 
 
 if __name__ == "__main__":

@@ -256,9 +256,20 @@ PLAIN = TensorSpec("int64", (4,), (0,))
 def test_what_a_stage_can_have_made(made, message):
     """The input is a batch of 2, and the output has two rows for each of it."""
     check = FormCheck([TensorSpec("float32", (Affine(1, 0), 5), (0, 1))], [BATCHED])
-    for _ in range(2):  # what has fitted is known again, and what has not is not
+    for task in range(2):  # what has fitted is known again, and what has not is not
         with contextlib.nullcontext() if message is None else pytest.raises(InputMismatchError, match=message):
-            check([np.zeros((2, 5), np.float32)], made)
+            check([np.zeros((2, 5), np.float32)], made, task=task, witness="w1")
+
+
+@pytest.mark.parametrize(("task", "witness", "is_believed"), [(1, "w2", True), (2, "w2", True), (1, "w1", True), (2, "w1", False)])
+def test_an_odd_form_is_believed_if_another_worker_or_the_only_one_says_it_again(task, witness, is_believed):
+    """What `squeeze` makes of a batch of one is no vector, whatever was exported."""
+    check = FormCheck([TensorSpec("float32", (Affine(1, 0), 5), (0, 1))], [TensorSpec("float32", (Affine(1, 0),), (0,))])
+    given, made = [np.zeros((1, 5), np.float32)], [np.float32(1.0)]
+    with pytest.raises(InputMismatchError):
+        check(given, made, task=1, witness="w1")
+    with contextlib.nullcontext() if is_believed else pytest.raises(InputMismatchError):
+        check(given, made, task=task, witness=witness)
 
 
 def test_an_output_may_be_independent_of_the_batch():

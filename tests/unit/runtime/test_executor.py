@@ -591,13 +591,22 @@ def test_what_computes_long_hangs_only_when_nobody_waits_for_it():
             stage.gates[0].set()
             await harness.event(Done, first)
             assert harness.executor.hanging_s(5.0) is None, "the other is too late to begin"
-            third = harness.submit(stage, 3, small(), budget_s=60.0)
+            third = harness.submit(stage, 3, small(), budget_s=60.0, artifact=LONG)
             await stage.reached(1)
             now = 67.0
             harness.executor.cancel(third)
             assert harness.executor.hanging_s(5.0) == 6.0
             stage.gates[1].set()
             await harness.event(Cancelled, third)
+            fourth = harness.submit(stage, 4, small(), budget_s=60.0, artifact=SHORT)
+            await stage.reached(2)
+            harness.executor.cancel(fourth)
+            now = 67.0 + 3 * 61.0
+            assert harness.executor.hanging_s(5.0) is None, "the last of this kind took 61 s"
+            now += 1.0
+            assert harness.executor.hanging_s(5.0) == 184.0
+            stage.gates[2].set()
+            await harness.event(Cancelled, fourth)
             assert harness.kinds(second) == [Failed]
 
     run(test)
