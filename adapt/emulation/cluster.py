@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -118,7 +118,7 @@ class EmulatedCluster:
             raise
 
     def _begin(self, ending: ExitStack) -> None:
-        processes = Processes(self.directory)
+        processes = self._processes()
         ending.callback(processes.close)
         machines = self._machines()
         ending.callback(machines.close)
@@ -141,6 +141,12 @@ class EmulatedCluster:
         ending.callback(player.close)
         self._run = _Run(address, dispatcher, observer, player)
 
+    def _processes(self) -> Processes:
+        return Processes(self.directory)
+
+    def _command(self, door: str, settings: Mapping[str, object]) -> list[str]:
+        return command_of(door, settings)
+
     def _machines(self) -> Machines:
         if not self.is_isolated:
             return PlainMachines(self.spec)
@@ -153,7 +159,7 @@ class EmulatedCluster:
             "state_dir": self.directory / "state",
             **self.spec.dispatcher_settings,
         }
-        dispatcher = processes.launch("dispatcher", command_of("dispatcher", settings), inside=machines.inside(self.spec.dispatcher))
+        dispatcher = processes.launch("dispatcher", self._command("dispatcher", settings), inside=machines.inside(self.spec.dispatcher))
         dispatcher.wait_ready()
         return dispatcher
 
@@ -178,7 +184,7 @@ class EmulatedCluster:
             "cache_dir": self.directory / "cache" / spec.name,  # a machine has its own disk
             **self.spec.worker_settings,
         }
-        start = partial(processes.launch, spec.name, command_of("worker", settings), inside=machines.inside(spec.name))
+        start = partial(processes.launch, spec.name, self._command("worker", settings), inside=machines.inside(spec.name))
         return EmulatedDevice(spec, machines, processes, start)
 
     def close(self) -> None:

@@ -47,10 +47,13 @@ class Processes:
         """Start one more; arguments as those of `LocalProcess`. Raises AdaptError if the cluster has been closed."""
         with self._lock:
             self.check()
-            process = LocalProcess(name, command, self._directory, self._reaper, inside=inside)
+            process = self._make(name, command, inside)
             self._all.append(process)
             self._watched.append((process, process.life))
         return process
+
+    def _make(self, name: str, command: Sequence[str], inside: Sequence[str]) -> LocalProcess:
+        return LocalProcess(name, command, self._directory, self._reaper, inside=inside)
 
     def again(self, process: LocalProcess) -> None:
         """Start anew what has ended. Raises AdaptError if the cluster has been closed."""

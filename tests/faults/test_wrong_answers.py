@@ -1,0 +1,62 @@
+"""F9: a worker's answer is not what the model computes. It is never given to a client."""
+
+from __future__ import annotations
+
+import pytest
+
+import adapt
+from tests.faults.clusters import counter, states, workers_of
+from tests.faults.traffic import Traffic, assert_clean
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.mark.parametrize("what", ["shape", "dtype"])
+@pytest.mark.parametrize("stage", range(3))
+def test_f9_an_answer_of_a_wrong_form_is_a_failed_attempt(cluster_of, workload, stage, what):
+    """In the middle the next stage would see it, at the end only the client could: the dispatcher must."""
+    cluster = cluster_of(4)
+    with adapt.Client(cluster.address) as client:
+        model = workload.deploy(client, stages=3)
+        mark = cluster.mishaps.plan(what, stage=model.record.stages[stage].artifact, times=1)
+        with Traffic(cluster.address, workload, count=60) as traffic:
+            x = workload.marked(mark)
+            assert model(x).equal(workload.expect(x))
+        (liar,) = cluster.mishaps.happened(mark)
+        blamed = {name: record for name, record in workers_of(client.status()).items() if record.tasks_failed}
+        assert set(blamed) == {liar}
+    assert_clean(traffic)
+
+
+def test_f9_a_model_that_raises_on_one_worker_is_answered_by_another(cluster_of, workload):
+    cluster = cluster_of(3)
+    with adapt.Client(cluster.address) as client:
+        model = workload.deploy(client, stages=2)
+        mark = cluster.mishaps.plan("raise", times=1)
+        x = workload.marked(mark)
+        assert model(x).equal(workload.expect(x))
+        (raised,) = cluster.mishaps.happened(mark)
+        assert workers_of(client.status())[raised].tasks_failed == 1
+        assert set(states(client).values()) == {"ready"}
+
+
+def test_f9_a_model_that_raises_everywhere_is_the_models_own_error(cluster_of, workload):
+    cluster = cluster_of(3)
+    with adapt.Client(cluster.address) as client:
+        model = workload.deploy(client, stages=2)
+        mark = cluster.mishaps.plan("raise")
+        with pytest.raises(adapt.ModelError, match="has been told to raise"):
+            model(workload.marked(mark))
+        assert len(cluster.mishaps.happened(mark)) == 2
+        assert all(record.penalty == 0.0 for record in workers_of(client.status()).values())
+        assert counter(client, "evictions") == 0
+
+
+def test_f9_what_the_model_really_computes_is_right_even_if_it_is_no_number(cluster_of, workload):
+    cluster = cluster_of(2)
+    with adapt.Client(cluster.address) as client:
+        model = workload.deploy(client, stages=2)
+        x = workload.inputs[0].clone()
+        x[:, 5] = float("nan")
+        assert model(x).isnan().equal(workload.expect(x).isnan())
+        assert counter(client, "attempts_failed") == 0
