@@ -43,7 +43,9 @@ NOT_PURE |= {"multiprocessing", "subprocess", "concurrent"}
 CLOCKS = {"time", "datetime"}  # whole modules: who may not read the clock has no use for the rest of them either
 
 # Models as data. Every other module of adapt.models is a room with torch, also one that is new.
-TORCH_FREE_MODELS = {"adapt.models"} | {f"adapt.models.{name}" for name in ("program", "cut", "structure", "tensorfile", "interface")}
+TORCH_FREE_MODELS = {"adapt.models"} | {
+    f"adapt.models.{name}" for name in ("program", "cut", "layers", "structure", "tensorfile", "interface")
+}
 TORCH_USERS = {"adapt.runtime.executor", "adapt.runtime.worker"}
 BUILDER = "adapt.runtime.builder"  # its parent side runs in a process without torch, so its child side imports inside functions
 WORKER_DOOR = "adapt.interfaces.cli.worker"  # the one door behind which there is a worker

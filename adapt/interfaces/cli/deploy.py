@@ -29,17 +29,22 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--tolerance", type=float, help="largest error on a link, as a share of the tensor's standard deviation")
     parser.add_argument("--numerics", choices=("auto", "exact", "close"), default="auto", help="exact: one numeric class for each request")
     parser.add_argument("--weights", help="torchvision's own by name (DEFAULT), or a file under the dispatcher's --models-dir")
-    parser.add_argument("--seed", type=int, help="of random weights, when --weights is not given")
-    parser.add_argument("--model-args", metavar="JSON", default="{}", help="arguments of the model's constructor: '{\"num_classes\": 10}'")
-    parser.add_argument(
-        "--input-shape", metavar="SIZES", help="sizes with commas, with batch or without: 3,96,96 (default: the model's own)"
-    )
+    add_model_options(parser)
     clients.add_options(parser)
     return parser
 
 
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What a torchvision model is built with, besides its weights."""
+    parser.add_argument("--seed", type=int, help="of random weights, when no weights are given")
+    parser.add_argument("--model-args", metavar="JSON", default="{}", help="arguments of the model's constructor: '{\"num_classes\": 10}'")
+    parser.add_argument(
+        "--input-shape", metavar="SIZES", help="sizes with commas, with batch or without: 3,96,96 (default: the model's own)"
+    )
+
+
 def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    stages, shape, arguments = _stages(options.stages), _shape(options.input_shape), _arguments(options.model_args)
+    stages, shape, arguments = _stages(options.stages), read_shape(options.input_shape), read_arguments(options.model_args)
     console = Console(file=sys.stderr)
     with clients.connected(options, environ) as client:
 
@@ -73,7 +78,7 @@ def _stages(text: str) -> int | str:
     return int(text)
 
 
-def _shape(text: str | None) -> list[int] | None:
+def read_shape(text: str | None) -> list[int] | None:
     if text is None:
         return None
     sizes = text.split(",")
@@ -82,7 +87,7 @@ def _shape(text: str | None) -> list[int] | None:
     return [int(size) for size in sizes]
 
 
-def _arguments(text: str) -> dict[str, Any]:
+def read_arguments(text: str) -> dict[str, Any]:
     try:
         arguments = json.loads(text)
     except ValueError as error:

@@ -142,6 +142,6 @@ def test_a_command_is_needed(capsys):
 def test_stages_and_shapes_are_read():
     assert deploy._stages("auto") == "auto"
     assert deploy._stages("4") == 4
-    assert deploy._shape("3, 96,96") == [3, 96, 96]
+    assert deploy.read_shape("3, 96,96") == [3, 96, 96]
     with pytest.raises(ConfigError):
-        deploy._shape("3,-1")
+        deploy.read_shape("3,-1")

@@ -1,0 +1,79 @@
+"""From a program and the seconds of its operators to what the planner knows of it. Works on data, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from adapt.errors import ConfigError
+from adapt.models.cut import legal_cuts
+from adapt.models.program import Graph, Operator, Program, ValueRef, WeightRef, operator_references
+from adapt.planning.model import RAW, CodecProfile, LayerProfile, ModelProfile
+
+
+def profile_model(
+    name: str, program: Program, costs_s: Sequence[float], *, codecs: Sequence[CodecProfile] = (RAW,), reference: str = ""
+) -> ModelProfile:
+    """The layers between all legal cuts, for a batch of 1. What is constant counts where it stands, though every stage that needs it computes
+    it again.
+
+    Args:
+        costs_s: seconds of each operator.
+
+    Raises:
+        ConfigError: the seconds are not those of this program.
+    """
+    graph = program.graph
+    if len(costs_s) != len(graph.operators):
+        raise ConfigError(f"{name}: the profile has {len(costs_s)} operators, the program {len(graph.operators)}")
+    cuts = legal_cuts(program)
+    ends = [*(cut.position for cut in cuts), len(graph.operators)]
+    output_bytes = sum(spec.bytes_at(1) for spec in graph.output_specs)
+    crossing = [*(cut.crossing_bytes for cut in cuts), output_bytes]
+    alive = _alive_bytes(graph)
+    layers = tuple(
+        _layer(graph, costs_s, alive, begin, end, sent) for (begin, end), sent in zip(pairwise([0, *ends]), crossing, strict=True)
+    )
+    input_bytes = sum(spec.bytes_at(1) for spec in graph.input_specs)
+    return ModelProfile(name, input_bytes, layers, tuple(codecs), reference)
+
+
+def _layer(graph: Graph, costs_s: Sequence[float], alive: Sequence[int], begin: int, end: int, output_bytes: int) -> LayerProfile:
+    operators = graph.operators[begin:end]
+    sizes = [_weight_bytes(graph, _weights(operator)) for operator in operators]
+    heaviest = max(range(len(operators)), key=lambda place: (sizes[place], costs_s[begin + place], -place))
+    return LayerProfile(
+        place=operators[heaviest].place or operators[heaviest].name,
+        cost_s=sum(costs_s[begin:end]),
+        weight_bytes=_weight_bytes(graph, {index for operator in operators for index in _weights(operator)}),
+        peak_bytes=max(alive[begin:end]),
+        output_bytes=output_bytes,
+        end=end,
+        heaviest_bytes=sizes[heaviest],
+    )
+
+
+def _weights(operator: Operator) -> set[int]:
+    return {reference.index for reference in operator_references(operator) if isinstance(reference, WeightRef)}
+
+
+def _weight_bytes(graph: Graph, weights: set[int]) -> int:
+    return sum(graph.weights[index].stored.size_bytes for index in weights)
+
+
+def _alive_bytes(graph: Graph) -> list[int]:
+    """While each operator runs: what was computed before and is still needed, and its own results."""
+    last_use = {
+        reference.index: position
+        for position, operator in enumerate(graph.operators)
+        for reference in operator_references(operator)
+        if isinstance(reference, ValueRef)
+    } | dict.fromkeys(graph.outputs, len(graph.operators))
+    sizes = [spec.bytes_at(1) for spec in graph.values]
+    alive = {index for index in graph.inputs if index in last_use}
+    found = []
+    for position, operator in enumerate(graph.operators):
+        alive |= {output for output in operator.outputs if output is not None}
+        found.append(sum(sizes[index] for index in alive))
+        alive = {index for index in alive if last_use.get(index, -1) > position}
+    return found

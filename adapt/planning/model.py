@@ -1,0 +1,165 @@
+"""What planning knows about a model: its layers with seconds and bytes, and what codecs do to what crosses between them.
+
+A layer is the smallest unit that the model may be cut at: the operators between two legal cuts. Boundary b lies before layer b; boundary 0
+is the input, the last one the output. All figures are for a batch of one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from adapt.errors import ConfigError
+
+VERSION = 1
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerProfile:
+    """The operators between two legal cuts.
+
+    Attributes:
+        place: where people find it: the module of its heaviest operator.
+        cost_s: seconds on the reference device, one thread.
+        weight_bytes: of all its operators; a weight that two of them share counts once here, but in each layer that uses it.
+        peak_bytes: most bytes of activations alive at once while it runs.
+        output_bytes: cross the boundary after it.
+        end: position of the cut after it among the program's operators.
+        heaviest_bytes: weights of the operator at `place`.
+    """
+
+    place: str
+    cost_s: float
+    weight_bytes: int
+    peak_bytes: int
+    output_bytes: int
+    end: int
+    heaviest_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodecProfile:
+    """What a codec does: bytes of the tensor per byte sent, and bytes of the tensor per second of one thread of the reference device.
+
+    Attributes:
+        ratios: measured at each boundary; empty: `ratio` everywhere.
+    """
+
+    name: str
+    ratio: float = 1.0
+    encode_bytes_per_s: float = math.inf
+    decode_bytes_per_s: float = math.inf
+    ratios: tuple[float, ...] = ()
+
+    def ratio_at(self, boundary: int) -> float:
+        return self.ratios[boundary] if self.ratios else self.ratio
+
+
+RAW = CodecProfile(name="raw")
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """A model as the planner sees it.
+
+    Attributes:
+        codecs: what may be used; the first one is what plans use that do not choose.
+    """
+
+    name: str
+    input_bytes: int
+    layers: tuple[LayerProfile, ...]
+    codecs: tuple[CodecProfile, ...] = (RAW,)
+    reference: str = field(default="", compare=False)  # the device that was measured, in words
+
+    def __post_init__(self) -> None:
+        if not self.layers or not self.codecs:
+            raise ConfigError(f"{self.name}: a profile has at least one layer and one codec")
+        numbers = [value for layer in self.layers for value in (layer.cost_s, layer.weight_bytes, layer.peak_bytes, layer.output_bytes)]
+        if not all(math.isfinite(value) and value >= 0 for value in [self.input_bytes, *numbers]):
+            raise ConfigError(f"{self.name}: seconds and bytes of a profile are finite and not negative")
+        for codec in self.codecs:
+            given = (codec.ratio, codec.encode_bytes_per_s, codec.decode_bytes_per_s, *codec.ratios)
+            if not all(value > 0 for value in given) or len(codec.ratios) not in (0, len(self.layers) + 1):
+                raise ConfigError(f"{self.name}: codec {codec.name}: figures above 0, and ratios for all boundaries or none")
+
+    @cached_property
+    def crossing_bytes(self) -> tuple[int, ...]:
+        """At each boundary, the input and the output included."""
+        return (self.input_bytes, *(layer.output_bytes for layer in self.layers))
+
+    @cached_property
+    def seconds_before(self) -> tuple[float, ...]:
+        """On the reference device, of all layers before each boundary."""
+        return tuple(accumulate((layer.cost_s for layer in self.layers), initial=0.0))
+
+    @cached_property
+    def weights_before(self) -> tuple[int, ...]:
+        return tuple(accumulate((layer.weight_bytes for layer in self.layers), initial=0))
+
+    def memory_bytes(self, begin: int, end: int) -> int:
+        """What the stage of layers `begin` to `end` needs: weights, and activations: the most that is alive, or both of its ends, as
+        workers count."""
+        ends = self.crossing_bytes[begin] + self.crossing_bytes[end]
+        peak = max(layer.peak_bytes for layer in self.layers[begin:end])
+        return self.weights_before[end] - self.weights_before[begin] + max(peak, ends)
+
+    def wire_bytes(self, boundary: int, codec: int) -> float:
+        """What is sent at a boundary with the codec of that number."""
+        return self.crossing_bytes[boundary] / self.codecs[codec].ratio_at(boundary)
+
+    def encode_s(self, boundary: int, codec: int) -> float:
+        """Of one thread of the reference device."""
+        return self.crossing_bytes[boundary] / self.codecs[codec].encode_bytes_per_s
+
+    def decode_s(self, boundary: int, codec: int) -> float:
+        return self.crossing_bytes[boundary] / self.codecs[codec].decode_bytes_per_s
+
+    def with_codecs(self, *codecs: CodecProfile) -> ModelProfile:
+        return replace(self, codecs=codecs)
+
+    def to_json(self) -> str:
+        """Infinite speeds (of a codec that does nothing) become null."""
+        content = {"version": VERSION, **asdict(self)}
+        for codec in content["codecs"]:
+            codec |= {key: None for key, value in codec.items() if value == math.inf}
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, name: str = "profile") -> ModelProfile:
+        """Raises ConfigError: the text is no profile; `name` is what it is called then."""
+        try:
+            content = json.loads(text)
+            if content.get("version") != VERSION:
+                raise ConfigError(f"{name}: version {content.get('version')!r}; expected {VERSION}")
+            return cls(
+                name=str(content["name"]),
+                input_bytes=int(content["input_bytes"]),
+                layers=tuple(LayerProfile(**layer) for layer in content["layers"]),
+                codecs=tuple(_codec(codec) for codec in content["codecs"]),
+                reference=str(content.get("reference", "")),
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{name}: not the profile of a model: {type(error).__name__}: {error}") from None
+
+
+def _codec(plain: Mapping[str, Any]) -> CodecProfile:
+    speeds = {key: math.inf if plain.get(key) is None else float(plain[key]) for key in ("encode_bytes_per_s", "decode_bytes_per_s")}
+    ratios = tuple(float(ratio) for ratio in plain.get("ratios", ()))
+    return CodecProfile(name=str(plain["name"]), ratio=float(plain["ratio"]), ratios=ratios, **speeds)
+
+
+def typical_codecs(*, tolerance: float | None = None) -> tuple[CodecProfile, ...]:
+    """What lossless codecs, and with a tolerance a lossy one, did to activations of ResNet-18 on one core of a Xeon (bench/codecs.py). For
+    a first plan; a profile that was measured has its own."""
+    lossless = (RAW, CodecProfile(name="lz4", ratio=1.28, encode_bytes_per_s=573e6, decode_bytes_per_s=2739e6))
+    if tolerance is None:
+        return lossless
+    ratio = 3.44 if tolerance >= 0.1 else 2.0
+    return (*lossless, CodecProfile(name="zfp", ratio=ratio, encode_bytes_per_s=230e6, decode_bytes_per_s=250e6))

@@ -1,0 +1,134 @@
+"""adapt plan on profiles: what it prints, and what it refuses. No model is built."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from adapt.interfaces.cli.main import main
+from adapt.planning.model import LayerProfile, ModelProfile, typical_codecs
+
+MIB = 1 << 20
+HOME = """
+about = "two Pis and a laptop"
+[[device]]
+name = "pi"
+count = 2
+cores = 0.25
+memory = "60MiB"
+rate = "20 Mbit/s"
+latency = "2 ms"
+[[device]]
+name = "laptop"
+memory = "80MiB"
+rate = "100 Mbit/s"
+"""
+
+
+@pytest.fixture
+def home(tmp_path):
+    path = tmp_path / "home.toml"
+    path.write_text(HOME, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def profile(tmp_path):
+    """A model of four blocks, 30 MiB each."""
+    return save(tmp_path / "model.json", *(30,) * 4)
+
+
+def save(path, *weights, names=()):
+    layers = tuple(
+        LayerProfile(
+            place=names[number] if names else f"block{number}",
+            cost_s=0.02,
+            weight_bytes=size * MIB,
+            peak_bytes=MIB,
+            output_bytes=100_000,
+            end=number + 1,
+            heaviest_bytes=size * MIB,
+        )
+        for number, size in enumerate(weights)
+    )
+    path.write_text(ModelProfile("small", 200_000, layers, typical_codecs(), "a test").to_json(), encoding="utf-8")
+    return str(path)
+
+
+def test_a_plan_says_all_that_matters(capsys, home, profile):
+    assert main(["plan", profile, "--cluster", home]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "3 legal cuts",
+        "120.0 MiB of weights",
+        "3 workers of 2 kinds",
+        "laptop",
+        "requests/s",
+        "latency",
+        "bottleneck",
+        "budget",
+    ):
+        assert words in said
+    assert "no plan has a smaller bottleneck" in said
+
+
+def test_all_strategies_side_by_side(capsys, home, profile):
+    assert main(["plan", profile, "--cluster", home, "--strategy", "all"]) == 0
+    said = capsys.readouterr().out
+    assert "no plan that fits: single, all" in said
+    for name in ("greedy", "exact", "auto"):
+        assert f"\n{name}" in said
+
+
+def test_what_if_there_were_more_or_fewer(capsys, home, profile):
+    assert main(["plan", profile, "--cluster", home, "--what-if", "2xlaptop", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["what_if"]["throughput_per_s"] > 1.5 * plan["throughput_per_s"]
+    assert {"laptop+1", "laptop+2"} & {worker for stage in plan["what_if"]["stages"] for worker in stage["workers"]}
+    assert plan["is_optimal"] and sum(stage["memory_bytes"] for stage in plan["stages"]) >= 120 * MIB
+    assert main(["plan", profile, "--cluster", home, "--what-if", "2xlaptop"]) == 0
+    assert "times the throughput" in capsys.readouterr().out
+    assert main(["plan", profile, "--cluster", home, "--what-if", "0xlaptop"]) == 1
+    assert "2 stage budgets add up to 120.0 MiB" in capsys.readouterr().err
+
+
+def test_an_operator_that_fits_nowhere_is_named_with_its_size(capsys, tmp_path):
+    vgg = save(tmp_path / "vgg16.json", 56, 392, 64, 16, names=("features.28", "classifier.0", "classifier.3", "classifier.6"))
+    cluster = tmp_path / "c.toml"
+    cluster.write_text('[[device]]\nname = "pi"\ncount = 8\nmemory = "250MiB"\n', encoding="utf-8")
+    assert main(["plan", vgg, "--cluster", str(cluster)]) == 1
+    said = capsys.readouterr().err
+    assert "classifier.0" in said and "392.0 MiB" in said and "250.0 MiB" in said
+
+
+def test_without_overlap_it_is_slower(capsys, home, profile):
+    rates = []
+    for flags in ([], ["--no-overlap"]):
+        assert main(["plan", profile, "--cluster", home, "--json", *flags]) == 0
+        rates.append(json.loads(capsys.readouterr().out)["throughput_per_s"])
+    assert rates[1] < rates[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--strategy", "best"], "expected one of single"),
+        (["--what-if", "two"], "for instance 2xpi-1"),
+        (["--what-if", "2xmoon"], "no worker is called moon; there are pi-1, pi-2, laptop"),
+    ],
+)
+def test_a_wrong_wish_is_one_line(capsys, home, profile, arguments, said):
+    assert main(["plan", profile, "--cluster", home, *arguments]) == 2
+    complaint = capsys.readouterr().err
+    assert said in complaint and complaint.count("\n") == 1
+
+
+def test_a_file_that_is_no_profile(capsys, home, tmp_path):
+    for text in ("", "[]", '{"version": 1}', '{"version": 2}'):
+        path = tmp_path / "x.json"
+        path.write_text(text, encoding="utf-8")
+        assert main(["plan", str(path), "--cluster", home]) == 2
+        assert "x.json" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path / "none.json"), "--cluster", home]) == 2
+    assert "No such file" in capsys.readouterr().err
