@@ -563,6 +563,9 @@ class WorkerConfig(_WithMembership, _Settings):
     )
     cluster: str = _setting(_NAMED, "name of the cluster; keeps several apart in one etcd", "default")
     membership: str = _setting(_ADDRESS, _MEMBERSHIP, EMBEDDED)
+    via: str | None = _setting(
+        _ADDRESS, "address to reach the dispatcher at, whoever it is: a tunnel, a forwarded port", None, otherwise="what etcd tells"
+    )
     etcd_ca: Path | None = _setting(_FILE, _ETCD_CA, None)
     etcd_cert: Path | None = _setting(_FILE, _ETCD_CERT, None)
     etcd_key: Path | None = _setting(_FILE, _ETCD_KEY, None)
@@ -601,6 +604,10 @@ class WorkerConfig(_WithMembership, _Settings):
     def __post_init__(self) -> None:
         self._check()
         check_address(self.dispatcher, key="dispatcher", is_listening=False)
+        if self.via is not None:
+            check_address(self.via, key="via", is_listening=False)
+            if self.membership == EMBEDDED:
+                raise ConfigError(f"via={_shown(self.via)}: it is for a dispatcher that etcd tells of; expected --dispatcher {self.via}")
         _check_name("name", self.name)
         _check_name("cluster", self.cluster)
         _ = self.etcd  # refused here if it is impossible

@@ -15,16 +15,19 @@ from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
-from adapt.emulation.description import HOST, ClusterSpec, DeviceSpec
-from adapt.emulation.device import EmulatedDevice
+from adapt.config import ETCD_SCHEME
+from adapt.emulation.description import ETCD, HOST, ClusterSpec, DeviceSpec
+from adapt.emulation.device import EmulatedDevice, EmulatedEtcd
+from adapt.emulation.lines import DISPATCHER, SCHEME
 from adapt.emulation.machines import IsolatedMachines, Machines, PlainMachines
 from adapt.emulation.observation import Facts, Observation, Observer, Reading
 from adapt.emulation.ownership import DIRECTORY_PREFIX, missing_rights
 from adapt.emulation.parse import OF_A_CONNECTION, check_speed, load, scaled
-from adapt.emulation.player import Player
+from adapt.emulation.player import Performer, Player
 from adapt.emulation.processes import Processes, Watch, command_of
 from adapt.emulation.schedule import expand
 from adapt.errors import AdaptError, ConfigError
+from adapt.runtime.etcd_server import EtcdServer
 from adapt.runtime.local import LocalProcess, ready_field
 
 SAMPLE_S = 0.25
@@ -49,6 +52,7 @@ class EmulatedCluster:
         spec: the description, scaled.
         events: all that `play` will do, in order.
         devices: all of them. workers: those that have a worker.
+        etcd: its process, in a cluster that has one.
 
     Raises:
         ConfigError: a wrong description; more speed than this machine has; missing rights, with what to do.
@@ -90,6 +94,7 @@ class EmulatedCluster:
         self._run: _Run | None = None
         self.devices: list[EmulatedDevice] = []
         self.workers: list[EmulatedDevice] = []
+        self.etcd: EtcdServer | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -123,6 +128,7 @@ class EmulatedCluster:
         machines = self._machines()
         ending.callback(machines.close)
         ending.callback(processes.end)
+        self.etcd = self._begin_etcd(machines, processes) if self.spec.has_etcd else None
         dispatcher = self._begin_dispatcher(machines, processes)
         address = ready_field(dispatcher.ready, "listen")
         dispatcher.always("--listen", address)  # a restart comes back where it was
@@ -137,7 +143,10 @@ class EmulatedCluster:
             look=Watch(machines, processes).look,
         )
         ending.callback(observer.close)
-        player = Player(self.events, {device.name: device for device in self.devices}, observer)
+        performers: dict[str, Performer] = {device.name: device for device in self.devices}
+        if self.etcd is not None:
+            performers[ETCD] = EmulatedEtcd(self.etcd, processes)
+        player = Player(self.events, performers, observer)
         ending.callback(player.close)
         self._run = _Run(address, dispatcher, observer, player)
 
@@ -152,11 +161,17 @@ class EmulatedCluster:
             return PlainMachines(self.spec)
         return IsolatedMachines(self.spec, self._proxied, None if self._given_directory else self.directory)
 
+    def _begin_etcd(self, machines: Machines, processes: Processes) -> EtcdServer:
+        etcd = processes.launch_etcd(host=machines.host, inside=machines.inside(self.spec.dispatcher))
+        etcd.wait_ready()
+        return etcd
+
     def _begin_dispatcher(self, machines: Machines, processes: Processes) -> LocalProcess:
         settings = {
             "listen": machines.listen,
             "insecure": machines.is_isolated,  # its machines are of our own making
             "state_dir": self.directory / "state",
+            "membership": None if self.etcd is None else self.etcd.membership,
             **self.spec.dispatcher_settings,
         }
         dispatcher = processes.launch("dispatcher", self._command("dispatcher", settings), inside=machines.inside(self.spec.dispatcher))
@@ -177,7 +192,7 @@ class EmulatedCluster:
             return EmulatedDevice(spec, machines, processes, None)
         settings = {
             "name": spec.name,
-            "dispatcher": machines.connect(spec.name, address),
+            **self._ways(spec, machines, address),
             "threads": spec.threads,
             "device": spec.accelerator,
             "memory_limit": spec.memory_bytes,
@@ -186,6 +201,14 @@ class EmulatedCluster:
         }
         start = partial(processes.launch, spec.name, self._command("worker", settings), inside=machines.inside(spec.name))
         return EmulatedDevice(spec, machines, processes, start)
+
+    def _ways(self, spec: DeviceSpec, machines: Machines, address: str) -> dict[str, object]:
+        """How a worker finds its dispatcher, and etcd if there is one. What etcd tells it would not lead through the proxy."""
+        found = machines.connect(spec.name, address, what=DISPATCHER)
+        if self.etcd is None:
+            return {"dispatcher": found}
+        endpoint = machines.connect(spec.name, f"{SCHEME}{self.etcd.endpoint}", what=ETCD).removeprefix(SCHEME)
+        return {"membership": f"{ETCD_SCHEME}{endpoint}", "via": None if found == address else found}
 
     def close(self) -> None:
         """End and remove everything. Closing twice is nothing."""

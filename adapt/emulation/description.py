@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 HOST = "host"  # where the dispatcher runs unless a device does it
+ETCD = "etcd"  # runs beside the dispatcher, in a cluster that has one; of it, too, events say what happens
 
 
 class Kind(StrEnum):
-    """What may happen to a device."""
+    """What may happen to a device; the last three, to etcd."""
 
     CRASH = "crash"  # SIGKILL of its worker
     JOIN = "join"  # its worker starts: a device that was absent, has crashed or has left
@@ -29,6 +30,12 @@ class Kind(StrEnum):
     RESET = "reset"  # its connections are reset; new ones are taken
     CORRUPT = "corrupt"  # bytes are changed on the way, `corrupt_per_mib` in each direction
     RESTORE = "restore"  # link and speed are again what they are in the description, but for what remains in force
+    CRASH_ETCD = "crash-etcd"  # SIGKILL; leases and leaders are on its disk
+    START_ETCD = "start-etcd"  # it comes back with them
+    RESTART_ETCD = "restart-etcd"  # both, one after the other
+
+
+OF_ETCD = frozenset({Kind.CRASH_ETCD, Kind.START_ETCD, Kind.RESTART_ETCD})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +78,7 @@ class LinkSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One thing that happens to one device at one moment after the start of the schedule.
+    """One thing that happens to one device, or to `ETCD`, at one moment after the start of the schedule.
 
     Attributes:
         remaining: of a `restore`: what stays in force, in the order in which it began.
@@ -125,6 +132,7 @@ class ClusterSpec:
     Attributes:
         about: one line for people.
         dispatcher: HOST or the name of a device.
+        has_etcd: a real etcd, beside the dispatcher, keeps the leases; else the dispatcher itself does.
         dispatcher_settings, worker_settings: further flags of the processes, as {"lease_ttl": 2}.
         time_scale: compute, links and moments are this many times slower than described; see `scaled`.
     """
@@ -133,6 +141,7 @@ class ClusterSpec:
     devices: tuple[DeviceSpec, ...]
     about: str = ""
     dispatcher: str = HOST
+    has_etcd: bool = False
     links: tuple[LinkSpec, ...] = ()
     events: tuple[EventSpec, ...] = ()
     random: tuple[RandomSpec, ...] = ()

@@ -14,6 +14,7 @@ from adapt.emulation.machines import Machines
 from adapt.emulation.processes import Processes
 from adapt.emulation.state import state_of
 from adapt.errors import AdaptError
+from adapt.runtime.etcd_server import EtcdServer
 from adapt.runtime.local import READY_TIMEOUT_S, Life, LocalProcess
 
 log = logging.getLogger(__name__)
@@ -169,19 +170,19 @@ class EmulatedDevice:
 
     def delay(self, latency_s: float, jitter_s: float = 0.0) -> None:
         """Each direction takes so much longer, plus between nothing and the jitter."""
-        self._machines.proxy_of(self.name).delay(self.name, latency_s, jitter_s)
+        self._machines.lines_of(self.name).delay(latency_s, jitter_s)
 
     def stall(self) -> None:
         """Its connections stay open, and nothing moves."""
-        self._machines.proxy_of(self.name).stall(self.name)
+        self._machines.lines_of(self.name).stall()
 
     def reset(self) -> None:
         """Its connections are reset."""
-        self._machines.proxy_of(self.name).reset(self.name)
+        self._machines.lines_of(self.name).reset()
 
     def corrupt(self, per_mib: float) -> None:
         """So many bytes per MiB are changed on the way, in each direction."""
-        self._machines.proxy_of(self.name).corrupt(self.name, per_mib)
+        self._machines.lines_of(self.name).corrupt(per_mib)
 
     def restore(self, remaining: Iterable[Event] = ()) -> None:
         """Link and CPU share are again as described, but for the events that remain in force."""
@@ -220,3 +221,17 @@ class EmulatedDevice:
                 self.corrupt(event.corrupt_per_mib or 0.0)
             case Kind.RESTORE:
                 self.restore(event.remaining)
+
+
+class EmulatedEtcd:
+    """The etcd of a cluster, as the schedule handles it. It comes back with what it had on its disk."""
+
+    def __init__(self, process: EtcdServer, processes: Processes) -> None:
+        self.process, self._processes = process, processes
+
+    def perform(self, event: Event) -> None:
+        """Do what the event says; whether it serves again is not waited for. Raises AdaptError if the cluster has been closed."""
+        if event.kind in (Kind.CRASH_ETCD, Kind.RESTART_ETCD) and self.process.is_alive:
+            self.process.kill()
+        if event.kind in (Kind.START_ETCD, Kind.RESTART_ETCD) and not self.process.is_alive:
+            self._processes.again(self.process)

@@ -22,13 +22,14 @@ import psutil
 
 from adapt.emulation.description import HOST, ClusterSpec, DeviceSpec
 from adapt.emulation.groups import Group, Groups
+from adapt.emulation.lines import DeviceLines
 from adapt.emulation.network import Network, PairLink, Port
 from adapt.emulation.observation import Reading
 from adapt.emulation.ownership import Claim, claim
 from adapt.emulation.proxy import DIRECTIONS
 from adapt.emulation.proxy_control import LinkProxy
 from adapt.emulation.shares import CpuShare
-from adapt.emulation.state import BOTH, Direction, State
+from adapt.emulation.state import State
 from adapt.errors import AdaptError
 
 FLOOR_BYTES = 220 << 20  # of a process that has imported torch: what its memory may be above the stage budget
@@ -46,11 +47,15 @@ class Machines(Protocol):
         """The command that runs the rest of its line on that machine."""
 
     @property
+    def host(self) -> str:
+        """The address of the machine that the dispatcher runs on."""
+
+    @property
     def listen(self) -> str:
         """Where the dispatcher is to listen; port 0: where it likes."""
 
-    def connect(self, name: str, dispatcher: str) -> str:
-        """The address at which that machine finds the dispatcher."""
+    def connect(self, name: str, address: str, *, what: str) -> str:
+        """The address at which that machine finds what listens at that one; `what` it is, DISPATCHER or ETCD."""
 
     def limit(self, name: str, cores: float | None) -> None:
         """From now on its CPU share is this, None: no limit; while it is hurried, as soon as it is not."""
@@ -67,7 +72,7 @@ class Machines(Protocol):
     def cut(self, name: str, direction: Literal["both", "up", "down"]) -> None:
         """Its cable is pulled ("both"), or what goes "up" or "down" gets lost."""
 
-    def proxy_of(self, name: str) -> LinkProxy:
+    def lines_of(self, name: str) -> DeviceLines:
         """What delays, stalls, resets and corrupts its connections."""
 
     def restore(self, name: str, state: State) -> None:
@@ -103,7 +108,7 @@ class IsolatedMachines:
 
     def __init__(self, spec: ClusterSpec, proxied: Iterable[str], directory: Path | None = None) -> None:
         self._spec, self._proxied = spec, {*proxied, *(device.name for device in spec.devices if device.latency_s or device.jitter_s)}
-        self._lines: set[str] = set()  # devices that are connected through the proxy
+        self._lines: dict[str, DeviceLines] = {}  # of devices that are connected through the proxy
         self._groups_of: dict[str, Group] = {}
         self._shares: dict[str, CpuShare] = {}
         self._has_begun = False  # shares are in force
@@ -141,15 +146,17 @@ class IsolatedMachines:
 
     @property
     def listen(self) -> str:
-        return f"tcp://{self._network.address(self._dispatcher_machine)}:{DISPATCHER_PORT}"
+        return f"tcp://{self.host}:{DISPATCHER_PORT}"
 
-    def connect(self, name: str, dispatcher: str) -> str:
-        if name not in self._proxied:
-            return dispatcher
-        device = self._spec.device(name)
-        address = _through(self.proxy_of(name), device, self._network.namespace(name), dispatcher)
-        self._lines.add(name)
-        return address
+    @property
+    def host(self) -> str:
+        return self._network.address(self._dispatcher_machine)
+
+    def connect(self, name: str, address: str, *, what: str) -> str:
+        if self._proxy is None or name not in self._proxied:
+            return address
+        lines = self._lines.setdefault(name, DeviceLines(self._proxy, self._spec.device(name), self._network.namespace(name)))
+        return lines.add(what, address)
 
     def limit(self, name: str, cores: float | None) -> None:
         self._shares[name].want(cores)
@@ -177,12 +184,12 @@ class IsolatedMachines:
         self._network.restore(name, rates=state.rates, lost=state.lost)
         self.limit(name, state.cores)
         if name in self._lines:
-            _restore_line(self.proxy_of(name), name, state, lost=frozenset())
+            self._lines[name].restore(state, lost=frozenset())
 
-    def proxy_of(self, name: str) -> LinkProxy:
-        if self._proxy is None or name not in self._proxied:
+    def lines_of(self, name: str) -> DeviceLines:
+        if name not in self._lines:
             raise AdaptError(f"the link of {name} has no proxy, which this needs: give it a latency, or name it in `proxied`")
-        return self._proxy
+        return self._lines[name]
 
     def read(self, pids: Mapping[str, int]) -> dict[str, Reading]:
         moved = self._network.counters()
@@ -213,19 +220,18 @@ class PlainMachines:
         self._spec = spec
         self._proxy = LinkProxy(spec.seed)
         self._proxy.start()
-        self._lines: set[str] = set()
+        self._lines: dict[str, DeviceLines] = {}
         # of all its workers' lives. A device without one is no machine here: nothing of its own runs on it
         self._cpu_s: dict[str, dict[int, float]] = {device.name: {} for device in spec.devices if device.has_worker}
 
     def inside(self, name: str) -> list[str]:
         return []
 
-    listen = "tcp://127.0.0.1:0"
+    host = "127.0.0.1"
+    listen = f"tcp://{host}:0"
 
-    def connect(self, name: str, dispatcher: str) -> str:
-        address = _through(self._proxy, self._spec.device(name), None, dispatcher)
-        self._lines.add(name)
-        return address
+    def connect(self, name: str, address: str, *, what: str) -> str:
+        return self._lines.setdefault(name, DeviceLines(self._proxy, self._spec.device(name), None)).add(what, address)
 
     def limit(self, name: str, cores: float | None) -> None:
         raise AdaptError("the CPU share of a device cannot be changed without isolation")
@@ -239,14 +245,16 @@ class PlainMachines:
         raise AdaptError("the rate of a link cannot be changed without isolation")
 
     def cut(self, name: str, direction: Literal["both", "up", "down"]) -> None:
-        self._proxy.cut(name, direction)
+        self.lines_of(name).cut(direction)
 
-    def proxy_of(self, name: str) -> LinkProxy:
-        return self._proxy
+    def lines_of(self, name: str) -> DeviceLines:
+        if name not in self._lines:
+            raise AdaptError(f"{name} has no connection: it has no worker")
+        return self._lines[name]
 
     def restore(self, name: str, state: State) -> None:
         if name in self._lines:
-            _restore_line(self._proxy, name, state, lost=state.lost)
+            self._lines[name].restore(state, lost=state.lost)
 
     def read(self, pids: Mapping[str, int]) -> dict[str, Reading]:
         moved = self._proxy.counters()
@@ -258,7 +266,8 @@ class PlainMachines:
                     process = psutil.Process(pid)
                     memory_bytes, times = process.memory_info().rss, process.cpu_times()
                     lives[pid] = times.user + times.system
-            sent_bytes, received_bytes = (moved[name, way].carried_bytes if name in self._lines else 0 for way in DIRECTIONS)
+            lines = self._lines[name].names if name in self._lines else []
+            sent_bytes, received_bytes = (sum(moved[line, way].carried_bytes for line in lines) for way in DIRECTIONS)
             readings[name] = Reading(sum(lives.values()), memory_bytes, sent_bytes, received_bytes, pid is not None)
         return readings
 
@@ -267,17 +276,6 @@ class PlainMachines:
 
     def close(self) -> None:
         self._proxy.close()
-
-
-def _through(proxy: LinkProxy, device: DeviceSpec, namespace: Path | None, dispatcher: str) -> str:
-    host, _, port = dispatcher.removeprefix("tcp://").rpartition(":")
-    at = proxy.add(device.name, namespace=namespace, target=(host, int(port)), latency_s=device.latency_s, jitter_s=device.jitter_s)
-    return f"tcp://{at[0]}:{at[1]}"
-
-
-def _restore_line(proxy: LinkProxy, name: str, state: State, *, lost: frozenset[Direction]) -> None:
-    held = BOTH if state.is_stalled else lost
-    proxy.restore(name, late=(state.latency_s, state.jitter_s), held=held, per_mib=state.corrupt_per_mib)
 
 
 def _limit_bytes(device: DeviceSpec) -> int | None:

@@ -1,6 +1,7 @@
 """CLUSTER.toml to a `ClusterSpec`. All that is wrong is a ConfigError: file, place, key, value, what is expected.
 
-name, about, seed, dispatcher     of the cluster
+name, about, seed                 of the cluster
+dispatcher, membership            where it runs; "etcd": who keeps the leases
 [settings.dispatcher], .worker    further flags of adapt-dispatcher and adapt-worker
 [[device]]                        one machine, or `count` alike
 [[link]]                          a pair whose link differs from what their ports allow
@@ -24,9 +25,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from adapt.config import MAX_DURATION_S, MEBIBYTE, DispatcherConfig, WorkerConfig
+from adapt.config import EMBEDDED, MAX_DURATION_S, MEBIBYTE, DispatcherConfig, WorkerConfig
 from adapt.emulation import ready
-from adapt.emulation.description import HOST, ClusterSpec, DeviceSpec, Event, EventSpec, Kind, LinkSpec, RandomSpec
+from adapt.emulation.description import ETCD, HOST, OF_ETCD, ClusterSpec, DeviceSpec, Event, EventSpec, Kind, LinkSpec, RandomSpec
 from adapt.emulation.schedule import UNDONE_BY
 from adapt.emulation.values import (
     MIN_CORES,
@@ -60,7 +61,7 @@ MAX_DRAWS = 10_000  # of one [[random]]
 MAX_TIME_SCALE = 1000.0
 KEPT_CORES = 0.4  # for dispatcher, proxy, client
 
-_TOP_KEYS = ("name", "about", "seed", "dispatcher", "settings", "device", "link", "event", "random")
+_TOP_KEYS = ("name", "about", "seed", "dispatcher", "membership", "settings", "device", "link", "event", "random")
 _DEVICE_KEYS = (
     "name", "count", "cores", "memory", "rate", "up", "down", "latency", "jitter", "threads", "accelerator", "present", "worker", "board",
 )  # fmt: skip
@@ -81,8 +82,8 @@ _EXAMPLES = {
 }  # fmt: skip
 _OF_A_WORKER = frozenset({Kind.CRASH, Kind.JOIN, Kind.LEAVE, Kind.STOP, Kind.CONTINUE, Kind.SLOW})
 OF_A_CONNECTION = frozenset({Kind.DELAY, Kind.STALL, Kind.RESET, Kind.CORRUPT})  # to the dispatcher; the proxy does them
-_DRAWN = tuple(kind for kind in Kind if kind in UNDONE_BY or kind == Kind.RESET)
-_TAKEN_NAMES = (HOST, "hub", "dispatcher")  # machines of the emulation itself
+_DRAWN = tuple(kind for kind in Kind if kind in UNDONE_BY or kind in (Kind.RESET, Kind.RESTART_ETCD))
+_TAKEN_NAMES = (HOST, "hub", "dispatcher", ETCD)  # machines of the emulation itself
 _TEMPLATE = ""  # the device of an event that has none yet
 
 # Settings that the emulation gives, and where a description says them
@@ -90,6 +91,7 @@ _GIVEN = {
     "dispatcher": {"listen": "", "insecure": "", "state_dir": ""},
     "worker": {
         "dispatcher": "",
+        "via": "",
         "cache_dir": "",
         "name": "name",
         "device": "accelerator",
@@ -140,6 +142,7 @@ def parse(text: str, *, name: str) -> ClusterSpec:
     top = _Table(content, name, _TOP_KEYS)
     devices = _devices(top)
     dispatcher = _dispatcher(top, devices)
+    has_etcd = top.get("membership", read_choice([EMBEDDED, ETCD]), EMBEDDED) == ETCD
     settings = _Table(top.get("settings", _read_table, {}), f"{name}: settings", ("dispatcher", "worker"))
     return ClusterSpec(
         name=top.get("name", read_name, re.sub(r"[^a-z0-9-]+", "-", Path(name).stem.lower()).strip("-")[:31] or "cluster"),
@@ -147,11 +150,14 @@ def parse(text: str, *, name: str) -> ClusterSpec:
         seed=top.get("seed", read_count(0, 2**63 - 1), 0),
         devices=tuple(devices.values()),
         dispatcher=dispatcher,
+        has_etcd=has_etcd,
         links=tuple(_links(top, devices)),
-        events=tuple(event for table in top.tables("event", _EVENT_KEYS) for event in _events(table, devices, dispatcher)),
-        random=tuple(_random(table, devices, dispatcher) for table in top.tables("random", _RANDOM_KEYS)),
-        dispatcher_settings=_settings(settings, "dispatcher"),
-        worker_settings=_settings(settings, "worker"),
+        events=tuple(
+            event for table in top.tables("event", _EVENT_KEYS) for event in _events(table, devices, dispatcher, has_etcd=has_etcd)
+        ),
+        random=tuple(_random(table, devices, dispatcher, has_etcd=has_etcd) for table in top.tables("random", _RANDOM_KEYS)),
+        dispatcher_settings=_settings(settings, "dispatcher", has_etcd=has_etcd),
+        worker_settings=_settings(settings, "worker", has_etcd=has_etcd),
     )
 
 
@@ -452,13 +458,15 @@ def _links(top: _Table, devices: dict[str, DeviceSpec]) -> Iterator[LinkSpec]:
 # ── events ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _events(table: _Table, devices: dict[str, DeviceSpec], dispatcher: str) -> list[EventSpec]:
-    """One for each device that it names."""
+def _events(table: _Table, devices: dict[str, DeviceSpec], dispatcher: str, *, has_etcd: bool) -> list[EventSpec]:
+    """One for each device that it names; one of etcd."""
     event = _template(table, table.need("kind", _read_kind))
     event = replace(event, at_s=table.need("at", read_moment))
     for_s = table.get("for", read_duration, None)
     if for_s is not None and event.kind not in UNDONE_BY:
         table.refuse("for", f"a {event.kind} is not undone; expected no such key, which is for {listed([*UNDONE_BY])}")
+    if _is_of_etcd(table, "kind", [event.kind], has_etcd=has_etcd):
+        return [EventSpec(event=replace(event, device=ETCD), for_s=for_s)]
     if "device" in table and "devices" in table:
         table.refuse("devices", "expected device or devices; not both")
     if "devices" not in table and "device" not in table:
@@ -468,6 +476,21 @@ def _events(table: _Table, devices: dict[str, DeviceSpec], dispatcher: str) -> l
     _check_workers(table, key, names, [event.kind], devices)
     _check_connections(table, key, names, [event.kind], dispatcher)
     return [EventSpec(event=replace(event, device=name), for_s=for_s) for name in names]
+
+
+def _is_of_etcd(table: _Table, key: str, kinds: Sequence[Kind], *, has_etcd: bool) -> bool:
+    """Whether it happens to etcd, of which there has to be one, and not to devices."""
+    mine = [kind for kind in kinds if kind in OF_ETCD]
+    if not mine:
+        return False
+    if not has_etcd:
+        table.refuse(key, f'a {mine[0]} needs an etcd, which this cluster has not; expected membership = "etcd" at the top of the file')
+    if other := [kind for kind in kinds if kind not in OF_ETCD]:
+        table.refuse(key, f"a {mine[0]} happens to etcd, a {other[0]} to a device; expected two tables")
+    for about in ("device", "devices", "spare"):
+        if about in table:
+            table.refuse(about, f"a {mine[0]} happens to etcd, of which there is one; expected no such key")
+    return True
 
 
 def _template(table: _Table, kind: Kind) -> Event:
@@ -492,18 +515,21 @@ def _template(table: _Table, kind: Kind) -> Event:
     )
 
 
-def _random(table: _Table, devices: dict[str, DeviceSpec], dispatcher: str) -> RandomSpec:
+def _random(table: _Table, devices: dict[str, DeviceSpec], dispatcher: str, *, has_etcd: bool) -> RandomSpec:
     """By default for all devices that have a worker and to which all its kinds can happen."""
     templates = _templates(table)
     kinds = [event.kind for event in templates]
-    if "devices" in table:
+    is_of_etcd = _is_of_etcd(table, "kinds", kinds, has_etcd=has_etcd)
+    if is_of_etcd:
+        names = [ETCD]
+    elif "devices" in table:
         names = _matching(table, devices)
         _check_workers(table, "devices", names, kinds, devices)
         _check_connections(table, "devices", names, kinds, dispatcher)
     else:
         left_out = dispatcher if OF_A_CONNECTION.intersection(kinds) else None
         names = [device.name for device in devices.values() if device.has_worker and device.name != left_out]
-    spared = table.get("spare", read_count(0, MAX_DEVICES), 1)
+    spared = 0 if is_of_etcd else table.get("spare", read_count(0, MAX_DEVICES), 1)
     if spared >= len(names):
         left = f"spare={spared}: expected less than the number of devices, {len(names)}"
         raise ConfigError(f"{table.place}: {left}{'' if 'spare' in table else '; 1 is the default'}")
@@ -572,7 +598,7 @@ def _check_connections(table: _Table, key: str, names: Sequence[str], kinds: Seq
 # ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _settings(settings: _Table, door: str) -> dict[str, object]:
+def _settings(settings: _Table, door: str, *, has_etcd: bool) -> dict[str, object]:
     """Further flags of a process, checked as it will check them itself."""
     cls = DispatcherConfig if door == "dispatcher" else WorkerConfig
     fields = {item.name.removesuffix("_bytes").removesuffix("_s"): item for item in dataclasses.fields(cls)}
@@ -581,6 +607,8 @@ def _settings(settings: _Table, door: str) -> dict[str, object]:
         if key in _GIVEN[door]:
             instead = _GIVEN[door][key]
             table.refuse(key, "the emulation sets this itself" + (f"; expected {instead} in each [[device]]" if instead else ""))
+        if has_etcd and key == "membership":
+            table.refuse(key, 'the cluster has an etcd of its own: membership = "etcd" at the top of the file; expected one or the other')
     try:
         values = {fields[key].name: fields[key].metadata["kind"].parse(table[key], key) for key in table}
         if door == "dispatcher":

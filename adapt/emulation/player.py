@@ -7,10 +7,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 from adapt.emulation.description import Event
-from adapt.emulation.device import EmulatedDevice
 from adapt.emulation.observation import EventRecord, Observer
 from adapt.errors import AdaptError
 
@@ -19,11 +18,18 @@ log = logging.getLogger(__name__)
 END_WITHIN_S = 5.0  # an event that is being brought about
 
 
+class Performer(Protocol):
+    """What events happen to."""
+
+    def perform(self, event: Event) -> None:
+        """Do what the event says. Raises whatever keeps it from that."""
+
+
 class Player:
     """Plays a schedule once, in a thread of its own. It holds no cluster, which then could not be forgotten."""
 
-    def __init__(self, events: Sequence[Event], devices: Mapping[str, EmulatedDevice], observer: Observer) -> None:
-        self._events, self._devices, self._observer = events, devices, observer
+    def __init__(self, events: Sequence[Event], performers: Mapping[str, Performer], observer: Observer) -> None:
+        self._events, self._performers, self._observer = events, performers, observer
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -60,7 +66,7 @@ class Player:
     def _perform(self, event: Event, began: float) -> None:
         at, words = monotonic(), None
         try:
-            self._devices[event.device].perform(event)
+            self._performers[event.device].perform(event)
         except Exception as error:  # one mishap that fails must not end the schedule
             words = str(error) or type(error).__name__
             log.warning("event failed", extra={"kind": event.kind, "device": event.device, "reason": words})

@@ -2,7 +2,8 @@
 
     filled       CPU, as a share of what the device may have; above that it is cut off
     thin line    bytes per second, sent and received together; one scale for all lanes
-    band         from an event to what undid it, with its word; an event that nothing undoes is a line
+    band         from an event to what undid it, with its word; an event that nothing undoes is a line. What befalls etcd befalls
+                 all lanes; its word is in the first
     grey bar     at the foot: no worker lived
 
 PNG, without a display and without touching the state of pyplot.
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapt.emulation.description import Kind
-from adapt.emulation.observation import ENDED, KILLED_BY_MEMORY, EventRecord, Facts, Observation, Sample
+from adapt.emulation.description import ETCD, OF_ETCD, Kind
+from adapt.emulation.observation import ENDED, KILLED_BY_MEMORY, EventRecord, Observation, Sample
 from adapt.emulation.schedule import UNDONE_BY
 from adapt.errors import ConfigError
 
@@ -29,10 +30,11 @@ WORD_SIZE, SMALL, NORMAL, TITLE = 7.5, 8, 9.5, 14
 MOST_SHARE = 1.04  # of CPU, that is drawn
 INK, QUIET, FAINT, GONE = "#1f2328", "#6b7280", "#e3e6ea", "#9aa1ab"
 CPU, CPU_EDGE, RATE = "#b9d3ea", "#5b8fc4", "#20262e"
-DEAD, SLOWED, LINK = "#c0392b", "#d07a12", "#7a4fb0"
+DEAD, SLOWED, LINK, STORE = "#c0392b", "#d07a12", "#7a4fb0", "#2f7f6f"
 CLASSES: dict[str, tuple[str, tuple[Kind, ...]]] = {
     "worker gone": (DEAD, (Kind.CRASH, Kind.LEAVE, Kind.JOIN)),
     "stopped or slow": (SLOWED, (Kind.STOP, Kind.CONTINUE, Kind.SLOW)),
+    "etcd gone": (STORE, tuple(sorted(OF_ETCD))),
     "link disturbed": (LINK, (Kind.CUT, Kind.CUT_UP, Kind.CUT_DOWN, Kind.RATE, Kind.DELAY, Kind.STALL, Kind.RESET, Kind.CORRUPT)),
 }
 COLORS: dict[str, str] = {kind: color for color, kinds in CLASSES.values() for kind in kinds} | {KILLED_BY_MEMORY: DEAD, ENDED: DEAD}
@@ -101,7 +103,7 @@ def draw(observation: Observation, path: Path) -> Path:
         lanes[0].text(0.5, 0.5, "nothing was sampled", transform=lanes[0].transAxes, ha="center", va="center", color=QUIET)
         lanes[0].set_yticks([])
     sheet.finish(lanes)
-    _write_head(figure, observation.facts, sheet.top_rate, height_in)
+    _write_head(figure, observation, sheet.top_rate, height_in)
     figure.savefig(path, dpi=DPI)
     return path
 
@@ -132,7 +134,7 @@ class _Sheet:
         scale = may_have or max(1, math.ceil(max((sample.cores for sample in samples), default=1.0) - 0.05))
         for begin_s, end_s in _dead(samples):
             lane.axvspan(begin_s, end_s, ymax=0.05, color=GONE, linewidth=0)
-        for span in spans(self._seen.events, name):
+        for span in [*spans(self._seen.events, name), *spans(self._seen.events, ETCD)]:
             if span.end_s is not None:
                 lane.axvspan(span.begin_s, min(span.end_s, self._end_s), color=span.color, alpha=0.16, linewidth=0)
             lane.axvline(span.begin_s, color=span.color, linewidth=1.1, alpha=0.9)
@@ -172,7 +174,7 @@ class _Sheet:
     def _write_words(self, lane: Any, name: str) -> None:
         """Above the lane, in the first row that has room; a word for which there is none is left out."""
         taken_s = [-math.inf] * self._word_rows
-        for span in spans(self._seen.events, name):
+        for span in sorted(self._worded(name), key=lambda span: span.begin_s):
             width_s = (len(span.word) * LETTER_IN + 0.06) * self._s_per_in
             begin_s = min(span.begin_s, self._end_s - width_s)
             row = next((row for row, until_s in enumerate(taken_s) if until_s <= begin_s), None)
@@ -184,6 +186,10 @@ class _Sheet:
                 span.word, (begin_s, height), xytext=(3, 0), textcoords="offset points", va="center", fontsize=WORD_SIZE, color=span.color
             )
 
+    def _worded(self, name: str) -> list[Span]:
+        is_first = name == next(iter(self._seen.samples))
+        return spans(self._seen.events, name) + (spans(self._seen.events, ETCD) if is_first else [])
+
     def _write_margins(self, lane: Any, name: str, held: str, peak: float) -> None:
         left = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False, "va": "center"}
         middle = 0.5 / self._top
@@ -193,10 +199,11 @@ class _Sheet:
         lane.annotate(_rate_words(peak), (1, middle), xytext=(8, -5), ha="left", fontsize=SMALL, color=INK, **left)
 
 
-def _write_head(figure: Any, facts: Facts, top_rate: float, height_in: float) -> None:
+def _write_head(figure: Any, seen: Observation, top_rate: float, height_in: float) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
+    facts, has_etcd = seen.facts, any(event.device == ETCD for event in seen.events)
     held = "isolated" if facts.is_isolated else "NOT isolated: CPU, memory and rates were not limited"
     left, top = 0.25 / WIDTH_IN, 1 - 0.2 / height_in
     figure.text(left, top, facts.cluster, fontsize=TITLE, fontweight="bold", color=INK, va="top")
@@ -205,7 +212,7 @@ def _write_head(figure: Any, facts: Facts, top_rate: float, height_in: float) ->
     handles = [
         Patch(facecolor=CPU, edgecolor=CPU_EDGE, linewidth=0.7, label="CPU (dotted: all it may have)"),
         Line2D([], [], color=RATE, linewidth=0.9, label=f"sent and received (dotted: {_rate_words(top_rate)})"),
-        *(Patch(facecolor=color, alpha=0.35, label=label) for label, (color, _) in CLASSES.items()),
+        *(Patch(facecolor=color, alpha=0.35, label=label) for label, (color, _) in CLASSES.items() if has_etcd or color != STORE),
         Patch(facecolor=GONE, label="no worker"),
     ]
     figure.legend(

@@ -11,6 +11,7 @@ from signal import SIGKILL
 from adapt.emulation.machines import Machines, MemoryKills
 from adapt.emulation.observation import ENDED, KILLED_BY_MEMORY, Mishap
 from adapt.errors import AdaptError
+from adapt.runtime.etcd_server import EtcdServer
 from adapt.runtime.local import Life, LocalProcess, Reaper, as_flags
 
 MAX_WORDS = 300  # of a log
@@ -48,9 +49,20 @@ class Processes:
         with self._lock:
             self.check()
             process = self._make(name, command, inside)
-            self._all.append(process)
-            self._watched.append((process, process.life))
+            self._keep(process)
         return process
+
+    def launch_etcd(self, *, host: str, inside: Sequence[str] = ()) -> EtcdServer:
+        """Start an etcd; arguments as those of `EtcdServer`. Raises AdaptError if the cluster has been closed, ConfigError without etcd."""
+        with self._lock:
+            self.check()
+            process = EtcdServer(self._directory, self._reaper, host=host, inside=inside)
+            self._keep(process)
+        return process
+
+    def _keep(self, process: LocalProcess) -> None:
+        self._all.append(process)
+        self._watched.append((process, process.life))
 
     def _make(self, name: str, command: Sequence[str], inside: Sequence[str]) -> LocalProcess:
         return LocalProcess(name, command, self._directory, self._reaper, inside=inside)

@@ -2,11 +2,12 @@
 
 kind                                 undone by
 crash, leave                         join
+crash-etcd                           start-etcd
 stop                                 continue
 slow, cut, cut-up, cut-down,
 rate, delay, stall, corrupt          restore
-reset                                nothing: it is over at once
-join, continue, restore              are what undoes
+reset, restart-etcd                  nothing: it is over at once
+join, continue, restore, start-etcd  are what undoes
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from adapt.emulation.description import ClusterSpec, Event, EventSpec, Kind, Ran
 UNDONE_BY: dict[Kind, Kind] = {
     Kind.CRASH: Kind.JOIN,
     Kind.LEAVE: Kind.JOIN,
+    Kind.CRASH_ETCD: Kind.START_ETCD,
     Kind.STOP: Kind.CONTINUE,
     Kind.SLOW: Kind.RESTORE,
     Kind.CUT: Kind.RESTORE,

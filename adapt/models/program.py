@@ -586,31 +586,42 @@ class InputCheck:
 class FormCheck:
     """Whether a stage can have made such outputs of such inputs: dtypes, shapes, and one batch size for both.
 
-    The description of a stage may be wrong where a batch of one is a case of its own (`squeeze`), so a form that two witnesses have seen, or
-    that one has seen twice of one task, is believed. What has fitted is known again.
+    Export describes batches of two and more; a batch of one may be a case of its own (`squeeze`). So its form is believed when a second
+    witness has seen it, or the same one twice of one task, as when there is no other. What has fitted is known again.
     """
 
     def __init__(self, inputs: Sequence[ValueSpec], outputs: Sequence[ValueSpec]) -> None:
         self._inputs, self._outputs = inputs, outputs
         self._fitted: set[tuple[Any, ...]] = set()
-        self._odd: dict[tuple[Any, ...], tuple[Hashable, Hashable]] = {}  # forms that did not fit -> the latest task and witness
+        self._odd: dict[tuple[Any, ...], tuple[Hashable, Hashable]] = {}  # forms for a batch of one that did not fit -> who saw it of what
 
     def __call__(self, given: Sequence[Any], made: Sequence[Any], *, task: Hashable = None, witness: Hashable = None) -> None:
         """Raises InputMismatchError, naming expected and got dtype and shape of the first that does not fit."""
-        signature = tuple([(str(leaf.dtype), tuple(leaf.shape)) if hasattr(leaf, "shape") else leaf for leaf in (*given, None, *made)])
+        signature = (_signature(given), _signature(made))
         if signature in self._fitted:
             return
+        batch = check_inputs(self._inputs, given)
         try:
-            batch, made_batch = check_inputs(self._inputs, given), check_inputs(self._outputs, made, what="output")
+            made_batch = check_inputs(self._outputs, made, what="output")
             if made_batch not in (None, batch):
                 raise InputMismatchError(f"outputs of a batch of {made_batch}: expected {batch}")
         except InputMismatchError:
-            before, self._odd[signature] = self._odd.get(signature), (task, witness)
-            if before is None or (before[1] == witness and before[0] != task):
+            if batch != 1 or not self._is_seen_again(signature, task, witness):
                 raise
-            del self._odd[signature]
         if len(self._fitted) < FITTED_LIMIT:
             self._fitted.add(signature)
+
+    def _is_seen_again(self, signature: tuple[Any, ...], task: Hashable, witness: Hashable) -> bool:
+        before = self._odd.pop(signature, None)
+        if before is not None and (before[1] != witness or before[0] == task):
+            return True
+        if len(self._odd) < FITTED_LIMIT:
+            self._odd[signature] = (task, witness)
+        return False
+
+
+def _signature(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple([(str(leaf.dtype), tuple(leaf.shape)) if hasattr(leaf, "shape") else leaf for leaf in leaves])
 
 
 def batch_size_of(specs: Sequence[ValueSpec], leaves: Sequence[Any], *, what: str = "input") -> int | None:

@@ -26,7 +26,7 @@ from adapt.config import DispatcherConfig
 from adapt.errors import AdaptError, ConnectError, InputMismatchError, UnknownModelError, VersionError, WireError
 from adapt.planning.placement import WorkerOffer
 from adapt.protocol import messages as msg
-from adapt.protocol.ids import AttemptId, ClientId, Digest, RoutingId, Term, WorkerId, control_of
+from adapt.protocol.ids import ClientId, Digest, RoutingId, Term, WorkerId, control_of
 from adapt.protocol.wire import Blob, Envelope
 from adapt.runtime.alarm import Alarm
 from adapt.runtime.artifacts import ArtifactStore
@@ -37,8 +37,10 @@ from adapt.runtime.registry import Listener, Registry, open_registry
 from adapt.runtime.state import StateDirectory
 from adapt.runtime.status import LinkTally, counters, worker_records
 from adapt.scheduling import events as ev
+from adapt.scheduling import translation
+from adapt.scheduling.acknowledgements import Acknowledgements
 from adapt.scheduling.deadlines import earliest
-from adapt.scheduling.liveness import Verdict
+from adapt.scheduling.liveness import LAG_S, Verdict
 from adapt.scheduling.qos import QosSettings
 from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
 from adapt.scheduling.session import Session, Sessions
@@ -53,8 +55,6 @@ LAST_ACKS_S = 2.0  # how long a draining dispatcher waits for clients to acknowl
 MALFORMED_LIMIT, MALFORMED_WINDOW_S = 3, 10.0  # so many unreadable messages of one peer within so long, and it is refused
 EARLY_LIMIT = 4096  # messages that may come on control before bulk is attached
 _OF_TASKS = {msg.InferRequest, msg.ReplyAck, msg.Begun, msg.StageDone}  # what comes often, and changes nothing but tasks
-ACK_S = 0.1  # how long a worker may wait for an acknowledgement, if no task comes that it can ride on
-LAG_S = 0.25  # a loop that comes this late reads its sockets before it judges anybody
 
 
 @dataclass(slots=True)
@@ -89,9 +89,7 @@ class Dispatcher:
         self._reign = Reign()
         self._peers: dict[int, _Peer] = {}  # by session
         self._spoilt: dict[str, list[float]] = {}  # moments at which a peer's messages could not be read, lately
-        self._acks: dict[WorkerId, list[AttemptId]] = {}  # not said yet
-        self._acks_due: float | None = None  # when the first of them has to be
-        self._addressed: set[WorkerId] = set()  # who gets a task in this turn of the loop
+        self._acks = Acknowledgements()
         self._last_hello: dict[WorkerId, msg.WorkerHello] = {}  # also of workers that are gone, while the roster remembers them
         self._inbox: deque[Arrival | ev.Event] = deque()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="artifacts")
@@ -309,7 +307,7 @@ class Dispatcher:
         self._act(self._scheduler.handle(event, self._clock()))
 
     def _next_wakeup(self) -> float | None:
-        return earliest(self._scheduler.next_wakeup(), self._registry.next_wakeup(), self._acks_due)
+        return earliest(self._scheduler.next_wakeup(), self._registry.next_wakeup(), self._acks.next_wakeup())
 
     def _arm_timer(self) -> None:
         self._alarm.set(self._next_wakeup())
@@ -409,16 +407,7 @@ class Dispatcher:
         self._registry.register(worker_id, self._clock())
         self._last_hello = {known: old for known, old in self._last_hello.items() if known in self._scheduler.roster}
         self._last_hello[worker_id] = hello
-        joined = ev.WorkerJoined(
-            worker_id=worker_id,
-            numeric_class=hello.device.numeric_class,
-            stage_budget_bytes=hello.stage_budget_bytes,
-            credit=hello.credit,
-            resident=frozenset(Digest(digest) for digest in hello.resident),
-            held=frozenset(hello.held),
-            finished=frozenset(hello.finished),
-        )
-        self._handle(joined)
+        self._handle(translation.joined(hello))
 
     def _malformed(self, arrival: Malformed) -> None:
         """One bad message never stops the others. A known sender starts afresh and sends again what was lost; a stubborn one is refused."""
@@ -486,13 +475,6 @@ class Dispatcher:
     def _from_worker(self, session: Session, envelope: Envelope) -> None:
         worker_id = WorkerId(session.name)
         match envelope.message:
-            case msg.Heartbeat() as heartbeat:
-                self._peers[session.number].heartbeat = heartbeat
-                self._registry.refresh(worker_id, self._clock())
-                heard = ev.WorkerHeard(
-                    worker_id=worker_id, memory_percent=heartbeat.memory_percent, resident_bytes=heartbeat.resident_bytes
-                )
-                self._handle(heard)
             case msg.Begun(attempt=attempt):
                 self._note(ev.StageBegun(worker_id=worker_id, attempt=attempt))
             case msg.StageDone() as done:
@@ -500,26 +482,26 @@ class Dispatcher:
                 self._done(worker_id, done, envelope.blobs)
                 if done.begun is not None:
                     self._note(ev.StageBegun(worker_id=worker_id, attempt=done.begun))
-            case msg.StageFailed() as failed:
-                error = AdaptError.from_wire(failed.code, failed.message, failed.fields)
-                self._handle(ev.AttemptFailed(worker_id=worker_id, attempt=failed.attempt, error=error))
-            case msg.StageCancelled(attempt=attempt):
-                self._handle(ev.AttemptCancelled(worker_id=worker_id, attempt=attempt))
-            case msg.Fetch() as fetch:
-                self._handle(ev.LoadProgressed(worker_id=worker_id, artifact=Digest(fetch.artifact)))
-                self._spawn(self._serve_piece(session, fetch), name=f"piece for {worker_id}")
-            case msg.StageLoaded(artifact=artifact):
-                self._handle(ev.StageResident(worker_id=worker_id, artifact=Digest(artifact)))
-            case msg.LoadFailed() as failed:
-                error = AdaptError.from_wire(failed.code, failed.message, failed.fields)
-                log.warning("stage refused", extra={"worker_id": worker_id, "artifact": failed.artifact[:12], "reason": str(error)})
-                self._handle(ev.StageRefused(worker_id=worker_id, artifact=Digest(failed.artifact), error=error))
-            case msg.Draining(handed_back=attempts):
-                self._handle(ev.WorkerDraining(worker_id=worker_id, handed_back=frozenset(attempts)))
             case msg.Goodbye():
                 self._goodbye(session)
-            case other:
-                self._out_of_place(session, other)
+            case message:
+                self._from_worker_besides(session, worker_id, message)
+
+    def _from_worker_besides(self, session: Session, worker_id: WorkerId, message: msg.Message) -> None:
+        """All that is not said for every task."""
+        fact = translation.fact(worker_id, message)
+        if fact is None:
+            self._out_of_place(session, message)
+            return
+        match message:
+            case msg.Heartbeat():
+                self._peers[session.number].heartbeat = message
+                self._registry.refresh(worker_id, self._clock())
+            case msg.Fetch():
+                self._spawn(self._serve_piece(session, message), name=f"piece for {worker_id}")
+            case msg.LoadFailed():
+                log.warning("stage refused", extra={"worker_id": worker_id, "artifact": message.artifact[:12], "reason": message.message})
+        self._handle(fact)
 
     def _from_client(self, session: Session, envelope: Envelope) -> None:
         match envelope.message:
@@ -566,17 +548,7 @@ class Dispatcher:
         if request.request_id.client != self._client_of(session):
             self._out_of_place(session, request)
             return
-        arrived = ev.RequestArrived(
-            request_id=request.request_id,
-            deployment=request.deployment,
-            version=request.version,
-            program=None if request.program is None else Digest(request.program),
-            budget_s=request.budget_s,
-            exact=request.numerics == "exact",
-            fingerprint=_fingerprint(request, blobs),
-            input=ev.Activation(request.leaves, blobs),
-        )
-        self._note(arrived)
+        self._note(translation.arrived(request, blobs, fingerprint=_fingerprint(request, blobs)))
 
     def _client_of(self, session: Session) -> bytes:
         return self._peers[session.number].hello.client_id  # type: ignore[union-attr]  # of a client
@@ -589,24 +561,9 @@ class Dispatcher:
                 case ev.Dispatch():
                     self._dispatch(action)
                 case ev.Acknowledge():
-                    self._acks.setdefault(action.worker_id, []).append(action.attempt)
-                case ev.Answer():
-                    reply = msg.Reply(
-                        request_id=action.request_id,
-                        leaves=list(action.output.leaves),
-                        attempts=action.attempts,
-                        numeric_classes=list(action.numeric_classes),
-                    )
-                    self.to_client(ClientId(action.request_id.client), reply, action.output.blobs)
-                case ev.Fail():
-                    code, message, fields = action.error.to_wire()
-                    failed = msg.RequestFailed(request_id=action.request_id, code=code, message=message, fields=fields)
-                    self.to_client(ClientId(action.request_id.client), failed)
-                case ev.Accept():
-                    accepted = msg.Accepted(
-                        request_id=action.request_id, deployment=action.deployment, version=action.version, program=action.program
-                    )
-                    self.to_client(ClientId(action.request_id.client), accepted)
+                    self._acks.owe(action.worker_id, action.attempt)
+                case ev.Answer() | ev.Fail() | ev.Accept():
+                    self.to_client(ClientId(action.request_id.client), *translation.said_to_client(action))
                 case ev.Cancel():
                     self._to_worker(action.worker_id, msg.CancelStage(attempt=action.attempt))
                 case _:
@@ -640,18 +597,11 @@ class Dispatcher:
                 raise AssertionError(f"unknown action {action!r}")
 
     def _dispatch(self, action: ev.Dispatch) -> None:
-        run = msg.RunStage(
-            attempt=action.attempt,
-            artifact=action.artifact,
-            budget_s=action.budget_s,
-            codec=action.codec,
-            tolerance=action.tolerance,
-            leaves=list(action.input.leaves),
-        )
+        run = translation.order(action)
         self._tally.count(run.leaves, action.input.blobs)
         session = self._sessions.named("worker", action.worker_id)
         if session is not None:
-            self._addressed.add(action.worker_id)
+            self._acks.addressed(action.worker_id)
             self._send(session, run, action.input.blobs)
             return
         # First of all: behind a new hello of this worker it would end that hello's session.
@@ -659,15 +609,8 @@ class Dispatcher:
         self._wake()
 
     def _flush_acks(self, *, is_last: bool = False) -> None:
-        """One `StageAck` per worker for all that it has answered: with the next task that it gets, or a little later."""
-        if self._acks_due is None:
-            self._acks_due = self._now + ACK_S
-        ready = self._acks.keys() if is_last or self._acks_due <= self._now else self._acks.keys() & self._addressed
-        for worker_id in list(ready):
-            self._to_worker(worker_id, msg.StageAck(attempts=self._acks.pop(worker_id)))
-        self._addressed.clear()
-        if not self._acks:
-            self._acks_due = None
+        for worker_id, attempts in self._acks.end_turn(self._now, is_last=is_last):
+            self._to_worker(worker_id, msg.StageAck(attempts=attempts))
 
     def _to_worker(self, worker_id: WorkerId, message: msg.Message) -> None:
         """What is lost with a session is said again after the next hello."""
@@ -720,8 +663,7 @@ class Dispatcher:
             error = WireError(f"the answer of {worker_id} is none that stage {done.attempt.stage} can give: {misfit}")
             self._handle(ev.AttemptFailed(worker_id=worker_id, attempt=done.attempt, error=error))
             return
-        output = ev.Activation(done.leaves, blobs)
-        self._note(ev.StageFinished(worker_id=worker_id, attempt=done.attempt, output=output, times=done.times))
+        self._note(translation.finished(worker_id, done, blobs))
 
     async def _serve_piece(self, session: Session, fetch: msg.Fetch) -> None:
         """Answer `Fetch`: read beside the loop, so that a slow disk delays no activation."""

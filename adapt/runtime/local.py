@@ -109,7 +109,7 @@ class LocalProcess:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("ADAPT_")}  # flags say it all
         with open(self.log, "ab") as log:
             process = subprocess.Popen(
-                [*self._inside, sys.executable, "-m", *self._command],
+                [*self._inside, *self._line()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -118,6 +118,9 @@ class LocalProcess:
             )
         self._reaper.add(process.pid)
         return Life(process)
+
+    def _line(self) -> list[str]:
+        return [sys.executable, "-m", *self._command]
 
     def __repr__(self) -> str:
         state = "alive" if self.is_alive else f"ended with status {self.status}"

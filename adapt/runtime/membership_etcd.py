@@ -34,12 +34,13 @@ class EtcdMembership:
 
     Args:
         worker_id: under whose name the lease is kept.
+        via: where the dispatcher is reached, instead of where it says.
 
     Raises:
         ConfigError: the package etcd3 is missing.
     """
 
-    def __init__(self, etcd: EtcdSettings, worker_id: WorkerId, *, clock: Clock = monotonic) -> None:
+    def __init__(self, etcd: EtcdSettings, worker_id: WorkerId, *, via: str | None = None, clock: Clock = monotonic) -> None:
         load_etcd3()
         self._member = _Member(Layout(etcd.cluster), worker_id, self, clock)
         self._keeper = Keeper(etcd, self._member, ttl_s=FIRST_TTL_S, clock=clock)
@@ -51,7 +52,7 @@ class EtcdMembership:
         self._changed = asyncio.Event()  # the leader, or that etcd refuses us
         self._refused: AdaptError | None = None
         self._search: asyncio.Task[None] | None = None
-        self.address = ""
+        self._via, self.address = via, ""
 
     async def find(self) -> str:
         self._loop = asyncio.get_running_loop()
@@ -116,6 +117,9 @@ class EtcdMembership:
     async def _choose(self) -> None:
         """Of several addresses the first that takes a connection; if none does, the first."""
         if self._leader is None:
+            return
+        if self._via is not None:
+            self.address = self._via
             return
         addresses = [address for address in self._leader.addresses if _is_address(address)]
         for address in addresses if len(addresses) > 1 else []:

@@ -128,7 +128,7 @@ def open_membership(config: WorkerConfig, clock: Clock) -> Membership:
         return EmbeddedMembership(config.dispatcher)
     from adapt.runtime.membership_etcd import EtcdMembership
 
-    return EtcdMembership(etcd, WorkerId(config.name), clock=clock)
+    return EtcdMembership(etcd, WorkerId(config.name), via=config.via, clock=clock)
 
 
 class EmbeddedRegistry:

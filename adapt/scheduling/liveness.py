@@ -22,6 +22,8 @@ from enum import StrEnum
 from adapt.protocol.ids import WorkerId
 from adapt.scheduling.deadlines import Deadlines
 
+LAG_S = 0.25  # a dispatcher's loop that comes this late has been standing still itself: it reads its sockets before it judges anybody
+
 
 class Verdict(StrEnum):
     READY = "ready"

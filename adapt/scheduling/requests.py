@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from adapt.errors import Plain
+from adapt.planning.placement import StageNeed
 from adapt.protocol.ids import AttemptId, RequestId, TaskId, WorkerId
 from adapt.scheduling.events import Activation, Answer, Fail, Version
 
@@ -58,6 +59,15 @@ class Request:
     def is_choosy(self) -> bool:
         """Whether it may refuse a worker that the next request in its queue would take."""
         return bool(self.attempts or self.failed_on or self.numeric_class)
+
+    @property
+    def need(self) -> StageNeed:
+        """What its current stage takes. The stages of a version never change; only their places do."""
+        return self.version.plan.stages[self.stage]
+
+    def suits(self, numeric_class: str) -> bool:
+        """Whether a worker of this class may run it: any, unless it is pinned to another."""
+        return not self.exact or self.numeric_class in ("", numeric_class)
 
     @property
     def retained_bytes(self) -> int:

@@ -37,15 +37,16 @@ from adapt.errors import (
     WireError,
     WorkerLostError,
 )
-from adapt.planning.placement import StageNeed, WorkerOffer
+from adapt.planning.placement import WorkerOffer
 from adapt.protocol.ids import AttemptId, ClientId, Digest, RequestId, WorkerId
 from adapt.protocol.messages import Leaf
 from adapt.scheduling import events as ev
 from adapt.scheduling.admission import Admission, AdmissionLimits
+from adapt.scheduling.choice import Choice
 from adapt.scheduling.deadlines import Deadlines, earliest
 from adapt.scheduling.liveness import Liveness, Verdict
-from adapt.scheduling.policies import POLICIES, Candidate, Rank
-from adapt.scheduling.qos import Breaker, QosSettings, usable
+from adapt.scheduling.policies import POLICIES
+from adapt.scheduling.qos import Breaker, QosSettings
 from adapt.scheduling.queues import Entry, StageKey, StageQueues
 from adapt.scheduling.requests import Attempt, Ended, EndedRequests, Request
 from adapt.scheduling.residency import REFUSED_S, LiveVersion, Residency
@@ -58,7 +59,6 @@ REMEMBER_S = 5.0  # how long a request's id is remembered, beyond its deadline o
 EARLY_CANCEL_S = 120.0  # how long a cancel that has overtaken its request is remembered
 MEMBER_MEMORY_S = 600.0  # how long a lost worker is shown
 CENSORED = 2.0  # an attempt that was given up is learned from as if it had taken so many times as long
-REGAINED_SHARE = 0.05  # a worker that rests is thought to be nearer by so much of its rest: else one bad moment would keep it resting
 PATIENCE = 2.0  # times what is usual, before another worker is asked
 MOST_HEDGES = 10.0  # at once, after a time without any
 POISONED = 3  # deaths of workers that make a request the cause
@@ -110,9 +110,7 @@ class Scheduler:
         self.counters: Counter[str] = Counter()
         self.story: deque[tuple[float, str, object]] = deque(maxlen=STORY_LENGTH)
         self.roster = Roster(self.settings.qos)
-        self._troubled: set[WorkerId] = set()  # whose breaker was not closed when last looked at
         self._tokens, self._hedges = RetryTokens(self.settings.tokens), 0.0  # hedges that may be made now
-        self._policy = POLICIES[self.settings.policy]
         self._liveness = Liveness(silence_s=self.settings.silence_s, grace_s=self.settings.grace_s)
         limits = AdmissionLimits(max_requests=self.settings.max_requests, max_retained_bytes=self.settings.max_retained_bytes)
         self._admission = Admission(limits, random=random or Random(0))
@@ -126,6 +124,7 @@ class Scheduler:
         self._is_draining = False
         self._actions: list[ev.Action] = []
         self._residency = Residency(self.roster, self._actions, woken=self._queues.wake_all, load_timeout_s=self.settings.load_timeout_s)
+        self._choice = Choice(self.roster, self._residency, POLICIES[self.settings.policy])
 
     # ── the doors ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -198,7 +197,7 @@ class Scheduler:
     def work_of(self, attempt: AttemptId, worker_id: WorkerId) -> tuple[Digest, Sequence[Leaf]] | None:
         """The stage of an attempt and the input that it was given; None if its answer comes too late to be used."""
         request = self._wanted(attempt, worker_id)
-        return None if request is None else (self._need(request).artifact, request.activation.leaves)
+        return None if request is None else (request.need.artifact, request.activation.leaves)
 
     @property
     def live_requests(self) -> int:
@@ -516,7 +515,7 @@ class Scheduler:
                 self.counters["neutral_answers"] += 1
                 member.qos.returned()
                 if isinstance(event.error, StageNotResidentError):
-                    self._residency.absent(member, self._need(request).artifact, now)
+                    self._residency.absent(member, request.need.artifact, now)
                 self._again(request, event.error, now)
             case ModelError():  # perhaps this worker was short of memory; the same kind of error twice is the model's own
                 kind = str(event.error).partition(":")[0]
@@ -582,13 +581,13 @@ class Scheduler:
     def _trouble(self, member: Member, now: float) -> None:
         """Note whether its breaker is closed, and look again when it half-opens."""
         if member.qos.breaker(now) is Breaker.CLOSED:
-            if member.worker_id in self._troubled:
-                self._troubled.discard(member.worker_id)
+            if member.worker_id in self._choice.troubled:
+                self._choice.troubled.discard(member.worker_id)
                 self._due.clear(("breaker", member.worker_id))
                 self._wake(member)
             return
-        self.counters["breakers_opened"] += member.worker_id not in self._troubled
-        self._troubled.add(member.worker_id)
+        self.counters["breakers_opened"] += member.worker_id not in self._choice.troubled
+        self._choice.troubled.add(member.worker_id)
         if (moment := member.qos.next_wakeup()) is not None:
             self._due.set(("breaker", member.worker_id), moment)
 
@@ -632,7 +631,7 @@ class Scheduler:
 
     def _has_alternative(self, request: Request, now: float) -> bool:
         """Whether another worker can run the request's stage now, or will be able to after loading it."""
-        return bool(self._eligible(request, now)) or self._is_coming(request, now)
+        return bool(self._choice.eligible(request, now)) or self._is_coming(request, now)
 
     def _dispatch_refused(self, event: ev.DispatchRefused, now: float) -> None:
         """The attempt never started; the worker's connection is doubtful and gets no more until it says hello."""
@@ -671,13 +670,13 @@ class Scheduler:
                 self._queues.wake_again(key)
                 break
             if request.is_choosy:
-                eligible = self._eligible(request, now)
+                eligible = self._choice.eligible(request, now)
             else:
-                eligible = usual = self._eligible(request, now) if usual is None else usual
+                eligible = usual = self._choice.eligible(request, now) if usual is None else usual
             if any(member.has_room for member in eligible):
                 if not self._place(request, eligible, waiting_s, now):
                     put_back.append(entry)
-                if self._troubled:  # one of them may have got its only task
+                if self._choice.troubled:  # one of them may have got its only task
                     usual = None
                 continue
             if eligible or self._wait_for_worker(request, now):
@@ -688,11 +687,11 @@ class Scheduler:
 
     def _place(self, request: Request, eligible: list[Member], waiting_s: dict[WorkerId, float], now: float) -> bool:
         """Dispatch the request where it should be finished first. False: that is where there is no room yet, and worth the wait."""
-        chosen, finish_s = self._choose(request, eligible, waiting_s, now)
+        chosen, finish_s = self._choice.best(request, eligible, waiting_s, now)
         if not chosen.has_room:
-            second, later_s = self._choose(request, [member for member in eligible if member.has_room], waiting_s, now)
+            second, later_s = self._choice.best(request, [member for member in eligible if member.has_room], waiting_s, now)
             if later_s - finish_s > WORTH_S:
-                service_s = self._expect(request, chosen)[0]
+                service_s = self._choice.expect(request, chosen)[0]
                 # It may be late; then look again whether it is still worth waiting for.
                 self._due.set(("look", chosen.worker_id), now + max(chosen.backlog_s(now), service_s, LOOK_AGAIN_S))
                 waiting_s[chosen.worker_id] = waiting_s.get(chosen.worker_id, 0.0) + service_s
@@ -711,10 +710,13 @@ class Scheduler:
                 attempt.is_expired = False
                 self._due.set(("attempt", request.attempt_id(number)), now + attempt.timeout_s)
             return False
-        if request.numeric_class and not any(member.verdict is not Verdict.LOST and self._suits(request, member) for member in self.roster):
-            self._start_again(request)
-            return False
-        return True
+        if (
+            any(member.verdict is not Verdict.LOST and request.suits(member.numeric_class) for member in self.roster)
+            or not request.numeric_class
+        ):
+            return True
+        self._start_again(request)
+        return False
 
     def _start_again(self, request: Request) -> None:
         """Nobody is left of the class that an exact request began in: from its input on, in another. No earlier answer counts for it."""
@@ -725,50 +727,8 @@ class Scheduler:
         request.numeric_class = ""
         self._enqueue(request)
 
-    def _eligible(self, request: Request, now: float) -> list[Member]:
-        """The workers that may run the request's current stage now, whether or not they have credit."""
-        artifact = self._need(request).artifact
-        busy_with_it = {attempt.worker_id for attempt in request.attempts.values()}
-        able = []
-        for worker_id in self._residency.live(request.version).plan.places[request.stage]:
-            member = self.roster.get(worker_id)
-            if member is None or not member.is_ready or artifact not in member.resident or worker_id in busy_with_it:
-                continue
-            if self._suits(request, member):
-                able.append(member)
-        able = [member for member in able if member.worker_id not in request.failed_on] or able
-        return self._usable(able, now) if self._troubled else able
-
-    def _usable(self, able: list[Member], now: float) -> list[Member]:
-        """Those whose breakers let them have a task; at least half of them, whatever the breakers say."""
-        kept = {*usable({member.worker_id: member.qos for member in able}, [member.worker_id for member in able], now)}
-        return [member for member in able if member.worker_id in kept]
-
-    def _choose(self, request: Request, among: list[Member], waiting_s: dict[WorkerId, float], now: float) -> tuple[Member, float]:
-        """The worker that the policy puts first, and the seconds after which the request should be finished there."""
-        need = self._need(request)
-        best: tuple[Rank, Member, float] | None = None
-        for member in among:
-            service_s, transfer_s = member.expect(need.artifact, need.cost_s, request.activation.size_bytes)
-            transfer_s = max(transfer_s - REGAINED_SHARE * (now - member.last_used), 0.0)
-            backlog_s = member.backlog_s(now) + waiting_s.get(member.worker_id, 0.0)
-            penalty = member.qos.penalty(now)
-            rank = self._policy(Candidate(member.worker_id, backlog_s, service_s, transfer_s, member.last_used, penalty, member.load))
-            if best is None or rank < best[0]:
-                best = (rank, member, backlog_s + service_s + transfer_s)
-        assert best is not None
-        return best[1], best[2]
-
-    def _expect(self, request: Request, member: Member) -> tuple[float, float]:
-        need = self._need(request)
-        return member.expect(need.artifact, need.cost_s, request.activation.size_bytes)
-
-    def _need(self, request: Request) -> StageNeed:
-        """The stages of a version never change; only their places do."""
-        return request.version.plan.stages[request.stage]
-
     def _dispatch(self, request: Request, member: Member, now: float, *, is_hedge: bool = False) -> None:
-        need = self._need(request)
+        need = request.need
         number = len(request.issued) + 1
         attempt_id = request.attempt_id(number)
         request.ticket = 0
@@ -808,10 +768,10 @@ class Scheduler:
         request = self._requests.get(attempt.request)
         if request is None or not request.is_current(attempt) or list(request.attempts) != [attempt.attempt] or request.ticket:
             return
-        idle = [member for member in self._eligible(request, now) if not member.slots and member.has_room]
+        idle = [member for member in self._choice.eligible(request, now) if not member.slots and member.has_room]
         if idle and self._hedges >= 1.0:
             self._hedges -= 1.0
-            self._dispatch(request, self._choose(request, idle, {}, now)[0], now, is_hedge=True)
+            self._dispatch(request, self._choice.best(request, idle, {}, now)[0], now, is_hedge=True)
 
     def _patience_s(self, usual_s: float) -> float:
         """How long an attempt is waited for before another worker is asked."""
@@ -822,12 +782,8 @@ class Scheduler:
         taken = {attempt.worker_id for attempt in request.attempts.values()}
         live = self._residency.live(request.version)
         return self._residency.is_coming(
-            live, request.stage, lambda member: member.worker_id not in taken and self._suits(request, member), now
+            live, request.stage, lambda member: member.worker_id not in taken and request.suits(member.numeric_class), now
         )
-
-    def _suits(self, request: Request, member: Member) -> bool:
-        """Whether the worker's numeric class is the one that the request is pinned to, if it is pinned."""
-        return not request.exact or request.numeric_class in ("", member.numeric_class)
 
     # ── workers come and go ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -863,7 +819,7 @@ class Scheduler:
             return
         if member.worker_id in request.deaths:  # its connection was lost, not its life
             request.deaths.remove(member.worker_id)
-        need = self._need(request)
+        need = request.need
         if attempt not in member.slots:
             member.take(attempt, need.artifact, need.cost_s, now, request.activation.size_bytes)
         request.attempts.setdefault(attempt.attempt, Attempt(member.worker_id, self.settings.attempt_timeout_s)).is_expired = False

@@ -1,7 +1,7 @@
 """The dispatcher process: what runtime/dispatcher.py does around the scheduler, without sockets, files and threads.
 
 Messages become events, events go to the scheduler, actions become messages. What has come is noted, and decided on together; before
-every fact that is not about tasks a decision is taken. Acknowledgements ride on the next task, or leave after `ACK_S`. After a lag all
+every fact that is not about tasks a decision is taken. Acknowledgements ride on the next task, or leave after a while. After a lag all
 that has come is read before anything that is due is done.
 """
 
@@ -16,11 +16,13 @@ from typing import TypeAlias
 from adapt.errors import AdaptError, ConnectError, WireError
 from adapt.planning.placement import Plan, StageNeed, place
 from adapt.protocol import messages as msg
-from adapt.protocol.ids import AttemptId, ClientId, Digest, Epoch, RoutingId, WorkerId, bulk_of, control_of
+from adapt.protocol.ids import ClientId, Digest, Epoch, RoutingId, WorkerId, bulk_of, control_of
 from adapt.protocol.wire import Blob, Envelope
 from adapt.scheduling import events as ev
+from adapt.scheduling import translation
+from adapt.scheduling.acknowledgements import Acknowledgements
 from adapt.scheduling.deadlines import earliest
-from adapt.scheduling.liveness import Verdict
+from adapt.scheduling.liveness import LAG_S, Verdict
 from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
 from adapt.scheduling.session import Session, Sessions
 from adapt.scheduling.term import Reign
@@ -33,8 +35,6 @@ from adapt.simulation.timeline import Process, Timeline
 
 HEARTBEAT_S = 0.5
 MALFORMED_LIMIT, MALFORMED_WINDOW_S = 3, 10.0  # so many unreadable messages of one peer within so long, and it is refused
-ACK_S = 0.1  # how long a worker may wait for an acknowledgement, if no task comes that it can ride on
-LAG_S = 0.25  # a loop that comes this late has been standing still
 TURN_S = 0.0004  # the most that lies between an arrival and the turn of the loop in which it is read
 MAX_MESSAGE_BYTES = 256 << 20
 DRAIN_S = 3.0  # the most that a drain may take
@@ -125,9 +125,7 @@ class Dispatcher(Process):
         self.sessions, self.reign = Sessions(1 + self.random.getrandbits(32)), Reign()
         self._greeted: dict[int, _Greeted] = {}
         self._spoilt: dict[str, list[float]] = {}
-        self._acks: dict[WorkerId, list[AttemptId]] = {}
-        self._acks_due: float | None = None
-        self._addressed: set[WorkerId] = set()
+        self._acks = Acknowledgements()
         self._inbox: deque[_Arrival] = deque()
         self._is_driven = self._is_undecided = False
         self.leases.write_term(self.reign.begin(self.leases.campaign()))
@@ -163,6 +161,7 @@ class Dispatcher(Process):
         if self.clock() < end and (self.scheduler.live_requests or self.scheduler.unacknowledged):
             self.later(LOOK_S, self._go_on_draining, end)
             return
+        self._flush_acks(is_last=True)
         for session in self.sessions:
             self._send(session, msg.Goodbye(reason="the dispatcher has drained"))
         self.later(LINGER_S, self._drained)
@@ -278,7 +277,7 @@ class Dispatcher(Process):
         self.inspector.notes(event, now)
 
     def _next_wakeup(self) -> float | None:
-        return earliest(self.scheduler.next_wakeup(), self._acks_due)
+        return earliest(self.scheduler.next_wakeup(), self._acks.next_wakeup())
 
     def _arm(self) -> None:
         self.set_alarm(self._next_wakeup())
@@ -351,16 +350,7 @@ class Dispatcher(Process):
     def _worker_joined(self, hello: msg.WorkerHello) -> None:
         worker_id = WorkerId(hello.worker_id)
         self.leases.refresh(worker_id)
-        joined = ev.WorkerJoined(
-            worker_id=worker_id,
-            numeric_class=hello.device.numeric_class,
-            stage_budget_bytes=hello.stage_budget_bytes,
-            credit=hello.credit,
-            resident=frozenset(Digest(digest) for digest in hello.resident),
-            held=frozenset(hello.held),
-            finished=frozenset(hello.finished),
-        )
-        self._handle(joined)
+        self._handle(translation.joined(hello))
 
     def _malformed(self, routing_id: RoutingId, error: WireError) -> None:
         self.counters["malformed messages"] += 1
@@ -426,41 +416,29 @@ class Dispatcher(Process):
     def _from_worker(self, session: Session, envelope: Envelope) -> None:
         worker_id = WorkerId(session.name)
         match envelope.message:
-            case msg.Heartbeat(memory_percent=percent, resident_bytes=resident_bytes):
-                self.leases.refresh(worker_id)
-                self._handle(ev.WorkerHeard(worker_id=worker_id, memory_percent=percent, resident_bytes=resident_bytes))
             case msg.Begun(attempt=attempt):
                 self._note(ev.StageBegun(worker_id=worker_id, attempt=attempt))
             case msg.StageDone() as done:
-                output = ev.Activation(done.leaves, envelope.blobs)
-                self._note(ev.StageFinished(worker_id=worker_id, attempt=done.attempt, output=output, times=done.times))
+                self._note(translation.finished(worker_id, done, envelope.blobs))
                 if done.begun is not None:
                     self._note(ev.StageBegun(worker_id=worker_id, attempt=done.begun))
-            case msg.StageFailed() as failed:
-                error = AdaptError.from_wire(failed.code, failed.message, failed.fields)
-                self._handle(ev.AttemptFailed(worker_id=worker_id, attempt=failed.attempt, error=error))
-            case msg.StageCancelled(attempt=attempt):
-                self._handle(ev.AttemptCancelled(worker_id=worker_id, attempt=attempt))
-            case msg.Fetch() as fetch:
-                self._handle(ev.LoadProgressed(worker_id=worker_id, artifact=Digest(fetch.artifact)))
-            case msg.StageLoaded(artifact=artifact):
-                self._handle(ev.StageResident(worker_id=worker_id, artifact=Digest(artifact)))
-            case msg.LoadFailed() as failed:
-                error = AdaptError.from_wire(failed.code, failed.message, failed.fields)
-                self._handle(ev.StageRefused(worker_id=worker_id, artifact=Digest(failed.artifact), error=error))
-            case msg.Draining(handed_back=attempts):
-                self._handle(ev.WorkerDraining(worker_id=worker_id, handed_back=frozenset(attempts)))
             case msg.Goodbye():
                 self._end_session(session, "it said goodbye")
                 self.leases.revoke(worker_id)
                 self._handle(ev.WorkerLeft(worker_id=worker_id))
-            case other:
-                raise AssertionError(f"a worker does not say {other!r}")
+            case message:
+                if isinstance(message, msg.Heartbeat):
+                    self.leases.refresh(worker_id)
+                fact = translation.fact(worker_id, message)
+                assert fact is not None, f"a worker does not say {message!r}"
+                self._handle(fact)
 
     def _from_client(self, session: Session, envelope: Envelope) -> None:
         match envelope.message:
             case msg.InferRequest() as request:
-                self._note(_arrived(request, envelope.blobs))
+                value = request.leaves[0]
+                assert isinstance(value, int)
+                self._note(translation.arrived(request, envelope.blobs, fingerprint=value))
             case msg.ReplyAck(request_ids=request_ids):
                 for request_id in request_ids:
                     self._note(ev.OutcomeAcknowledged(request_id=request_id))
@@ -482,24 +460,9 @@ class Dispatcher(Process):
                 case ev.Dispatch():
                     self._dispatch(action)
                 case ev.Acknowledge():
-                    self._acks.setdefault(action.worker_id, []).append(action.attempt)
-                case ev.Answer():
-                    reply = msg.Reply(
-                        request_id=action.request_id,
-                        leaves=list(action.output.leaves),
-                        attempts=action.attempts,
-                        numeric_classes=list(action.numeric_classes),
-                    )
-                    self._to_client(action.request_id.client, reply, action.output.blobs)
-                case ev.Fail():
-                    code, message, fields = action.error.to_wire()
-                    failed = msg.RequestFailed(request_id=action.request_id, code=code, message=message, fields=fields)
-                    self._to_client(action.request_id.client, failed)
-                case ev.Accept():
-                    accepted = msg.Accepted(
-                        request_id=action.request_id, deployment=action.deployment, version=action.version, program=action.program
-                    )
-                    self._to_client(action.request_id.client, accepted)
+                    self._acks.owe(action.worker_id, action.attempt)
+                case ev.Answer() | ev.Fail() | ev.Accept():
+                    self._to_client(action.request_id.client, *translation.said_to_client(action))
                 case ev.Cancel():
                     self._to_worker(action.worker_id, msg.CancelStage(attempt=action.attempt))
                 case _:
@@ -541,30 +504,15 @@ class Dispatcher(Process):
     def _dispatch(self, action: ev.Dispatch) -> None:
         session = self.sessions.named("worker", action.worker_id)
         if session is not None:
-            self._addressed.add(action.worker_id)
-            run = msg.RunStage(
-                attempt=action.attempt,
-                artifact=action.artifact,
-                budget_s=action.budget_s,
-                codec=action.codec,
-                tolerance=action.tolerance,
-                leaves=list(action.input.leaves),
-            )
-            self._send(session, run, action.input.blobs)
+            self._acks.addressed(action.worker_id)
+            self._send(session, translation.order(action), action.input.blobs)
             return
         self._inbox.appendleft(ev.DispatchRefused(worker_id=action.worker_id, attempt=action.attempt))
         self._wake()
 
-    def _flush_acks(self) -> None:
-        now = self.clock()
-        if self._acks_due is None:
-            self._acks_due = now + ACK_S
-        ready = self._acks.keys() if self._acks_due <= now else [worker_id for worker_id in self._acks if worker_id in self._addressed]
-        for worker_id in list(ready):
-            self._to_worker(worker_id, msg.StageAck(attempts=self._acks.pop(worker_id)))
-        self._addressed.clear()
-        if not self._acks:
-            self._acks_due = None
+    def _flush_acks(self, *, is_last: bool = False) -> None:
+        for worker_id, attempts in self._acks.end_turn(self.clock(), is_last=is_last):
+            self._to_worker(worker_id, msg.StageAck(attempts=attempts))
 
     def _to_worker(self, worker_id: WorkerId, message: msg.Message) -> None:
         session = self.sessions.named("worker", worker_id)
@@ -608,18 +556,3 @@ class Dispatcher(Process):
 _WELCOME = msg.Welcome(
     software="adapt simulated", heartbeat_s=HEARTBEAT_S, piece_bytes=1 << 20, max_message_bytes=MAX_MESSAGE_BYTES, max_budget_s=3600.0
 )
-
-
-def _arrived(request: msg.InferRequest, blobs: tuple[Blob, ...]) -> ev.RequestArrived:
-    value = request.leaves[0]
-    assert isinstance(value, int)
-    return ev.RequestArrived(
-        request_id=request.request_id,
-        deployment=request.deployment,
-        version=request.version,
-        program=None if request.program is None else Digest(request.program),
-        budget_s=request.budget_s,
-        exact=request.numerics == "exact",
-        fingerprint=value,
-        input=ev.Activation(request.leaves, blobs),
-    )

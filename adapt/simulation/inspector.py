@@ -56,7 +56,7 @@ class _Inside:
         return self._scheduler._residency.live(request.version).plan.places[request.stage]
 
     def eligible(self, request: Request, now: float) -> list[Member]:
-        return self._scheduler._eligible(request, now)
+        return self._scheduler._choice.eligible(request, now)
 
     def admitted(self) -> int:
         return len(self._scheduler._admission)

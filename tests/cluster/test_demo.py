@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from adapt.interfaces.demo.etcd import find_etcd
+from adapt.runtime.etcd_server import find_etcd
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import adapt
 from adapt.emulation import ownership
 from adapt.emulation.parse import parse
 from adapt.emulation.report import planned
+from tests.faults.etcd import needs_etcd
 
 MISSING = ownership.missing_rights()
 isolated = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
@@ -221,6 +222,45 @@ def _quota_us(cluster: adapt.EmulatedCluster) -> tuple[int, int] | None:
     v2, v1 = Path(f"/sys/fs/cgroup{name}/cpu.max"), Path(f"/sys/fs/cgroup/cpu{name}")
     words = v2.read_text().split() if v2.exists() else [(v1 / f"cpu.cfs_{key}_us").read_text() for key in ("quota", "period")]
     return (-1 if words[0] == "max" else int(words[0])), int(words[1])
+
+
+WITH_ETCD = (
+    'membership = "etcd"\n'
+    + TRIO
+    + """
+[[event]]
+at = "0.3 s"
+kind = "restart-etcd"
+[[event]]
+at = "0.6 s"
+kind = "crash-etcd"
+for = "0.6 s"
+"""
+)
+
+
+@needs_etcd
+@pytest.mark.parametrize("is_isolated", [pytest.param(True, marks=isolated), pytest.param(False, marks=pytest.mark.slow)])
+def test_etcd_keeps_the_leases_dies_and_comes_back(is_isolated: bool) -> None:
+    with adapt.EmulatedCluster(parse(WITH_ETCD, name="trio"), is_isolated=is_isolated) as cluster, adapt.Client(cluster.address) as client:
+        before = cluster.etcd.pid
+        assert client.status().counters["etcd_is_well"] == 1
+        cluster.play()
+        _equal_answers(cluster, 200)
+        assert cluster.wait_played(30)
+        told = [(event.kind, event.device) for event in cluster.observation().events if event.device == "etcd"]
+        assert told == [("restart-etcd", "etcd"), ("crash-etcd", "etcd"), ("start-etcd", "etcd")]
+        assert [event.error for event in cluster.observation().events] == [None] * 7  # nobody wonders about its ends
+        assert cluster.etcd.pid != before
+        _until(lambda: client.status().counters["etcd_workers"] == 3)  # it is well again, and has the lease of every worker
+        _until(lambda: {worker.state for worker in client.status().workers} == {"ready"})
+
+
+def _until(fact: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 30.0
+    while not fact():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
 
 
 @isolated

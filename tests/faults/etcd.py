@@ -23,8 +23,8 @@ from typing import Any
 import pytest
 
 from adapt.config import EtcdSettings
-from adapt.interfaces.demo.etcd import find_etcd
 from adapt.runtime.etcd_link import EtcdError, EtcdLink, Put
+from adapt.runtime.etcd_server import find_etcd
 
 WAIT_S = 20.0
 HEARTBEAT_MS, ELECTION_MS = 100, 1000  # etcd's own; the shortest lease is one and a half elections, in whole seconds

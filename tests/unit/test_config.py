@@ -170,6 +170,8 @@ def test_an_impossible_setting_is_refused_with_key_value_and_expectation(argv, r
         (["--memory-limit", "0"], "memory_limit_bytes=0: expected bytes, above 0"),
         (["--name", "a b"], "name='a b': expected 1 to 64"),
         (["--dispatcher", "127.0.0.1:5570"], "expected tcp://HOST:PORT"),
+        (["--membership", "etcd://127.0.0.1:2379", "--via", "127.0.0.1:5570"], "via='127.0.0.1:5570': expected tcp://HOST:PORT"),
+        (["--via", "tcp://127.0.0.1:5570"], "expected --dispatcher tcp://127.0.0.1:5570"),
     ],
 )
 def test_an_impossible_setting_of_a_worker_is_refused(argv, reason):

@@ -11,6 +11,7 @@ links       only behind a lossy codec: the error on every link
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,7 +23,6 @@ import numpy as np
 from adapt.config import EMBEDDED
 from adapt.errors import ConfigError
 from adapt.interfaces.demo import figures as fig
-from adapt.interfaces.demo.etcd import DemoEtcd
 from adapt.interfaces.demo.images import find_photographs
 from adapt.interfaces.demo.links import Replay, replay
 from adapt.interfaces.demo.reference import Reference, compute_reference
@@ -31,7 +31,8 @@ from adapt.interfaces.demo.stream import Answer, Fault, stream
 from adapt.protocol.codecs import resolve_codec
 from adapt.protocol.messages import DeploymentRecord, StatusReport
 from adapt.runtime.client import Client, Model
-from adapt.runtime.local import LocalCluster, LocalProcess
+from adapt.runtime.etcd_server import EtcdServer
+from adapt.runtime.local import LocalCluster, LocalProcess, Reaper
 
 THREADS = 1  # of every process that computes: results of other counts may differ in their last bits
 DEADLINE_S = 60.0
@@ -102,20 +103,20 @@ class _Show:
         self._wishes, self._screen, self._scratch = wishes, screen, scratch
         self._done_to: dict[str, str] = {}  # worker -> what was done to it
         self._seen: dict[str, set[int]] = {}  # worker -> the stages that plans gave it
-        self._etcd: DemoEtcd | None = None
+        self._etcd: EtcdServer | None = None
 
     def run(self) -> fig.Figures:
         if self._wishes.membership == EMBEDDED:
             return self._run({})
-        self._etcd = DemoEtcd(self._scratch)
-        try:
+        with contextlib.closing(Reaper()) as reaper:
             with self._screen.step("etcd") as step:
-                self._etcd.start()
+                self._etcd = EtcdServer(self._scratch, reaper)
                 self._etcd.wait_ready()
                 step.result = f"a real server keeps the leases, at {self._etcd.endpoint}"
-            return self._run({"membership": self._etcd.flag})
-        finally:
-            self._etcd.close()
+            try:
+                return self._run({"membership": self._etcd.membership})
+            finally:
+                self._etcd.end()
 
     def _run(self, membership: dict[str, object]) -> fig.Figures:
         wishes, screen = self._wishes, self._screen
@@ -222,7 +223,7 @@ class _Show:
             self._notes.note(f"after {gone} answers: etcd killed (SIGKILL)")
 
         def start() -> None:
-            etcd.start()
+            etcd.begin_again()
             self._notes.note(f"after {back} answers: etcd started again")
 
         return [Fault(gone, kill), Fault(back, start)]

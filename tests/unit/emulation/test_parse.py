@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapt.emulation import ready
-from adapt.emulation.description import HOST, DeviceSpec, Event, EventSpec, Kind, LinkSpec, RandomSpec
+from adapt.emulation.description import HOST, OF_ETCD, DeviceSpec, Event, EventSpec, Kind, LinkSpec, RandomSpec
 from adapt.emulation.parse import check_speed, load, parse, scaled
 from adapt.emulation.schedule import expand
 from adapt.emulation.values import WrongValueError, read_duration, read_moment, read_rate
@@ -152,8 +152,51 @@ def test_events_take_the_parameters_of_their_kind(text, parameters):
 
 def test_every_kind_can_be_described():
     needed = {Kind.SLOW: "cores = 1", Kind.RATE: "rate = '1 Mbit/s'", Kind.DELAY: "latency = '1 s'", Kind.CORRUPT: "per_mib = 1"}
-    for kind in Kind:
+    for kind in set(Kind) - OF_ETCD:
         assert event_of(f"kind = '{kind}'\n{needed.get(kind, '')}").event.kind is kind
+
+
+ETCD_TOO = "membership = 'etcd'\n"
+
+
+def test_etcd_has_events_of_its_own():
+    spec = described(f"{ETCD_TOO}{PI}[[event]]\nat = '3 s'\nkind = 'crash-etcd'\nfor = '2 s'\n[[event]]\nat = '4 s'\nkind = 'restart-etcd'")
+    assert spec.has_etcd
+    assert [(item.event.kind, item.event.device, item.for_s) for item in spec.events] == [
+        (Kind.CRASH_ETCD, "etcd", 2.0),
+        (Kind.RESTART_ETCD, "etcd", None),
+    ]
+    drawn = described(f"{ETCD_TOO}{PI}[[random]]\nkinds = ['restart-etcd', 'crash-etcd']\nevery = '1 s'\nfor = '1 s'\nuntil = '9 s'")
+    assert (drawn.random[0].devices, drawn.random[0].spared) == (("etcd",), 0)
+    assert not described(PI).has_etcd and not described(f"membership = 'embedded'\n{PI}").has_etcd
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (f"membership = 'etc'\n{PI}", "membership='etc': there is no such; did you mean etcd?"),
+        (
+            f"{PI}[[event]]\nat = '1 s'\nkind = 'restart-etcd'",
+            "kind='restart-etcd': a restart-etcd needs an etcd, which this cluster has not",
+        ),
+        (f"{ETCD_TOO}{PI}[[event]]\nat = '1 s'\nkind = 'restart-etcd'\ndevice = 'pi'", "device='pi': a restart-etcd happens to etcd"),
+        (f"{ETCD_TOO}{PI}[[event]]\nat = '1 s'\nkind = 'restart-etcd'\nfor = '1 s'", "for='1 s': a restart-etcd is not undone"),
+        (
+            f"{ETCD_TOO}{THREE}[[random]]\nkinds = ['stop', 'crash-etcd']\nevery = '1 s'\nfor = '1 s'\nuntil = '9 s'",
+            "a crash-etcd happens to etcd, a stop to a device; expected two tables",
+        ),
+        (
+            f"{ETCD_TOO}{PI}[[random]]\nkinds = ['crash-etcd']\nevery = '1 s'\nfor = '1 s'\nuntil = '9 s'\nspare = 0",
+            "spare=0: a crash-etcd happens to etcd, of which there is one; expected no such key",
+        ),
+        (f"{ETCD_TOO}{PI}[settings.worker]\nmembership = 'embedded'", "membership='embedded': the cluster has an etcd of its own"),
+        (f"{ETCD_TOO}[[device]]\nname = 'etcd'", "expected another name"),
+    ],
+)
+def test_what_is_wrong_about_etcd_is_refused(text, reason):
+    with pytest.raises(ConfigError) as caught:
+        described(text)
+    assert reason in str(caught.value)
 
 
 def test_random_events_are_by_default_for_all_that_have_a_worker():

@@ -12,7 +12,8 @@ from adapt.emulation.description import ClusterSpec, DeviceSpec, Event, EventSpe
 from adapt.emulation.schedule import UNDONE_BY, expand
 
 NAMES = ("a", "b", "c", "d", "e")
-DRAWN = (*UNDONE_BY, Kind.RESET)
+AT_ONCE = (Kind.RESET, Kind.RESTART_ETCD)
+DRAWN = (*UNDONE_BY, *AT_ONCE)
 
 
 def cluster(*events, random=(), absent=(), seed=0):
@@ -47,7 +48,7 @@ def test_an_event_is_undone_by_what_undoes_its_kind(kind, undoing):
 
 
 def test_every_kind_is_undone_or_undoes_or_is_over_at_once():
-    assert set(Kind) == {*UNDONE_BY, *UNDONE_BY.values(), Kind.RESET}
+    assert set(Kind) == {*UNDONE_BY, *UNDONE_BY.values(), *AT_ONCE}
 
 
 def test_an_event_without_end_is_not_undone():
@@ -127,7 +128,7 @@ def test_drawn_events_disturb_one_device_once_at_a_time_spare_enough_and_are_und
                 if event.device in spec.devices:
                     assert len(set(spec.devices) - disturbed.keys()) >= spec.spared
         else:
-            assert event.kind == Kind.RESET
+            assert event.kind in AT_ONCE
             assert event.device not in disturbed
     assert not disturbed
 
@@ -195,7 +196,7 @@ def test_drawn_events_keep_away_from_what_written_ones_disturb():
         moments = [event.at_s for event in others if event.device == name]
         assert not [moment for moment in moments if from_s <= moment <= until_s]
         assert bool(moments) == (name != "a")
-        before = [event.kind for event in others if event.device == name and event.at_s < from_s and event.kind != Kind.RESET]
+        before = [event.kind for event in others if event.device == name and event.at_s < from_s and event.kind not in AT_ONCE]
         assert not before or before[-1] not in UNDONE_BY, "undone before the written one begins"
 
 

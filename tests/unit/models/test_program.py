@@ -272,6 +272,13 @@ def test_an_odd_form_is_believed_if_another_worker_or_the_only_one_says_it_again
         check(given, made, task=task, witness=witness)
 
 
+def test_no_form_of_a_larger_batch_is_believed_that_does_not_fit():
+    check = FormCheck([TensorSpec("float32", (Affine(1, 0), 5), (0, 1))], [BATCHED])
+    for witness in ("w1", "w2", "w3"):
+        with pytest.raises(InputMismatchError):
+            check([np.zeros((2, 5), np.float32)], [np.zeros((4, 2), np.float32)], task=1, witness=witness)
+
+
 def test_an_output_may_be_independent_of_the_batch():
     FormCheck([TensorSpec("float32", (Affine(1, 0), 5), (0, 1))], [PLAIN])([np.zeros((9, 5), np.float32)], [np.zeros(4, np.int64)])
 

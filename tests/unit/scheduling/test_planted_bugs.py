@@ -11,6 +11,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from adapt.protocol.ids import AttemptId
 from adapt.scheduling import admission, deadlines, requests, roster, scheduler
 from adapt.scheduling import events as ev
+from adapt.scheduling.choice import Choice
 from tests.unit.scheduling.test_scheduler_machine import Cluster
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -38,15 +39,15 @@ def lost_tasks_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 def retried_where_it_failed(patch: pytest.MonkeyPatch) -> None:
-    real = S._eligible
+    real = Choice.eligible
 
-    def all_but_forgiving(self: scheduler.Scheduler, request: requests.Request, now: float) -> list[roster.Member]:
+    def all_but_forgiving(self: Choice, request: requests.Request, now: float) -> list[roster.Member]:
         failed_on, request.failed_on = request.failed_on, set()
         able = real(self, request, now)
         request.failed_on = failed_on
         return [member for member in able if member.worker_id in failed_on] or able
 
-    patch.setattr(S, "_eligible", all_but_forgiving)
+    patch.setattr(Choice, "eligible", all_but_forgiving)
 
 
 def cancel_dropped(patch: pytest.MonkeyPatch) -> None:

@@ -184,7 +184,7 @@ class Cluster(RuleBasedStateMachine):
             return
         for worker_id in self.scheduler._residency.live(request.version).plan.places[request.stage]:
             other = self.scheduler.roster.get(worker_id)
-            could = other is not None and other.is_ready and action.artifact in other.resident and self.scheduler._suits(request, other)
+            could = other is not None and other.is_ready and action.artifact in other.resident and request.suits(other.numeric_class)
             has_it = any(attempt.worker_id == worker_id for attempt in request.attempts.values())
             assert not could or has_it or worker_id in request.failed_on, f"{worker_id} has not failed yet"
 
@@ -582,7 +582,7 @@ class Cluster(RuleBasedStateMachine):
         if not self.is_gathering:
             for request in self.scheduler._requests.values():
                 if request.ticket:
-                    eligible = self.scheduler._eligible(request, float(self.now))
+                    eligible = self.scheduler._choice.eligible(request, float(self.now))
                     assert not eligible or not all(member.has_room for member in eligible)
 
     @invariant()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 
 import pytest
@@ -50,7 +51,7 @@ class SkipsTheHeapEntry(Scheduler):
 
 class IgnoresCredit(Scheduler):
     def _place(self, request, eligible, waiting_s, now):
-        chosen, _ = self._choose(request, eligible, waiting_s, now)
+        chosen, _ = self._choice.best(request, eligible, waiting_s, now)
         self._dispatch(request, chosen, now)
         return True
 
@@ -61,9 +62,13 @@ class ForgetsTheLostWorkersTasks(Scheduler):
 
 
 class RetriesWhereItFailed(Scheduler):
-    def _eligible(self, request, now):
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self._choice.eligible = partial(self._all_but_forgiving, self._choice.eligible)
+
+    def _all_but_forgiving(self, real, request, now):
         failed_on, request.failed_on = request.failed_on, set()
-        able = super()._eligible(request, now)
+        able = real(request, now)
         request.failed_on = failed_on
         return [member for member in able if member.worker_id in failed_on] or able
 
