@@ -340,8 +340,22 @@ class WorkerRecord(Struct, frozen=True, kw_only=True):
     breaker: Text = "closed"  # "open": it gets nothing for a while; "half-open": one task at a time
 
 
+class RequestRecord(Struct, frozen=True, kw_only=True):
+    """A request that has no answer yet, as users see it."""
+
+    request: Text  # as logs call it
+    deployment: Name
+    version: Natural
+    stage: Natural  # zero-based
+    age_s: Seconds
+    left_s: Seconds  # until its deadline
+    is_queued: bool  # else it is waited for, or for the moment of its next attempt
+    workers: list[Name]  # that have its stage in hand
+    attempts: Natural  # so far, over all stages
+
+
 class StatusReport(Struct, frozen=True, kw_only=True):
-    """Dispatcher -> client: workers, deployments and counters. Counter names carry units."""
+    """Dispatcher -> client: workers, deployments and counters, and the oldest requests. Counter names carry units."""
 
     KIND: ClassVar[bytes] = b"ST"
     call: Natural
@@ -350,6 +364,7 @@ class StatusReport(Struct, frozen=True, kw_only=True):
     workers: list[WorkerRecord]
     deployments: list[DeploymentRecord]
     counters: dict[str, float]
+    requests: list[RequestRecord] = []  # the oldest first, not all
 
 
 # ── tasks: dispatcher and worker ─────────────────────────────────────────────────────────────────────────────────────

@@ -35,7 +35,7 @@ from adapt.runtime.deployments import Deployments
 from adapt.runtime.endpoint import Arrival, Disconnected, Malformed, Received, RouterEndpoint, Undelivered
 from adapt.runtime.registry import Listener, Registry, open_registry
 from adapt.runtime.state import StateDirectory
-from adapt.runtime.status import LinkTally, counters, worker_records
+from adapt.runtime.status import LinkTally, counters, request_records, worker_records
 from adapt.scheduling import events as ev
 from adapt.scheduling import translation
 from adapt.scheduling.acknowledgements import Acknowledgements
@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 GOODBYE_S = 0.5  # how long the last messages may take to leave
 LAST_ACKS_S = 2.0  # how long a draining dispatcher waits for clients to acknowledge the last answers
 MALFORMED_LIMIT, MALFORMED_WINDOW_S = 3, 10.0  # so many unreadable messages of one peer within so long, and it is refused
+REQUESTS_SHOWN = 20  # in a status
 EARLY_LIMIT = 4096  # messages that may come on control before bulk is attached
 _OF_TASKS = {msg.InferRequest, msg.ReplyAck, msg.Begun, msg.StageDone}  # what comes often, and changes nothing but tasks
 
@@ -702,6 +703,7 @@ class Dispatcher:
             workers=worker_records(self._scheduler.roster, self._last_hello, heartbeats, self._clock()),
             deployments=[self._deployments.record(version) for version, _ in self._scheduler.versions()],
             counters=counters(self._scheduler) | self._tally.counters() | self._endpoint.counters() | dict(self._registry.counters()),
+            requests=request_records(self._scheduler.oldest(REQUESTS_SHOWN), self._clock()),
         )
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from adapt.protocol.codecs import DTYPES, TensorHeader
 from adapt.protocol.ids import WorkerId
-from adapt.protocol.messages import Heartbeat, Leaf, WorkerHello, WorkerRecord
+from adapt.protocol.messages import Heartbeat, Leaf, RequestRecord, WorkerHello, WorkerRecord
 from adapt.protocol.wire import Blob
 from adapt.scheduling.liveness import Verdict
+from adapt.scheduling.requests import Request
 from adapt.scheduling.roster import Member
 from adapt.scheduling.scheduler import Scheduler
 
@@ -52,6 +53,24 @@ def worker_records(
     return [
         _record(member, hellos[member.worker_id], heartbeats.get(member.worker_id), now) for member in members if member.worker_id in hellos
     ]
+
+
+def request_records(requests: Iterable[Request], now: float) -> list[RequestRecord]:
+    return [_request_record(request, max(request.deadline - now, 0.0)) for request in requests]
+
+
+def _request_record(request: Request, left_s: float) -> RequestRecord:
+    return RequestRecord(
+        request=str(request.request_id),
+        deployment=request.version.deployment,
+        version=request.version.number,
+        stage=request.stage,
+        age_s=max(request.budget_s - left_s, 0.0),
+        left_s=left_s,
+        is_queued=request.ticket != 0,
+        workers=sorted({attempt.worker_id for attempt in request.attempts.values()}),
+        attempts=request.attempts_made,
+    )
 
 
 def _record(member: Member, hello: WorkerHello, heartbeat: Heartbeat | None, now: float) -> WorkerRecord:

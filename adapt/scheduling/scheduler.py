@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from random import Random
 from typing import TypeAlias
 
@@ -202,6 +203,10 @@ class Scheduler:
     @property
     def live_requests(self) -> int:
         return len(self._requests)
+
+    def oldest(self, count: int) -> list[Request]:
+        """Of the requests that live, those that came first."""
+        return list(islice(self._requests.values(), count))
 
     @property
     def reserved_bytes(self) -> int:

@@ -326,6 +326,19 @@ def test_of_several_addresses_a_worker_takes_one_that_answers(etcd_world):
     asyncio.run(test())
 
 
+@needs_etcd
+def test_a_worker_behind_a_tunnel_goes_its_own_way_to_whoever_reigns(etcd_world):
+    async def test():
+        membership = EtcdMembership(etcd_world.etcd.settings(cluster=etcd_world.cluster), W1, via="tcp://127.0.0.1:7001")
+        try:
+            async with etcd_world.reigning():
+                assert await membership.find() == "tcp://127.0.0.1:7001"
+        finally:
+            await membership.leave()
+
+    asyncio.run(test())
+
+
 def test_of_a_wildcard_all_addresses_are_told():
     assert reachable("tcp://127.0.0.1:5570") == ("tcp://127.0.0.1:5570",)
     found = reachable("tcp://0.0.0.0:5570")

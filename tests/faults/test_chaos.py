@@ -90,12 +90,15 @@ def crash_and_restart(process: LocalProcess) -> None:
 
 
 @contextmanager
-def told(seed: int, story: list[str]) -> Iterator[None]:
-    """A failure says how to have it again, and what had happened."""
+def told(seed: int, story: list[str], client: adapt.Client | None = None) -> Iterator[None]:
+    """A failure says how to have it again, what had happened, and where requests are that have no end."""
     try:
         yield
     except BaseException:
         print(f"repeat with: ADAPT_SEED={seed} pytest tests/faults/test_chaos.py\nwhat happened: {'; '.join(story)}")
+        if client is not None:
+            status = client.status()
+            print(*status.requests, *status.workers, *status.deployments, status.counters, sep="\n")
         raise
 
 
@@ -103,7 +106,7 @@ def run_chaos(cluster: FaultCluster, workload: Workload, *, seed: int, count: in
     """So many requests; after every so many answers, about, something happens."""
     draw = random.Random(f"adapt chaos: seed {seed}")
     chaos = Chaos(cluster, draw)
-    with told(seed, chaos.story), adapt.Client(cluster.address) as client:
+    with adapt.Client(cluster.address) as client, told(seed, chaos.story, client):
         workload.deploy(client, stages=draw.randint(2, 4))
         with Traffic(cluster.address, workload, clients=3, in_flight=8, count=count) as traffic:
             while traffic.asked < count:

@@ -15,11 +15,13 @@ from adapt.config import format_size
 from adapt.interfaces.cli import clients
 from adapt.interfaces.cli.doors import OK
 from adapt.interfaces.tables import print_table
-from adapt.protocol.messages import DeploymentRecord, StatusReport, WorkerRecord
+from adapt.protocol.messages import DeploymentRecord, RequestRecord, StatusReport, WorkerRecord
 
 PLAIN_WIDTH = 120
 DIGEST_SHOWN = 12
 WORKER_COLUMNS = ("name", "state", "device", "stages", "running>", "memory>", "budget>", "tasks>", "failed>", "penalty>", "computing>")
+REQUEST_COLUMNS = ("request", "stage", "age>", "left>", "with", "attempts>")
+SLOW_S = 1.0
 STATE_STYLES = {"ready": "green", "suspect": "yellow", "draining": "yellow", "lost": "red"}
 
 
@@ -63,6 +65,8 @@ def render(report: StatusReport, console: Console) -> None:
         _print_deployment(deployment, console)
     if not report.deployments:
         console.print("no deployments", style="dim")
+    if slow := [_request(request) for request in report.requests if request.age_s >= SLOW_S]:
+        print_table(console, f"requests of more than {SLOW_S:g} s", REQUEST_COLUMNS, slow)
     if counters := {name: value for name, value in report.counters.items() if value}:
         rows = [(escape(name), format_size(int(value)) if name.endswith("_bytes") else f"{value:.15g}") for name, value in counters.items()]
         print_table(console, "counters since this dispatcher started", ("name", "value>"), rows)
@@ -82,6 +86,18 @@ def _worker(worker: WorkerRecord, deployments: list[DeploymentRecord]) -> tuple[
         str(worker.tasks_failed),
         _penalty(worker),
         f"{worker.compute_s:.1f} s",
+    )
+
+
+def _request(request: RequestRecord) -> tuple[str, ...]:
+    where = f"{', '.join(request.workers) or '-'}{' (and waits for another)' if request.is_queued and request.workers else ''}"
+    return (
+        escape(request.request),
+        escape(f"{request.deployment} {request.stage + 1}"),
+        f"{request.age_s:.1f} s",
+        f"{request.left_s:.1f} s",
+        escape("queued" if request.is_queued and not request.workers else where),
+        str(request.attempts),
     )
 
 

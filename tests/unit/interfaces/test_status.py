@@ -11,7 +11,7 @@ from rich.console import Console
 
 from adapt.errors import ConfigError
 from adapt.interfaces.cli import deploy, main, status
-from adapt.protocol.messages import DeploymentRecord, DeviceFacts, StagePlace, StatusReport, WorkerRecord
+from adapt.protocol.messages import DeploymentRecord, DeviceFacts, RequestRecord, StagePlace, StatusReport, WorkerRecord
 
 DEVICE = DeviceFacts(device="cpu", device_name="a processor", threads=1, numeric_class="a class")
 
@@ -62,6 +62,21 @@ def test_a_report_for_people():
     assert "1 w1 aaaaaaaaaaaa 1.5 MB 12.3 ms" in lines
     assert "2 none bbbbbbbbbbbb 1.5 MB 12.3 ms" in lines
     assert "retries 3" in lines
+
+
+def test_slow_requests_are_shown_with_where_they_are():
+    def request(name, age_s, workers=(), *, is_queued=False):
+        return RequestRecord(
+            request=name, deployment="resnet50", version=2, stage=1, age_s=age_s, left_s=10.0, is_queued=is_queued, workers=list(workers),
+            attempts=2,
+        )  # fmt: skip
+
+    requests = [request("a-1", 4.25, ["w1"]), request("a-2", 3.0, is_queued=True), request("a-3", 2.0), request("a-4", 0.5)]
+    lines = [" ".join(line.split()) for line in printed(report(requests=requests)).splitlines()]
+    assert "a-1 resnet50 2 4.2 s 10.0 s w1 2" in lines
+    assert "a-2 resnet50 2 3.0 s 10.0 s queued 2" in lines
+    assert "a-3 resnet50 2 2.0 s 10.0 s - 2" in lines
+    assert not any(line.startswith("a-4") for line in lines)
 
 
 def test_an_empty_cluster_has_little_to_say():
