@@ -71,6 +71,11 @@ def parse_size(text: str | int, *, key: str = "size") -> int:
     return round(float(match[1]) * unit)
 
 
+def counted(count: int, what: str) -> str:
+    """ "1 stage", "2 stages"."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def format_size(size_bytes: int) -> str:
     """ "512MiB" where it is a round number of such a unit; else bytes."""
     for name, unit in (("GiB", GIBIBYTE), ("MiB", MEBIBYTE), ("KiB", KIBIBYTE)):
@@ -508,6 +513,7 @@ class DispatcherConfig(_WithMembership, _Settings):
     retry_tokens_per_request: float = _setting(_NUMBER, "how many more each request allows", 0.2)
     hedge_share: float = _setting(_NUMBER, "of tasks that an idle worker tries too, when the first takes longer than usual (0: none)", 0.0)
     retry_tokens_per_s: float = _setting(_NUMBER, "how many more each second allows", 1.0)
+    relief_s: float = _setting(_SECONDS, "how often, while there are requests, it is looked whether a slow worker needs help", 5.0)
     load_timeout_s: float = _setting(_SECONDS, "longest wait for a worker that loads a stage, without progress", 60.0)
     max_budget_s: float = _setting(_SECONDS, "longest deadline that a request may have", 3600.0)
     max_requests: int = _setting(_COUNT, "requests that may be under way at a time", 4096)

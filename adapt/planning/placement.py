@@ -2,18 +2,20 @@
 
 This is the simple placement of the foundation: one worker per stage, the costliest stages to the least loaded workers that have the
 memory, and every worker that is left relieves the busiest one; a stage whose workers are gone goes to the worker that has most room in
-its time; a newcomer relieves the busiest worker.
+its time; a newcomer relieves the busiest worker; a worker that has become slow gets help.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from adapt.errors import PlanError
 from adapt.protocol.ids import Digest, Epoch, WorkerId
 
 MEBIBYTE = 1 << 20
+WORTH_A_COPY = 0.2  # a copy of a stage has to make the busiest worker so much faster: what is measured is rough
+WORTH_A_COPY_S = 2e-3  # and by so much: of shorter tasks most is not the worker's time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +127,44 @@ def relief(plan: Plan, newcomer: WorkerOffer) -> int | None:
             if plan.stages[index].memory_bytes <= newcomer.free_bytes:
                 return index
     return None
+
+
+def addition(plan: Plan, seconds: Mapping[tuple[int, WorkerId], float], offers: Sequence[WorkerOffer]) -> tuple[int, WorkerId] | None:
+    """A stage, and a worker that should run it too, so that the busiest worker is relieved; None if no copy is worth it.
+
+    Copies of a stage share its requests in proportion to their speeds, so that a stage of workers that need t1, t2 ... keeps each of them
+    busy for 1 / (1/t1 + 1/t2 + ...) per request.
+
+    Args:
+        seconds: that a stage takes on a worker, for the places of the plan that can run it now; of others it is predicted.
+        offers: of all workers that may run something now.
+    """
+    times = {stage: {worker: s for (at, worker), s in seconds.items() if at == stage} for stage in range(len(plan.stages))}
+    if not all(times.values()):  # a stage that nobody has is another matter
+        return None
+    before_s, busiest = _busiest(times)
+    best: tuple[float, int, WorkerId] | None = None
+    for stage in sorted(stage for stage, workers in times.items() if busiest in workers):
+        need = plan.stages[stage]
+        for offer in offers:
+            if offer.worker_id in plan.places[stage] or offer.free_bytes < need.memory_bytes:
+                continue
+            copied = {**times, stage: {**times[stage], offer.worker_id: need.cost_s * offer.slowness}}
+            candidate = (_busiest(copied)[0], stage, offer.worker_id)
+            best = candidate if best is None else min(best, candidate)
+    if best is None or best[0] * (1.0 + WORTH_A_COPY) + WORTH_A_COPY_S >= before_s:
+        return None
+    return best[1:]
+
+
+def _busiest(times: Mapping[int, Mapping[WorkerId, float]]) -> tuple[float, WorkerId]:
+    """Seconds per request of the worker that needs most, and who it is."""
+    busy_s: dict[WorkerId, float] = {}
+    for workers in times.values():
+        share_s = 1.0 / sum(1.0 / max(s, 1e-9) for s in workers.values())
+        for worker in workers:
+            busy_s[worker] = busy_s.get(worker, 0.0) + share_s
+    return max((s, worker) for worker, s in busy_s.items())
 
 
 def _no_room(index: int, stages: int, need: StageNeed, room: dict[WorkerId, int]) -> str:

@@ -90,7 +90,8 @@ class Client:
             model: a torchvision model by name ("torchvision/resnet50"), or an `nn.Module`, which is exported in this process.
             example_inputs: for an `nn.Module`: the positional arguments of a call, as a tuple. A single tensor input may be given as its
                 shape, `input_shape`, instead.
-            stages: how many; "auto": one per worker.
+            stages: how many, of about equal cost; "auto": as many, with as many copies of each, as should be fastest on the workers
+                there are. A model that each of them can hold is not cut: all of them run the whole.
             codec: of what travels between stages: "raw", "lz4", "zfp", "zfp+lz4", or "auto": lossless while no tolerance is given.
             tolerance: largest error on each link, as a share of the tensor's standard deviation; for zfp.
             numerics: "exact" keeps each request within one numeric class; "close" allows mixtures; None: "close".

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from adapt.clock import Clock
+from adapt.config import counted
 from adapt.errors import AdaptError, PlanError
 from adapt.planning.placement import WorkerOffer
 from adapt.protocol import messages as msg
@@ -21,7 +22,7 @@ from adapt.protocol.ids import ClientId, Digest
 from adapt.protocol.wire import Blob
 from adapt.runtime import builder
 from adapt.runtime.artifacts import ArtifactStore, Download
-from adapt.runtime.deployments import Blueprint, Deployments, ProfiledProgram, check, cut, first_plan
+from adapt.runtime.deployments import Blueprint, Deployments, ProfiledProgram, check, cut, first_plan, plan_freely
 from adapt.scheduling import events as ev
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ class Deployer:
             raise
         plan = version.plan
         workers = len({worker for place in plan.places for worker in place})
-        self._progress(client_id, deploy, f"loading {len(plan.stages)} stages on {workers} workers")
+        self._progress(client_id, deploy, f"loading {counted(len(plan.stages), 'stage')} on {counted(workers, 'worker')}")
         await self._ready(version)
         log.info("deployed", extra={"deployment": deploy.name, "version": version.number, "stages": len(plan.stages)})
         return self._deployments.record(self._around.version(version.deployment, version.number))
@@ -150,10 +151,13 @@ class Deployer:
         self._progress(client_id, deploy, "cutting the model into stages")
         if not (offers := await self._around.offers(wait_s=FIRST_WORKER_S)):
             raise PlanError("no worker is connected; start one with: adapt-worker --dispatcher ADDRESS")
-        stages = deploy.stages or len(offers)
-        model = await asyncio.to_thread(cut, self._store, program, stages, at_most=deploy.stages == 0)
-        made |= {need.artifact for need in model.stages}
-        plan = first_plan(model, await self._around.offers(wait_s=0.0))
+        if deploy.stages:
+            model = await asyncio.to_thread(cut, self._store, program, deploy.stages)
+            made |= {need.artifact for need in model.stages}
+            plan = first_plan(model, await self._around.offers(wait_s=0.0))
+        else:
+            model, plan = await asyncio.to_thread(plan_freely, self._store, program, offers, name=deploy.name)
+            made |= {need.artifact for need in model.stages}
         version = ev.Version(
             deployment=deploy.name,
             number=self._deployments.next_number(deploy.name),

@@ -18,7 +18,10 @@ from typing import Any
 from adapt.errors import AdaptError, ConfigError
 from adapt.models.cut import StageArtifact, legal_cuts, write_stages
 from adapt.models.interface import Interface
+from adapt.models.layers import profile_model
 from adapt.models.program import FormCheck, Program, read_graph, read_program
+from adapt.planning import choose
+from adapt.planning.devices import ClusterProfile, DeviceProfile
 from adapt.planning.partition import partition, stage_costs_s
 from adapt.planning.placement import Plan, StageNeed, WorkerOffer, place
 from adapt.protocol.codecs import resolve_codec
@@ -30,6 +33,7 @@ from adapt.scheduling.events import Version
 
 log = logging.getLogger(__name__)
 
+HEADER_BYTES = 256 << 10  # of a stage's file, beside its weights, at most
 PROFILE_ERROR = 0.05  # stages that differ by less are alike, as far as the quick profile knows; then fewer bytes count
 NUMERICS = ("auto", "close", "exact")
 
@@ -229,21 +233,43 @@ def check(message: Deploy) -> str:
     return codec
 
 
-def cut(store: ArtifactStore, program: ProfiledProgram, stages: int, *, at_most: bool) -> CutModel:
-    """Cut a program into `stages` stages of about equal cost (`at_most`: fewer where the model allows no more). Blocks.
+def cut(store: ArtifactStore, program: ProfiledProgram, stages: int) -> CutModel:
+    """Cut a program into `stages` stages of about equal cost. Blocks.
 
     Raises:
         PlanError: the model cannot be cut so often; names the largest number.
+        ConfigError: the seconds are not those of this program.
         WireError: the file is not a program.
     """
     source = read_program(store.path(program.digest))
-    cuts = legal_cuts(source)
-    if at_most:
-        stages = min(stages, len(cuts) + 1)
     costs_s = list(program.operator_costs_s)
     if len(costs_s) != len(source.graph.operators):
         raise ConfigError(f"the profile has {len(costs_s)} operators, the program {len(source.graph.operators)}")
-    positions = partition(costs_s, cuts, stages, slack=PROFILE_ERROR)
+    return _cut_at(store, program, source, partition(costs_s, legal_cuts(source), stages, slack=PROFILE_ERROR))
+
+
+def plan_freely(store: ArtifactStore, program: ProfiledProgram, offers: Sequence[WorkerOffer], *, name: str) -> tuple[CutModel, Plan]:
+    """Cut a program and place it as it should be fastest on these workers: in as many stages, with as many replicas, as is best. Blocks.
+
+    Links are taken to be no limit: nobody has measured them. A worker is as fast as it has proved to be, at first as fast as the others.
+
+    Raises: as `cut`; PlanError: the workers' memory cannot hold the model; says what is missing.
+    """
+    source = read_program(store.path(program.digest))
+    profile = profile_model(name, source, program.operator_costs_s)
+    cluster = ClusterProfile(tuple(_device(offer) for offer in offers))
+    layout = choose.plan(profile, cluster).layout
+    model = _cut_at(store, program, source, choose.positions(profile, layout))
+    places = tuple(tuple(sorted(offers[device].worker_id for device in stage.devices)) for stage in layout.stages)
+    return model, Plan(program=model.program, epoch=Epoch(1), stages=model.stages, places=places)
+
+
+def _device(offer: WorkerOffer) -> DeviceProfile:
+    return DeviceProfile(name=offer.worker_id, speed=1.0 / offer.slowness, budget_bytes=max(offer.free_bytes - HEADER_BYTES, 0))
+
+
+def _cut_at(store: ArtifactStore, program: ProfiledProgram, source: Program, positions: Sequence[int]) -> CutModel:
+    costs_s = list(program.operator_costs_s)
     artifacts = write_stages(source, positions, store.directory)
     needs = [
         StageNeed(artifact=Digest(artifact.digest), memory_bytes=_memory_bytes(artifact), cost_s=cost_s)

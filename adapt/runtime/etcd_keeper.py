@@ -131,14 +131,16 @@ class Keeper:
         )
         self._is_told_well = True
         self._role.resynced(snapshot)
+        began = self._clock()
         self._tend(link)
         self._met(link)
         while not self._stopping.is_set():
-            due = self._clock() + self.ttl_s / TENDED_PER_LEASE
+            due = began + self.ttl_s / TENDED_PER_LEASE  # from its beginning: slow calls must not make it rarer
             for item in _until(inbox, due, self._clock):
                 item()
                 if item is _nothing:
                     break
+            began = self._clock()
             if not self._stopping.is_set():
                 self._tend(link)
 
@@ -218,12 +220,14 @@ class HeldLease:
 
 
 def _until(inbox: SimpleQueue[Callable[[], None]], due: float, clock: Clock) -> Iterator[Callable[[], None]]:
-    """What comes in until then."""
-    while (left_s := due - clock()) > 0:
+    """What comes in until then; if that is past, what is there."""
+    there = inbox.qsize()
+    while there or due > clock():
         try:
-            yield inbox.get(timeout=left_s)
+            yield inbox.get(timeout=max(due - clock(), 0.0))
         except Empty:
             return
+        there = max(there - 1, 0)
 
 
 def _nothing() -> None:

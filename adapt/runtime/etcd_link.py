@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from queue import SimpleQueue
 from types import ModuleType
 from typing import Any, TypeVar
@@ -303,6 +303,7 @@ def _end_of(place: str) -> bytes:
 _loading = threading.Lock()
 
 
+@cache  # the environment is touched once, not at each reconnection
 def load_etcd3() -> tuple[ModuleType, ModuleType]:
     """The packages etcd3 and grpc.
 

@@ -67,7 +67,8 @@ class EtcdMembership:
             self._changed.clear()
             if self._refused is not None:
                 raise ConfigError(f"membership: {self._refused}")
-            await self._choose()
+            if not await self._choose():
+                self._look_on()
         return self.address
 
     def watch(self, moved: Callable[[], None]) -> None:
@@ -99,34 +100,43 @@ class EtcdMembership:
         self._leader, self._refused = record, None
         self._changed.set()
         if self.address:  # `find` has ended; see whether it is the same place
-            if self._search is not None:
-                self._search.cancel()
-            self._search = asyncio.get_running_loop().create_task(self._look_again(), name="membership-search")
+            self._look_on()
 
     def refused(self, error: AdaptError) -> None:
         if not self.address:
             self._refused = error
             self._changed.set()
 
-    async def _look_again(self) -> None:
-        before = self.address
-        await self._choose()
-        if self.address != before:
-            self._moved()
+    def _look_on(self) -> None:
+        if self._search is not None:
+            self._search.cancel()
+        self._search = asyncio.get_running_loop().create_task(self._look_again(), name="membership-search")
 
-    async def _choose(self) -> None:
-        """Of several addresses the first that takes a connection; if none does, the first."""
+    async def _look_again(self) -> None:
+        """Until an address is found that takes a connection, or another leader is told."""
+        while True:
+            before = self.address
+            is_found = await self._choose()
+            if self.address != before:
+                self._moved()
+            if is_found:
+                return
+            await asyncio.sleep(PROBE_S)
+
+    async def _choose(self) -> bool:
+        """Of several addresses the first that takes a connection; if none does, the first, and False."""
         if self._leader is None:
-            return
+            return True
         if self._via is not None:
             self.address = self._via
-            return
+            return True
         addresses = [address for address in self._leader.addresses if _is_address(address)]
         for address in addresses if len(addresses) > 1 else []:
             if await _answers(address):
                 self.address = address
-                return
+                return True
         self.address = addresses[0] if addresses else self.address
+        return len(addresses) < 2
 
 
 class _Member:

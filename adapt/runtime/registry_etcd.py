@@ -89,7 +89,8 @@ class EtcdRegistry:
         return term
 
     async def _elected(self) -> Term:
-        """Wait for the seat. With an etcd that does not answer wait no longer than a lease: whoever sat there before is deaf as well.
+        """Wait for the seat. With an etcd that does not answer wait no longer than a lease: whoever sat there before is deaf as well. Nor with
+        one that is full: it can give the seat to nobody.
 
         Raises:
             ConfigError: etcd answers, and will not have us.
@@ -98,8 +99,10 @@ class EtcdRegistry:
         while True:
             with contextlib.suppress(TimeoutError):
                 return await asyncio.wait_for(asyncio.shield(self._won), self._lease_ttl_s)
-            if not self._was_met and (term := self._seat.assume()) is not None:
-                log.warning("etcd does not answer; the reign begins without it", extra={"term": term})
+            is_free = not self._was_met or (self._keeper.is_full and not self._seat.is_taken)
+            if is_free and (term := self._seat.assume()) is not None:
+                how = "is full" if self._was_met else "does not answer"
+                log.warning(f"etcd {how}; the reign begins without it", extra={"term": term})
                 return term
 
     def announce(self, address: str) -> None:
@@ -250,7 +253,7 @@ class _Seat:
         self._term = Term(0)  # ours while leading, else the highest of earlier reigns
         self._addresses: tuple[str, ...] = ()
         self._lease = HeldLease()
-        self._is_waiting = False  # for another dispatcher's end; it was said
+        self.is_taken = False  # another dispatcher sits there
 
     # ── from the loop ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -303,17 +306,19 @@ class _Seat:
             stage, term, addresses = self._stage, self._term, self._addresses
         if stage in (_Stage.IDLE, _Stage.DEPOSED):
             return
+        lease = self._lease.hold(link, self._lease_ttl_s) if stage is _Stage.LEADING else None  # first: the reads may take long
         seat, number = link.read(self._layout.leader), link.read(self._layout.term)
         record, counted = read_leader(seat), etcd_layout.read_term(number)
         if record is not None and record.owner != self._owner:
             self._taken(record)
             return
+        self.is_taken = False
         if stage is _Stage.CANDIDATE:
             term = Term(max(term, counted, record.term if record else 0) + 1)
         elif counted > term:
             self._tell(self._registry.surpassed, counted)
             return
-        lease = self._lease.hold(link, self._lease_ttl_s)
+        lease = lease or self._lease.hold(link, self._lease_ttl_s)
         ours = LeaderRecord(owner=self._owner, term=term, addresses=addresses, lease_ttl_s=self._lease_ttl_s, protocol=PROTOCOL_VERSION)
         value = encode_record(ours)
         if seat is None or (seat.value, seat.lease) != (value, lease) or counted != term:
@@ -339,9 +344,9 @@ class _Seat:
                 self._stage = _Stage.DEPOSED
         if is_deposed:
             self._tell(self._registry.deposed, record)
-        elif not self._is_waiting:
-            self._is_waiting = True
+        elif not self.is_taken:
             log.info("another dispatcher reigns; waiting for its end", extra={"addresses": ",".join(record.addresses), "term": record.term})
+        self.is_taken = True
 
 
 def reachable(address: str) -> tuple[str, ...]:

@@ -163,7 +163,8 @@ class ResidentStages(Generic[StageT]):
             del self._ending[digest]
 
     def _lack_of_room(self, order: LoadStage) -> PlanError | None:
-        taken = self.resident_bytes + sum(loading.file_bytes for loading in self._loading.values())
+        staying = sum(entry.file_bytes for entry in self._resident.values() if not entry.is_unwanted)  # others go with their last attempt
+        taken = staying + sum(loading.file_bytes for loading in self._loading.values())
         if taken + order.file_bytes <= self._budget_bytes:
             return None
         sizes = {digest: entry.file_bytes for digest, entry in self._resident.items()}

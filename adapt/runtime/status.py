@@ -38,7 +38,7 @@ class LinkTally:
 
 def counters(scheduler: Scheduler) -> dict[str, float]:
     """What has been counted, and how much there is of what comes and goes. Names carry units."""
-    counted = {name: float(value) for name, value in sorted(scheduler.counters.items())}
+    counted = {name: float(value) for name, value in sorted((scheduler.counters | scheduler.moves()).items())}
     return counted | {
         "requests_live": float(scheduler.live_requests),
         "reserved_bytes": float(scheduler.reserved_bytes),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from adapt.errors import AdaptError, UnknownModelError, WorkerLostError
-from adapt.planning.placement import Plan, StageNeed, WorkerOffer, orphans, relief, substitute
+from adapt.planning.placement import Plan, StageNeed, WorkerOffer, addition, orphans, relief, substitute
 from adapt.protocol.ids import Digest, WorkerId
 from adapt.scheduling import events as ev
 from adapt.scheduling.deadlines import Deadlines
@@ -51,7 +51,7 @@ class Residency:
         self._current: dict[str, int] = {}  # deployment -> the version that takes new requests
         self._due: Deadlines[tuple[WorkerId, Digest]] = Deadlines()  # loads that must show progress
         self.loads_failed = 0
-        self.stages_moved = 0
+        self.stages_moved = self.stages_copied = self.copies_dropped = 0
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -147,8 +147,7 @@ class Residency:
 
     def _is_resident(self, live: LiveVersion, stage: int) -> bool:
         artifact = live.plan.stages[stage].artifact
-        members = (self._roster.get(worker_id) for worker_id in live.plan.places[stage])
-        return any(member is not None and member.is_ready and artifact in member.resident for member in members)
+        return any(self._has(worker_id, artifact) for worker_id in live.plan.places[stage])
 
     def _retire_below(self, deployment: str, number: int | None) -> None:
         """Retire the versions of the deployment that are older than `number`, or all."""
@@ -227,7 +226,7 @@ class Residency:
         for stage in orphans(live.plan) if not live.is_ready else ():
             self._replace_or_fail(live, stage, WorkerLostError(member.worker_id, "it left while it was loading a stage"), now)
 
-    # ── stages come and go ───────────────────────────────────────────────────────────────────────────────────────────
+    # ── help for those who wait ──────────────────────────────────────────────────────────────────────────────────────
 
     def is_coming(self, live: LiveVersion, stage: int, suits: Callable[[Member], bool], now: float) -> bool:
         """Whether a suitable worker is loading the stage; asks one that has memory for it if none is."""
@@ -238,10 +237,97 @@ class Residency:
             if member is not None and member.is_ready and need.artifact in member.loading and suits(member):
                 return True
         spare = [m for m in self._roster if m.is_ready and m.worker_id not in places and not m.refuses(need.artifact, now) and suits(m)]
-        if not self._substitute(live, stage, spare, now):
+        if not self._substitute(live, stage, spare, now) and not self._make_room(live, stage, spare, now):
             return False
         self.stages_moved += 1
         return True
+
+    def relieve(self, now: float) -> None:
+        """Where a worker has become slow, and is busier than it would have to be, let another run its stage too."""
+        for live in list(self._versions.values()):
+            if live.is_retired or not live.is_ready or any(self._is_awaited(live, stage) for stage in range(len(live.plan.stages))):
+                continue
+            offers = [self.offer(member) for member in self._roster if member.is_ready]
+            if (found := addition(live.plan, self._seconds(live), offers)) is not None:
+                stage, worker_id = found
+                member = self._roster.member(worker_id)
+                if not member.refuses(live.plan.stages[stage].artifact, now):
+                    self.stages_copied += 1
+                    self._take(live, stage, member, now)
+
+    def _is_awaited(self, live: LiveVersion, stage: int) -> bool:
+        """Whether somebody is loading it: then one has to see first what that brings."""
+        artifact = live.plan.stages[stage].artifact
+        members = (self._roster.get(worker_id) for worker_id in live.plan.places[stage])
+        return any(member is not None and artifact in member.loading for member in members)
+
+    def _seconds(self, live: LiveVersion) -> dict[tuple[int, WorkerId], float]:
+        """What each stage takes where it can run now."""
+        found: dict[tuple[int, WorkerId], float] = {}
+        for stage, (need, workers) in enumerate(zip(live.plan.stages, live.plan.places, strict=True)):
+            for worker_id in workers:
+                if self._has(worker_id, need.artifact):
+                    found[stage, worker_id] = self._roster.member(worker_id).expect(need.artifact, need.cost_s)[0]
+        return found
+
+    # ── room for what nobody has ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _make_room(self, live: LiveVersion, stage: int, spare: list[Member], now: float) -> bool:
+        """Copies give way to a stage that nobody has: what others have too is dropped where the least has to go. False: that is not enough."""
+        if self._is_resident(live, stage):
+            return False
+        need = live.plan.stages[stage]
+        found: tuple[int, float, WorkerId, list[StageNeed]] | None = None
+        for member in spare:
+            dropped = self._enough_copies(member, need.memory_bytes - self.offer(member).free_bytes)
+            if dropped is not None:
+                cost = (len(dropped), sum(copy.cost_s for copy in dropped), member.worker_id)
+                if found is None or cost < found[:3]:
+                    found = (*cost, dropped)
+        if found is None:
+            return False
+        member = self._roster.member(found[2])
+        for copy in found[3]:
+            self._drop_copy(member, copy.artifact)
+        self._take(live, stage, member, now)
+        return True
+
+    def _enough_copies(self, member: Member, missing_bytes: int) -> list[StageNeed] | None:
+        """Of the stages that others have as well, as few as make so much room; None: there are not enough."""
+        copies = {
+            need.artifact: need for live in self._versions.values() for need in live.plan.stages if self._is_copy(member, need.artifact)
+        }
+        dropped: list[StageNeed] = []
+        for need in sorted(copies.values(), key=lambda need: (-need.memory_bytes, need.artifact)):
+            if missing_bytes > 0:
+                dropped.append(need)
+                missing_bytes -= need.memory_bytes
+        return dropped if missing_bytes <= 0 else None
+
+    def _is_copy(self, member: Member, artifact: Digest) -> bool:
+        """Whether the worker has this stage, and every version that wants it there can do without."""
+        wanted = [
+            workers
+            for live in self._versions.values()
+            for need, workers in zip(live.plan.stages, live.plan.places, strict=True)
+            if need.artifact == artifact and member.worker_id in workers
+        ]
+        return bool(wanted) and all(any(self._has(other, artifact) for other in workers if other != member.worker_id) for workers in wanted)
+
+    def _has(self, worker_id: WorkerId, artifact: Digest) -> bool:
+        member = self._roster.get(worker_id)
+        return member is not None and member.is_ready and artifact in member.resident
+
+    def _drop_copy(self, member: Member, artifact: Digest) -> None:
+        for live in list(self._versions.values()):
+            for stage, need in enumerate(live.plan.stages):
+                if need.artifact == artifact and member.worker_id in live.plan.places[stage]:
+                    self._replan(live, live.plan.dropped(stage, member.worker_id))
+        self._forget(member, artifact)
+        self.copies_dropped += 1
+        self._actions.append(ev.Unload(worker_id=member.worker_id, artifact=artifact))
+
+    # ── stages come and go ───────────────────────────────────────────────────────────────────────────────────────────
 
     def resident(self, member: Member, artifact: Digest) -> None:
         self._due.clear((member.worker_id, artifact))
@@ -259,7 +345,11 @@ class Residency:
     def absent(self, member: Member, artifact: Digest, now: float) -> None:
         """The worker does not have a stage that we thought it had."""
         member.resident.discard(artifact)
-        if any(artifact == need.artifact for live in self._versions.values() for need in live.plan.stages):
+        if any(
+            artifact == need.artifact and member.worker_id in workers
+            for live in self._versions.values()
+            for need, workers in zip(live.plan.stages, live.plan.places, strict=True)
+        ):
             self._load(member, artifact, now)
 
     def refused(self, member: Member, artifact: Digest, error: AdaptError, now: float) -> None:

@@ -80,6 +80,7 @@ class SchedulerSettings:
     min_attempt_timeout_s: float = 2.0
     load_timeout_s: float = 60.0  # without progress
     client_grace_s: float = 10.0  # without a connection for so long, a client's requests are cancelled
+    relief_s: float = 5.0  # so often, while there are requests, it is looked whether a slow worker needs help
     hedge_share: float = 0.0  # of tasks that may be given to a second worker because the first is slower than usual
     max_failures: int = 8  # of one stage of one request, losses included
     max_budget_s: float = 3600.0
@@ -90,10 +91,11 @@ class SchedulerSettings:
     tokens: TokenSettings = field(default_factory=TokenSettings)
 
 
-# What can fall due, as a key of the deadline heap: "deadline", "attempt", "hedge", "retry", "forget", "client", "member", "load", "look" or "breaker", and of whom.
+# What can fall due, as a key of the deadline heap: "deadline", "attempt", "hedge", "retry", "forget", "client", "member", "load", "look", "breaker" or "relief", and of whom.
 _Due: TypeAlias = tuple[str, RequestId | AttemptId | ClientId | WorkerId]
 
 
+_RELIEF: _Due = ("relief", WorkerId(""))
 _NOTHING = ev.Activation((), ())
 
 
@@ -183,6 +185,8 @@ class Scheduler:
                 self._retry(request_id, now)
             case "load", str():
                 self._queues.wake_all()
+            case "relief", _:
+                self._relieve(now)
             case (("look" | "breaker"), str() as worker_id):
                 if (member := self.roster.get(WorkerId(worker_id))) is not None:
                     self._wake(member)
@@ -220,6 +224,15 @@ class Scheduler:
     def unacknowledged(self) -> int:
         """Outcomes that their clients have not acknowledged yet."""
         return self._ended.kept
+
+    def moves(self) -> dict[str, int]:
+        """What has been done about stages since the start of the reign."""
+        residency = self._residency
+        return {
+            "stages_moved": residency.stages_moved,
+            "stages_copied": residency.stages_copied,
+            "copies_dropped": residency.copies_dropped,
+        }
 
     def versions(self) -> Iterator[tuple[ev.Version, bool]]:
         """Every version that takes requests, and whether all its stages are resident somewhere."""
@@ -352,6 +365,8 @@ class Scheduler:
         self._due.clear(("forget", event.request_id))
         self._requests[event.request_id] = request
         self._due.set(("deadline", event.request_id), request.deadline)
+        if _RELIEF not in self._due:
+            self._due.set(_RELIEF, now + self.settings.relief_s)
         self._residency.request_began(live)
         self.counters["requests_accepted"] += 1
         self._tokens.earn()
@@ -830,6 +845,12 @@ class Scheduler:
         request.attempts.setdefault(attempt.attempt, Attempt(member.worker_id, self.settings.attempt_timeout_s)).is_expired = False
         request.ticket = 0  # no second attempt while this one is there
         self._due.set(("attempt", attempt), now + self.settings.attempt_timeout_s)
+
+    def _relieve(self, now: float) -> None:
+        """A worker may have become slow, and be alone with its stage: neither heartbeats nor time limits tell."""
+        self._residency.relieve(now)
+        if self._requests:
+            self._due.set(_RELIEF, now + self.settings.relief_s)
 
     def _load_failed(self, member: Member, artifact: Digest, error: AdaptError, now: float) -> None:
         """It may be asked again after a while: perhaps its disk was full for a moment."""

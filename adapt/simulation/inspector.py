@@ -63,7 +63,12 @@ class _Inside:
 
     def residency_counters(self) -> dict[str, int]:
         residency = self._scheduler._residency
-        return {"stage moved": residency.stages_moved, "stage refused by a worker": residency.loads_failed}
+        return {
+            "stage moved": residency.stages_moved,
+            "stage copied": residency.stages_copied,
+            "copy gave way": residency.copies_dropped,
+            "stage refused by a worker": residency.loads_failed,
+        }
 
 
 class Inspector:

@@ -390,6 +390,11 @@ class Worker(Process):
     def resident_bytes(self) -> int:
         return sum(entry.file_bytes for entry in self._resident.values())
 
+    @property
+    def staying_bytes(self) -> int:
+        """Of stages that do not go with the last attempt that uses them."""
+        return sum(entry.file_bytes for entry in self._resident.values() if not entry.is_unwanted)
+
     def _load(self, order: msg.LoadStage) -> None:
         artifact = Digest(order.artifact)
         entry = self._resident.get(artifact)
@@ -397,7 +402,7 @@ class Worker(Process):
             entry.is_unwanted = False
             self._say_loaded(artifact, entry.file_bytes)
         elif artifact not in self._loading:
-            taken = self.resident_bytes + sum(loading.file_bytes for loading in self._loading.values())
+            taken = self.staying_bytes + sum(loading.file_bytes for loading in self._loading.values())
             if taken + order.file_bytes > self.machine.budget_bytes:
                 self._say_load_failed(artifact, PlanError(f"stage {artifact} has no room"))
                 return

@@ -98,7 +98,7 @@ def test_a_model_is_deployed_and_seen():
     with LocalCluster(workers=2) as cluster:
         deployed = adapt("deploy", SMALL, "--seed", "0", "--name", "small", address=cluster.address)
         assert deployed.returncode == 0, deployed.stderr
-        assert deployed.stdout.startswith("deployed small version 1 in 2 stages (1: w")
+        assert deployed.stdout.startswith("deployed small version 1 in 1 stage (1: w1, w2)")
         assert "exporting torchvision/squeezenet1_1 ..." in deployed.stderr
 
         seen = adapt("status", address=cluster.address)

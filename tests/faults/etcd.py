@@ -214,7 +214,7 @@ def _leads(member: EtcdMember) -> bool:
         status = ask(member, "maintenance/status")
     except OSError:
         return False
-    return bool(status["leader"] == status["header"]["member_id"])
+    return bool(status.get("leader") == status["header"]["member_id"])  # while nobody leads it is left out
 
 
 def ask(member: EtcdMember, path: str, **body: object) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from dataclasses import replace
 import pytest
 
 import adapt
-from adapt.emulation.description import Event, Kind, RandomSpec
+from adapt.emulation.description import ETCD, Event, EventSpec, Kind, RandomSpec
 from adapt.emulation.parse import parse
 from adapt.runtime.local import LocalProcess
-from tests.faults.clusters import FaultCluster, FaultDevices, states, wait_until
+from tests.faults.clusters import SHORT, FaultCluster, FaultDevices, states, wait_until
+from tests.faults.etcd import needs_etcd
 from tests.faults.traffic import Traffic, Workload, assert_clean
 
 pytestmark = pytest.mark.timeout(900)
@@ -126,12 +127,13 @@ def test_chaos(cluster_of, workload, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(6))
 def test_more_chaos(cluster_of, workload, seed, number):
     run_chaos(cluster_of(4), workload, seed=1000 * seed + number, count=3000, every=100)
 
 
 DEVICES = """
+membership = "etcd"
 [[device]]
 name = "d"
 count = 4
@@ -140,10 +142,13 @@ rate = "100 Mbit/s"
 """
 
 
+@needs_etcd
 @pytest.mark.slow
-def test_chaos_of_machines_and_cables(isolated, nursery, workload, seed, tmp_path):
-    """A schedule of the emulator: crashes, freezes, slowness, cables, slow, late, stalled and damaged links, one and two at a time."""
-    lasts_s = 90.0
+def test_chaos_of_machines_cables_and_etcd(isolated, nursery, workload, seed, tmp_path):
+    """A schedule of the emulator: crashes, freezes, slowness, cables, slow, late, stalled and damaged links, one and two at a time; etcd
+    restarts, and is away for longer than ten leases, in which the dispatcher dies too."""
+    lasts_s, away_s = 90.0, 25.0
+    assert away_s > 10 * float(str(SHORT["lease_ttl"]))
     kinds = [
         *(Event(at_s=0.0, kind=kind, device="") for kind in (Kind.CRASH, Kind.STOP, Kind.CUT, Kind.CUT_UP, Kind.CUT_DOWN, Kind.STALL)),
         Event(at_s=0.0, kind=Kind.SLOW, device="", cores=0.02),
@@ -154,7 +159,9 @@ def test_chaos_of_machines_and_cables(isolated, nursery, workload, seed, tmp_pat
     ]
     names = tuple(f"d-{number}" for number in range(1, 5))
     chaos = RandomSpec(templates=tuple(kinds), devices=names, every_s=1.5, for_s=(0.3, 5.0), until_s=lasts_s, spared=2)
-    spec = replace(parse(DEVICES, name="chaos"), random=(chaos,))
+    restarts = replace(chaos, templates=(Event(at_s=0.0, kind=Kind.RESTART_ETCD, device=""),), devices=(ETCD,), every_s=10.0, spared=0)
+    away = EventSpec(event=Event(at_s=lasts_s / 2 - 5.0, kind=Kind.CRASH_ETCD, device=ETCD), for_s=away_s)
+    spec = replace(parse(DEVICES, name="chaos"), events=(away,), random=(chaos, restarts))
     with FaultDevices(nursery, spec, seed=seed, directory=tmp_path, proxied=names) as cluster, adapt.Client(cluster.address) as client:
         story = [f"{event.at_s:.1f} s {event.kind} {event.device}" for event in cluster.events]
         with told(seed, story):

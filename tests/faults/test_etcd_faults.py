@@ -264,6 +264,11 @@ def test_f22_etcd_is_full(scene):
         wait_until(lambda: s.moments("etcd is full", newcomer.name), "it says so")
         s.traffic.goes_on()
         assert s.counter("etcd_workers") == 3 and s.counter("evictions") == 0
+        s.cluster.dispatcher.kill()  # the seat is vacant then, and etcd can give it to nobody
+        s.cluster.dispatcher.begin_again()
+        s.cluster.dispatcher.wait_ready()
+        s.traffic.goes_on()
+        wait_until(lambda: set(s.states().values()) == {"ready"}, "all come back to it")
         s.etcd.make_room()
         wait_until(lambda: s.counter("etcd_is_full") == 0, "the alarm is over")
         s.all_is_well()

@@ -57,6 +57,23 @@ def test_f4_the_late_answer_of_a_worker_that_slept_is_dropped_and_counted(cluste
     assert_clean(traffic)
 
 
+def test_a_device_that_has_become_slow_is_relieved_of_a_stage_that_only_it_had(cluster_of, workload):
+    """It sends heartbeats, and each answer comes in time: only the seconds that its tasks take tell. Another gets its stage too."""
+    cluster = cluster_of(3, dispatcher={"relief": 0.5})
+    with adapt.Client(cluster.address) as client:
+        model = workload.deploy(client, stages=3)
+        (slow,) = model.record.stages[1].workers
+        with Traffic(cluster.address, workload) as traffic:
+            traffic.until_more(50)
+            cluster.mishaps.slow(slow, 0.1)
+            wait_until(lambda: counter(client, "stages_copied") >= 1)
+            (deployment,) = client.status().deployments
+            assert slow in deployment.stages[1].workers and len(deployment.stages[1].workers) == 2
+            traffic.until_more(200)
+        assert counter(client, "evictions") == 0
+    assert_clean(traffic)
+
+
 def test_f5_a_freeze_longer_than_the_lease(cluster_of, workload):
     """It is out of the plan, its tasks are done elsewhere, and when it wakes it is a member again with nobody's help."""
     cluster = cluster_of(3)

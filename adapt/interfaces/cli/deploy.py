@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from adapt.config import counted
 from adapt.errors import ConfigError
 from adapt.interfaces.cli import clients
 from adapt.interfaces.cli.doors import OK
@@ -24,7 +25,7 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="MODEL", help="a torchvision model, for instance torchvision/resnet50")
     parser.add_argument("--name", help="name of the deployment (default: the model's)")
-    parser.add_argument("--stages", default="auto", help="number of stages (default: auto, one per worker)")
+    parser.add_argument("--stages", default="auto", help="number of stages (default: auto, what should be fastest)")
     parser.add_argument("--codec", default="auto", help=f"of activations: auto or {', '.join(CODECS)} (default: auto)")
     parser.add_argument("--tolerance", type=float, help="largest error on a link, as a share of the tensor's standard deviation")
     parser.add_argument("--numerics", choices=("auto", "exact", "close"), default="auto", help="exact: one numeric class for each request")
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         )
         record = model.record
     places = "; ".join(f"{number}: {', '.join(stage.workers)}" for number, stage in enumerate(record.stages, start=1))
-    print(f"deployed {record.name} version {record.version} in {len(record.stages)} stages ({places})")
+    print(f"deployed {record.name} version {record.version} in {counted(len(record.stages), 'stage')} ({places})")
     return OK
 
 

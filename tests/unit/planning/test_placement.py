@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adapt.errors import PlanError
-from adapt.planning.placement import MEBIBYTE, Plan, StageNeed, WorkerOffer, place, relief, substitute
+from adapt.planning.placement import MEBIBYTE, WORTH_A_COPY, Plan, StageNeed, WorkerOffer, addition, place, relief, substitute
 from adapt.protocol.ids import Digest, Epoch, WorkerId
 
 MIB = MEBIBYTE
@@ -184,6 +184,63 @@ def test_without_room_for_the_costliest_the_next_is_taken():
     plan = plan_of(needs_of([(5, 4), (1, 1), (1, 2)]), [["a"], ["a"], ["b"]])
     assert relief(plan, WorkerOffer(worker_id=WorkerId("new"), free_bytes=1 * MIB)) == 1
     assert relief(plan, WorkerOffer(worker_id=WorkerId("new"), free_bytes=0)) is None
+
+
+# ── help for a slow worker ───────────────────────────────────────────────────────────────────────────────────────────
+
+TWO = plan_of(needs_of([(1, 2), (1, 2)]), [["w0"], ["w1"]])
+IDLE = WorkerOffer(worker_id=WorkerId("idle"), free_bytes=MIB)
+
+
+def seconds(**facts: float) -> dict[tuple[int, WorkerId], float]:
+    """`w0_1=3.0`: stage 1 takes worker w0 three seconds."""
+    return {(int(name.partition("_")[2]), WorkerId(name.partition("_")[0])): taken for name, taken in facts.items()}
+
+
+def test_a_worker_that_has_become_slow_gets_help_from_who_is_idle():
+    assert addition(TWO, seconds(w0_0=20.0, w1_1=2.0), [IDLE]) == (0, "idle")
+    assert addition(TWO, seconds(w0_0=20.0, w1_1=2.0), offers_of([(9, 0, 1), (9, 0, 1)])) == (0, "w1"), (
+        "or from who is busy, but not so much"
+    )
+
+
+def test_of_equal_workers_nobody_needs_help():
+    assert addition(TWO, seconds(w0_0=2.0, w1_1=2.1), offers_of([(9, 0, 1), (9, 0, 1)])) is None
+    assert addition(TWO, seconds(w0_0=2.0), [IDLE]) is None, "a stage that nobody has is another matter"
+    assert addition(TWO, seconds(w0_0=20.0, w1_1=2.0), [WorkerOffer(worker_id=WorkerId("idle"), free_bytes=MIB - 1)]) is None, "no room"
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 20)), min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(0, 9), st.just(0), st.sampled_from([0.5, 1.0, 2.0])), min_size=1, max_size=4),
+    st.data(),
+)
+def test_a_copy_is_made_only_where_it_is_worth_it_and_copying_ends(needs, triples, data):
+    offers = offers_of(triples)
+    names = [offer.worker_id for offer in offers]
+    plan = plan_of(needs_of(needs), [[data.draw(st.sampled_from(names))] for _ in needs])
+    taken = {(stage, at[0]): data.draw(st.integers(1, 100)) * 0.5 for stage, at in enumerate(plan.places)}
+    before_s = busiest_s(plan, taken)
+    for _ in range(len(needs) * len(names)):
+        found = addition(plan, taken, offers)
+        if found is None:
+            break
+        stage, worker = found
+        offer = next(offer for offer in offers if offer.worker_id == worker)
+        assert worker not in plan.places[stage] and offer.free_bytes >= plan.stages[stage].memory_bytes
+        plan, taken = plan.added(stage, worker), {**taken, found: plan.stages[stage].cost_s * offer.slowness}
+        after_s = busiest_s(plan, taken)
+        assert after_s * (1 + WORTH_A_COPY) < before_s
+        before_s = after_s
+    assert addition(plan, taken, offers) is None
+
+
+def busiest_s(plan: Plan, taken) -> float:
+    busy = dict.fromkeys({worker for _, worker in taken}, 0.0)
+    for stage, at in enumerate(plan.places):
+        for worker in at:
+            busy[worker] += 1 / sum(1 / taken[stage, other] for other in at)
+    return max(busy.values())
 
 
 # ── the plan ─────────────────────────────────────────────────────────────────────────────────────────────────────────

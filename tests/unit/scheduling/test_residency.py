@@ -12,7 +12,7 @@ from adapt.protocol.ids import Digest, Epoch, WorkerId
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
 from adapt.scheduling.residency import Residency
-from adapt.scheduling.roster import Member, Roster
+from adapt.scheduling.roster import Member, Roster, Service
 
 LOAD_TIMEOUT_S = 10
 DISK_FULL = AdaptError("disk full")
@@ -416,6 +416,57 @@ def test_a_stage_is_moved_only_to_a_worker_that_suits_and_has_room():
     house.join("w3", budget_bytes=10)
     assert not house.is_coming("d", 0, lambda member: member.worker_id == "w2")
     assert house.is_coming("d", 0, lambda member: member.worker_id == "w3")
+
+
+def test_a_copy_gives_way_to_a_stage_that_nobody_has():
+    house = House("w1", "w2", "w3", budget_bytes=10)
+    house.deploy(1, "w1", "w2 w3")
+    for name, artifact in (("w1", "m.0"), ("w2", "m.1"), ("w3", "m.1")):
+        house.load(name, artifact)
+    assert not house.is_coming("d", 1), "who has it is enough: nothing gives way to a further copy"
+    house.member("w1").verdict = Verdict.LOST
+    house.residency.left(house.member("w1"), house.now)
+    house.taken()
+    assert house.is_coming("d", 0)
+    assert house.places() == (("w2",), ("w3",))
+    unload = ev.Unload(worker_id=WorkerId("w2"), artifact=Digest("m.1"))
+    assert [action for action in house.taken() if not isinstance(action, ev.PlanChanged)] == [unload, *loads(("w2", "m.0"))]
+    house.residency.absent(house.member("w2"), Digest("m.1"), house.now)  # a task that had been on its way
+    assert house.taken() == [], "what was dropped is not loaded again"
+    house.member("w3").verdict = Verdict.SUSPECT
+    assert not house.is_coming("d", 1), "the last of its kind gives way to nobody"
+
+
+def test_as_little_as_possible_gives_way():
+    house = House("w1", "w2", "w3", budget_bytes=20)
+    house.deploy(1, "w1 w2", "w1 w3", "w2 w3")
+    for name, artifact in (("w1", "m.0"), ("w2", "m.0"), ("w1", "m.1"), ("w3", "m.1"), ("w2", "m.2"), ("w3", "m.2")):
+        house.load(name, artifact)
+    house.deploy(1, "w4", deployment="other", model="n")
+    house.taken()
+    assert house.is_coming("other", 0)
+    assert [type(action) for action in house.taken() if not isinstance(action, ev.PlanChanged)] == [ev.Unload, ev.Load]
+    assert all(house.places()), "every stage has a worker still"
+
+
+def test_a_worker_that_has_become_slow_gets_help_once():
+    house = House("w1", "w2")
+    house.deploy(1, "w1", "w2")
+    house.load("w1", "m.0")
+    house.load("w2", "m.1")
+    house.taken()
+    house.residency.relieve(house.now)
+    assert house.taken() == [], "both take a second"
+    house.member("w1").services[Digest("m.0")], house.member("w1").slowness = Service(10.0), 10.0
+    house.residency.relieve(house.now)
+    assert [action for action in house.taken() if isinstance(action, ev.Load)] == loads(("w2", "m.0"))
+    house.residency.relieve(house.now)
+    assert house.taken() == [], "it is loading"
+    house.load("w2", "m.0")
+    house.taken()
+    house.residency.relieve(house.now)
+    assert house.taken() == []
+    assert (house.places(), house.residency.stages_copied) == ((("w1", "w2"), ("w2",)), 1)
 
 
 def test_a_load_by_a_worker_that_does_not_suit_is_no_help():

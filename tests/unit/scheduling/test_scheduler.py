@@ -24,6 +24,7 @@ from adapt.protocol.ids import AttemptId, ClientId, Digest, Epoch, RequestId, Wo
 from adapt.protocol.messages import StageTimes
 from adapt.protocol.wire import Blob
 from adapt.scheduling import events as ev
+from adapt.scheduling.choice import REGAINED_SHARE
 from adapt.scheduling.liveness import Verdict
 from adapt.scheduling.residency import REFUSED_S
 from adapt.scheduling.roster import AHEAD_S, STEADY, Service
@@ -32,7 +33,6 @@ from adapt.scheduling.scheduler import (
     EARLY_CANCEL_S,
     MEMBER_MEMORY_S,
     REACHED_S,
-    REGAINED_SHARE,
     REMEMBER_S,
     STORY_LENGTH,
     WORTH_S,
@@ -332,7 +332,7 @@ def test_nothing_falls_due_for_a_request_that_has_ended():
     cluster.submit(budget_s=5.0)
     cluster.finish(cluster.the_one_sent())
     cluster.taken()
-    assert len(cluster.scheduler._due) == 1, "the end of the memory of its id"
+    assert len(cluster.scheduler._due) == 2, "the end of the memory of its id, and the next look whether somebody is slow"
     assert cluster.scheduler.next_wakeup() > cluster.now + ACCEPT_S
     cluster.wait(TIMEOUT_S + 5)
     assert cluster.taken() == []

@@ -29,7 +29,7 @@ RARE_PATHS = {
     "unlisted attempt at hello", "reconciled attempt", "death while it ran", "death retracted", "poisonous requests", "breakers opened", "hedges",
     "model raised on other workers only", "neutral answers", "numeric re-pin",
     # stages
-    "stage moved", "stage refused by a worker", "version switched", "version failed", "version released",
+    "stage moved", "stage copied", "copy gave way", "stage refused by a worker", "version switched", "version failed", "version released",
 }  # fmt: skip
 
 
