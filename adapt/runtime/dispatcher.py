@@ -345,6 +345,9 @@ class Dispatcher:
         early.append(envelope)
         if len(early) > EARLY_LIMIT:
             self._end_session(session, f"{EARLY_LIMIT} messages came before its second connection")
+        elif session.is_overdue(self._clock()):
+            self._end_session(session, "its second connection never came")
+            self._say_hello(session.routing_id, session.number, self._reign.term)
 
     def _hello(self, routing_id: RoutingId, hello: msg.WorkerHello | msg.ClientHello, role: str, name: str) -> None:
         """Open a session; another living process of the same name keeps its own."""
@@ -359,7 +362,7 @@ class Dispatcher:
             self._peers.pop(earlier.number, None)
             if role == "client":  # it asks for its deployments again
                 self._deployer.client_gone(ClientId(bytes.fromhex(name)))
-        session = self._sessions.welcome(routing_id, role, name, hello.incarnation)
+        session = self._sessions.welcome(routing_id, role, name, hello.incarnation, self._clock())
         self._peers[session.number] = _Peer(hello)
         welcome = msg.Welcome(
             software=f"adapt {VERSION}",

@@ -32,6 +32,7 @@ from adapt.protocol.wire import Envelope
 GREETING_TIMEOUT_S = 2.0  # after which a hello counts as lost
 RENEWAL_S = 0.2  # pause before the hello that replaces a torn session: often the control connection is about to close as well
 RENEWAL_MAX_S = 5.0
+ATTACH_S = 10.0  # from a welcome until the bulk connection stands, at most
 MET_LIMIT = 100_000  # processes that a dispatcher remembers to have welcomed
 SETTLED_S = 10.0  # a session that lasted so long was a good one; before, each torn session doubles the pause
 
@@ -48,7 +49,12 @@ class Session:
     role: str  # "worker" or "client"
     name: str
     incarnation: Incarnation
+    welcomed_at: float = 0.0
     is_attached: bool = False
+
+    def is_overdue(self, now: float) -> bool:
+        """Whether its bulk connection should stand long since: what was to attach it is lost, and only another session will say it again."""
+        return not self.is_attached and now - self.welcomed_at > ATTACH_S
 
 
 class Sessions:
@@ -72,14 +78,14 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def welcome(self, routing_id: RoutingId, role: str, name: str, incarnation: int) -> Session:
+    def welcome(self, routing_id: RoutingId, role: str, name: str, incarnation: int, now: float = 0.0) -> Session:
         """A new session; whatever session this name or address had before is over."""
         for earlier in (self._by_name.get((role, name)), self._by_route.get(routing_id)):
             if earlier is not None:
                 self.end(earlier.number)
         self._remember((role, name, incarnation))
         self._last += 1
-        session = Session(SessionId(self._last), routing_id, role, name, Incarnation(incarnation))
+        session = Session(SessionId(self._last), routing_id, role, name, Incarnation(incarnation), now)
         self._sessions[session.number] = self._by_name[role, name] = session
         self._by_route[routing_id] = self._by_route[bulk_of(routing_id)] = session
         return session

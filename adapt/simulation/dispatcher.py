@@ -296,6 +296,10 @@ class Dispatcher(Process):
                     self._say_hello(routing_id, envelope.session, envelope.term)
                 elif isinstance(message, msg.Attach):
                     self._attached(routing_id, session)
+                elif session.is_overdue(self.clock()):
+                    self.counters["bulk never came"] += 1
+                    self._end_session(session, "its second connection never came")
+                    self._say_hello(routing_id, envelope.session, envelope.term)
                 elif not session.is_attached:
                     self._greeted[session.number].early.append(envelope)
                 else:
@@ -326,7 +330,7 @@ class Dispatcher(Process):
         if earlier is not None:
             self.counters["hello without a farewell"] += 1
             self._greeted.pop(earlier.number, None)
-        session = self.sessions.welcome(routing_id, role, name, hello.incarnation)
+        session = self.sessions.welcome(routing_id, role, name, hello.incarnation, self.clock())
         self._greeted[session.number] = _Greeted(hello)
         self._send(session, _WELCOME)
 

@@ -13,6 +13,7 @@ from adapt.protocol import messages as msg
 from adapt.protocol.ids import RoutingId, bulk_of, routing_ids
 from adapt.protocol.wire import Envelope
 from adapt.scheduling.session import (
+    ATTACH_S,
     GREETING_TIMEOUT_S,
     RENEWAL_MAX_S,
     RENEWAL_S,
@@ -438,3 +439,13 @@ def test_the_table_may_change_while_it_is_walked_through():
     for session in table:
         table.end(session.number)
     assert len(table) == 0
+
+
+def test_a_session_whose_bulk_connection_does_not_come_is_overdue_after_a_while():
+    sessions = Sessions()
+    control = routing_ids("w1", 1)[0]
+    session = sessions.welcome(control, "worker", "w1", 1, now=100.0)
+    assert not session.is_overdue(100.0 + ATTACH_S)
+    assert session.is_overdue(100.1 + ATTACH_S)
+    sessions.attach(bulk_of(control), session.number)
+    assert not session.is_overdue(1000.0)
