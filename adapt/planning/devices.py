@@ -109,11 +109,25 @@ class ClusterProfile:
         new = [replace(like, name=name) for name in names if name not in taken][:count]
         return replace(self, devices=(*self.devices, *new))
 
+    def coarse(self, whole_bytes: int) -> ClusterProfile:
+        """The same devices, those nearly alike made alike: speeds to the nearest of four steps between doublings, budgets down to a sixteenth of
+        what the whole model needs, and without limit from there on. A plan that fits this one fits the devices as they are."""
+        return replace(self, devices=tuple(_coarse(device, whole_bytes) for device in self.devices))
+
     def without(self, name: str) -> ClusterProfile:
         """What if this device of a star were not there?"""
         if self.pairs is not None:
             raise ValueError("only a star can be asked what fewer devices would mean")
         return replace(self, devices=tuple(device for device in self.devices if device.name != name))
+
+
+def _coarse(device: DeviceProfile, whole_bytes: int) -> DeviceProfile:
+    speed = 2.0 ** (round(math.log2(device.speed) * 4) / 4)
+    budget_bytes = device.budget_bytes
+    if budget_bytes is not None:
+        step = max(whole_bytes // 16, 1)
+        budget_bytes = None if budget_bytes >= whole_bytes else budget_bytes // step * step
+    return replace(device, speed=speed, budget_bytes=budget_bytes)
 
 
 def between_ports(devices: Sequence[DeviceProfile]) -> tuple[tuple[float, ...], ...]:

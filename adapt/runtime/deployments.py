@@ -15,13 +15,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapt.errors import AdaptError, ConfigError
+from adapt.errors import AdaptError, ConfigError, PlanError
 from adapt.models.cut import StageArtifact, legal_cuts, write_stages
 from adapt.models.interface import Interface
 from adapt.models.layers import profile_model
 from adapt.models.program import FormCheck, Program, read_graph, read_program
 from adapt.planning import choose
+from adapt.planning.cost import Layout
 from adapt.planning.devices import ClusterProfile, DeviceProfile
+from adapt.planning.model import ModelProfile
 from adapt.planning.partition import partition, stage_costs_s
 from adapt.planning.placement import Plan, StageNeed, WorkerOffer, place
 from adapt.protocol.codecs import resolve_codec
@@ -34,6 +36,7 @@ from adapt.scheduling.events import Version
 log = logging.getLogger(__name__)
 
 HEADER_BYTES = 256 << 10  # of a stage's file, beside its weights, at most
+MANY_KINDS = 5  # of workers; with more, planning takes more than a second or two
 PROFILE_ERROR = 0.05  # stages that differ by less are alike, as far as the quick profile knows; then fewer bytes count
 NUMERICS = ("auto", "close", "exact")
 
@@ -257,11 +260,18 @@ def plan_freely(store: ArtifactStore, program: ProfiledProgram, offers: Sequence
     """
     source = read_program(store.path(program.digest))
     profile = profile_model(name, source, program.operator_costs_s)
-    cluster = ClusterProfile(tuple(_device(offer) for offer in offers))
-    layout = choose.plan(profile, cluster).layout
+    layout = _best_layout(profile, ClusterProfile(tuple(_device(offer) for offer in offers)))
     model = _cut_at(store, program, source, choose.positions(profile, layout))
     places = tuple(tuple(sorted(offers[device].worker_id for device in stage.devices)) for stage in layout.stages)
     return model, Plan(program=model.program, epoch=Epoch(1), stages=model.stages, places=places)
+
+
+def _best_layout(model: ModelProfile, cluster: ClusterProfile) -> Layout:
+    """Of very many kinds of workers, planning takes long; those that differ little are then taken to be alike, if there is a plan for that."""
+    if len(cluster.classes) > MANY_KINDS:
+        with contextlib.suppress(PlanError):
+            return choose.plan(model, cluster.coarse(model.memory_bytes(0, len(model.layers)))).layout
+    return choose.plan(model, cluster).layout
 
 
 def _device(offer: WorkerOffer) -> DeviceProfile:

@@ -1,0 +1,72 @@
+"""How a deployment without a number of stages is planned: on a real program, for workers that are only described."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adapt.errors import PlanError
+from adapt.models.export import export_module
+from adapt.planning.placement import WorkerOffer
+from adapt.protocol.ids import Digest, WorkerId
+from adapt.runtime.artifacts import ArtifactStore
+from adapt.runtime.deployments import HEADER_BYTES, MANY_KINDS, ProfiledProgram, plan_freely
+
+WIDTH, LAYERS = 256, 8
+LAYER_BYTES = 4 * (WIDTH * WIDTH + WIDTH)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    store = ArtifactStore(tmp_path_factory.mktemp("store"))
+    module = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+    exported = export_module(module.eval(), [torch.zeros(2, WIDTH)], directory=store.directory)
+    seconds = [0.001] * len(exported.operator_costs_s)
+    return store, ProfiledProgram(Digest(exported.digest), seconds)
+
+
+def offers(*rooms: int, slowness: tuple[float, ...] = ()) -> list[WorkerOffer]:
+    """Workers with room for so many layers each."""
+    return [
+        WorkerOffer(worker_id=WorkerId(f"w{number}"), free_bytes=HEADER_BYTES + room * LAYER_BYTES + 64 * WIDTH, slowness=slow)
+        for number, (room, slow) in enumerate(zip(rooms, slowness or (1.0,) * len(rooms), strict=True), 1)
+    ]
+
+
+def layers_of(model) -> list[int]:
+    return [round(size / LAYER_BYTES) for size in model.file_bytes]
+
+
+def test_a_model_that_every_worker_can_hold_is_not_cut_and_runs_on_all(stored):
+    model, plan = plan_freely(*stored, offers(8, 9, 20), name="m")
+    assert layers_of(model) == [8]
+    assert plan.places == (("w1", "w2", "w3"),)
+    assert (plan.program, plan.stages) == (stored[1].digest, model.stages)
+
+
+def test_one_that_no_worker_can_hold_is_cut_so_that_it_fits(stored):
+    model, plan = plan_freely(*stored, offers(5, 3), name="m")
+    assert layers_of(model) == [5, 3] and plan.places == (("w1",), ("w2",))
+    assert sum(need.cost_s for need in plan.stages) == pytest.approx(0.001 * len(stored[1].operator_costs_s))
+
+
+def test_who_has_proved_to_be_slow_gets_less(stored):
+    equal, _ = plan_freely(*stored, offers(6, 6), name="m")
+    assert layers_of(equal) == [4, 4]
+    unequal, plan = plan_freely(*stored, offers(6, 6, slowness=(3.0, 1.0)), name="m")
+    assert dict(zip([at[0] for at in plan.places], layers_of(unequal), strict=True)) == {"w1": 2, "w2": 6}
+
+
+def test_workers_that_cannot_hold_it_together_are_told_what_is_missing(stored):
+    with pytest.raises(PlanError, match="MiB"):
+        plan_freely(*stored, offers(3, 4), name="m")
+
+
+def test_very_many_kinds_of_workers_are_planned_for_all_the_same(stored):
+    rooms = (2, 3, 2, 4, 5, 3, 2)
+    given = offers(*rooms, slowness=(1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 2.0))
+    assert len({(offer.free_bytes, offer.slowness) for offer in given}) > MANY_KINDS
+    model, plan = plan_freely(*stored, given, name="m")
+    room = {offer.worker_id: offer.free_bytes for offer in given}
+    assert all(need.memory_bytes <= room[worker] for need, at in zip(plan.stages, plan.places, strict=True) for worker in at)
+    assert sum(layers_of(model)) == LAYERS
