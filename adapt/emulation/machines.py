@@ -22,7 +22,7 @@ import psutil
 
 from adapt.emulation.description import HOST, ClusterSpec, DeviceSpec
 from adapt.emulation.groups import Group, Groups
-from adapt.emulation.lines import DeviceLines
+from adapt.emulation.lines import DISPATCHER, DeviceLines
 from adapt.emulation.network import Network, PairLink, Port
 from adapt.emulation.observation import Reading
 from adapt.emulation.ownership import Claim, claim
@@ -54,7 +54,7 @@ class Machines(Protocol):
     def listen(self) -> str:
         """Where the dispatcher is to listen; port 0: where it likes."""
 
-    def connect(self, name: str, address: str, *, what: str) -> str:
+    def connect(self, name: str, address: str, *, what: str = DISPATCHER) -> str:
         """The address at which that machine finds what listens at that one; `what` it is, DISPATCHER or ETCD."""
 
     def limit(self, name: str, cores: float | None) -> None:
@@ -152,7 +152,7 @@ class IsolatedMachines:
     def host(self) -> str:
         return self._network.address(self._dispatcher_machine)
 
-    def connect(self, name: str, address: str, *, what: str) -> str:
+    def connect(self, name: str, address: str, *, what: str = DISPATCHER) -> str:
         if self._proxy is None or name not in self._proxied:
             return address
         lines = self._lines.setdefault(name, DeviceLines(self._proxy, self._spec.device(name), self._network.namespace(name)))
@@ -230,7 +230,7 @@ class PlainMachines:
     host = "127.0.0.1"
     listen = f"tcp://{host}:0"
 
-    def connect(self, name: str, address: str, *, what: str) -> str:
+    def connect(self, name: str, address: str, *, what: str = DISPATCHER) -> str:
         return self._lines.setdefault(name, DeviceLines(self._proxy, self._spec.device(name), None)).add(what, address)
 
     def limit(self, name: str, cores: float | None) -> None:

@@ -10,6 +10,7 @@ from adapt.planning.placement import StageNeed
 from adapt.protocol.ids import AttemptId, RequestId, TaskId, WorkerId
 from adapt.scheduling.events import Activation, Answer, Fail, Version
 
+POISONED = 3  # deaths of workers that make a request the cause
 HISTORY_LIMIT = 32  # attempts of one request whose story is kept for its error
 
 
@@ -43,6 +44,7 @@ class Request:
     failed_on: set[WorkerId] = field(default_factory=set)  # for the current stage
     accused: set[WorkerId] = field(default_factory=set)  # where the model raised in the current stage, perhaps by that worker's doing
     deaths: list[WorkerId] = field(default_factory=list)  # workers that died while they ran the current stage
+    suspected: list[WorkerId] = field(default_factory=list)  # workers that died while they may have run it, or something else
     failures: int = 0  # of the current stage, losses included
     model_error: str | None = None  # kind of the last error that the model raised in the current stage
     attempts_made: int = 0  # over all stages
@@ -68,6 +70,17 @@ class Request:
     def suits(self, numeric_class: str) -> bool:
         """Whether a worker of this class may run it: any, unless it is pinned to another."""
         return not self.exact or self.numeric_class in ("", numeric_class)
+
+    @property
+    def is_poison(self) -> bool:
+        """Whether workers that succeed otherwise have died of it so often that it is the cause. Once at least nothing else can have been."""
+        return bool(self.deaths) and len(self.deaths) + len(self.suspected) >= POISONED
+
+    def absolve(self, worker_id: WorkerId) -> None:
+        """The worker lives: its connection was lost."""
+        for deaths in (self.deaths, self.suspected):
+            if worker_id in deaths:
+                deaths.remove(worker_id)
 
     @property
     def retained_bytes(self) -> int:
@@ -114,6 +127,7 @@ class Request:
         self.failed_on.clear()
         self.accused.clear()
         self.deaths.clear()
+        self.suspected.clear()
 
 
 @dataclass(slots=True)

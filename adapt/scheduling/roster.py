@@ -65,6 +65,7 @@ class Slot:
     predicted_s: float  # by the quick profile
     size_bytes: int = 0  # of its input
     begun: bool = False
+    is_alone: bool = False  # nothing is sent behind it
 
 
 @dataclass(slots=True)
@@ -87,6 +88,7 @@ class Member:
     verdict: Verdict = Verdict.SUSPECT
     is_draining: bool = False
     slots: dict[AttemptId, Slot] = field(default_factory=dict)
+    alone: int = 0  # of the slots, those behind which nothing is sent
     resident: set[Digest] = field(default_factory=set)
     loading: set[Digest] = field(default_factory=set)
     refused: dict[Digest, float] = field(default_factory=dict)  # stages that it could not load, until when it is not asked again
@@ -115,7 +117,7 @@ class Member:
     def has_room(self) -> bool:
         """Whether it has credit, and is better off with one more task there than here."""
         held = len(self.slots)
-        return held < self.credit and (held < STEADY or self.held_s < AHEAD_S)
+        return held < self.credit and not self.alone and (held < STEADY or self.held_s < AHEAD_S)
 
     def backlog_s(self, now: float) -> float:
         """Seconds until it has finished what it holds. If it should have finished already, it is expected to be late by as much again."""
@@ -149,10 +151,13 @@ class Member:
         running_s = (service.usual_busy_s + service.usual_transfer_s) * service.scale(size_bytes)
         return self.backlog_s(now) + running_s, running_s
 
-    def take(self, attempt: AttemptId, artifact: Digest, predicted_s: float, now: float, size_bytes: int = 0) -> None:
-        """Occupy a slot."""
+    def take(
+        self, attempt: AttemptId, artifact: Digest, predicted_s: float, now: float, size_bytes: int = 0, *, is_alone: bool = False
+    ) -> None:
+        """Occupy a slot. `is_alone`: nothing else is sent there until it is free again."""
         busy_s, _ = self.expect(artifact, predicted_s, size_bytes)
-        self.slots[attempt] = Slot(artifact, now, busy_s, predicted_s, size_bytes)
+        self.slots[attempt] = Slot(artifact, now, busy_s, predicted_s, size_bytes, is_alone=is_alone)
+        self.alone += is_alone
         self.held_s += busy_s
         self.busy_until = max(self.busy_until, now) + busy_s
         self.last_used = now
@@ -161,6 +166,7 @@ class Member:
         """Vacate the slot, if the attempt had one."""
         slot = self.slots.pop(attempt, None)
         if slot is not None:
+            self.alone -= slot.is_alone
             self.held_s = self.held_s - slot.busy_s if self.slots else 0.0
             self.busy_until = now + self.held_s
         return slot

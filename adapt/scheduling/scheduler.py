@@ -13,7 +13,8 @@ Rules that the rest follows from:
 * A loss (session ended, attempt not listed in the hello) costs the request nothing and is dispatched again at once.
 * A failure is tried elsewhere; on the same worker only if no other can run the stage and the earlier attempt has ended. It costs a
   token, which delays it if there is none, and its worker a penalty (see qos.py) if that is to blame.
-* A request in whose hands workers die that otherwise succeed is not tried for ever: three deaths are its own doing.
+* A request in whose hands workers die that otherwise succeed is not tried for ever: three deaths are its own doing. Where several may have
+  been the cause, each is tried again with nothing behind it, so that another death speaks against one alone.
 * Later stages first, then the earlier deadline, then the earlier arrival.
 * The plan's own workers run a stage; if none of them can, any worker with memory for it, after loading.
 """
@@ -62,7 +63,6 @@ MEMBER_MEMORY_S = 600.0  # how long a lost worker is shown
 CENSORED = 2.0  # an attempt that was given up is learned from as if it had taken so many times as long
 PATIENCE = 2.0  # times what is usual, before another worker is asked
 MOST_HEDGES = 10.0  # at once, after a time without any
-POISONED = 3  # deaths of workers that make a request the cause
 SAID_S = 0.01  # of what should take longer, a worker says that it has begun
 REACHED_S = 0.001  # what was sent less than this ago has not reached its worker
 WORTH_S = 0.01  # a better worker is waited for if that saves more than this
@@ -759,7 +759,7 @@ class Scheduler:
         request.attempts_made += 1
         if request.exact and not request.numeric_class:
             request.numeric_class = member.numeric_class
-        member.take(attempt_id, need.artifact, need.cost_s, now, request.activation.size_bytes)
+        member.take(attempt_id, need.artifact, need.cost_s, now, request.activation.size_bytes, is_alone=bool(request.suspected))
         member.qos.given(now)
         self._due.set(("attempt", attempt_id), now + timeout_s)
         self.counters["tasks_dispatched"] += 1
@@ -787,6 +787,8 @@ class Scheduler:
         """A worker that has nothing to do tries as well, and the first answer wins. After Dean and Barroso (2013): The tail at scale."""
         request = self._requests.get(attempt.request)
         if request is None or not request.is_current(attempt) or list(request.attempts) != [attempt.attempt] or request.ticket:
+            return
+        if request.suspected:  # one worker at a time is risked
             return
         idle = [member for member in self._choice.eligible(request, now) if not member.slots and member.has_room]
         if idle and self._hedges >= 1.0:
@@ -837,8 +839,7 @@ class Scheduler:
             else:
                 self._free(member, attempt, now)
             return
-        if member.worker_id in request.deaths:  # its connection was lost, not its life
-            request.deaths.remove(member.worker_id)
+        request.absolve(member.worker_id)
         need = request.need
         if attempt not in member.slots:
             member.take(attempt, need.artifact, need.cost_s, now, request.activation.size_bytes)
@@ -900,19 +901,23 @@ class Scheduler:
         """What the worker held is nowhere now: dispatch it again at once, at nobody's cost but of what was running.
 
         Args:
-            is_guessed: of short tasks, the first may have been running; else what was not said to have begun has not.
+            is_guessed: of short tasks, each may have been running; else what was not said to have begun has not.
         """
         member = self.roster.get(worker_id)
         if member is None:
             return
-        running = _running(member, now, is_guessed=is_guessed)
+        suspects = _running(member, now, is_guessed=is_guessed)
         for attempt in list(member.slots):
-            self._loss(member, attempt, reason, now, was_running=attempt == running)
+            self._loss(member, attempt, reason, now, suspects=len(suspects) if attempt in suspects else 0)
         self._residency.session_ended(member)
         self._verdict_changed(member, now)
 
-    def _loss(self, member: Member, attempt: AttemptId, reason: str, now: float, *, was_running: bool = False) -> None:
-        """The attempt is gone with its worker. Only the one that was running can have been the cause, and only then does it count."""
+    def _loss(self, member: Member, attempt: AttemptId, reason: str, now: float, *, suspects: int = 0) -> None:
+        """The attempt is gone with its worker. Only one that was running can have been the cause, and only then does it count.
+
+        Args:
+            suspects: how many may have been running, if this one may; 1: this one was.
+        """
         self._free(member, attempt, now)
         request = self._wanted(attempt, member.worker_id)
         if request is None or request.attempts.pop(attempt.attempt, None) is None:
@@ -920,14 +925,16 @@ class Scheduler:
         self.counters["tasks_lost"] += 1
         error = WorkerLostError(member.worker_id, reason)
         request.note(member.worker_id, attempt.attempt, str(error))
-        if was_running and self._is_sound(member):
-            request.deaths.append(member.worker_id)
+        is_sound = self._is_sound(member)
+        if suspects and is_sound:
+            (request.deaths if suspects == 1 else request.suspected).append(member.worker_id)
+        if suspects == 1 and is_sound:
             request.failed_on.add(member.worker_id)
-        if len(request.deaths) >= POISONED:
+        if request.is_poison:
             self.counters["poisonous_requests"] += 1
             self._fail(request, _poison(request), now)
         else:
-            self._again(request, error, now, is_free=not was_running or self._is_sound(member))
+            self._again(request, error, now, is_free=suspects != 1 or is_sound)
 
     def _is_sound(self, member: Member) -> bool:
         """Whether it succeeds otherwise: then a death in the hands of a request speaks against the request. At first nobody has succeeded."""
@@ -954,17 +961,19 @@ class Scheduler:
         self._due.set(("member", member.worker_id), now + MEMBER_MEMORY_S)
 
 
-def _running(member: Member, now: float, *, is_guessed: bool = True) -> AttemptId | None:
-    """What the worker was computing. Of what is short it does not say that it has begun; if anything of that had, it was the first.
+def _running(member: Member, now: float, *, is_guessed: bool = True) -> set[AttemptId]:
+    """What the worker may have been computing. Of what is short it does not say that it has begun: each of the first that are short may have.
 
     But not what was sent a moment ago: it had not left, or a stalled dispatcher would blame it for all deaths that it reads of."""
     for attempt, slot in member.slots.items():
         if slot.begun:
-            return attempt
-    first = next(iter(member.slots.items()), None)
-    if first is None or not is_guessed or first[1].busy_s >= SAID_S or now - first[1].since < REACHED_S:
-        return None
-    return first[0]
+            return {attempt}
+    found: set[AttemptId] = set()
+    for attempt, slot in member.slots.items() if is_guessed else ():
+        if slot.busy_s >= SAID_S or now - slot.since < REACHED_S:
+            break
+        found.add(attempt)
+    return found
 
 
 def _is_first(member: Member, attempt: AttemptId) -> bool:
@@ -972,7 +981,7 @@ def _is_first(member: Member, attempt: AttemptId) -> bool:
 
 
 def _poison(request: Request) -> PoisonError:
-    who = ", ".join(request.deaths)
+    who = ", ".join([*request.suspected, *request.deaths])
     return PoisonError(f"stage {request.stage}: workers that otherwise succeed died while they ran it: {who}", attempts=request.history)
 
 

@@ -16,7 +16,8 @@ from random import Random
 from adapt.planning.placement import StageNeed
 from adapt.protocol.ids import Digest, RequestId
 from adapt.scheduling.qos import QosSettings
-from adapt.scheduling.scheduler import POISONED, Scheduler, SchedulerSettings
+from adapt.scheduling.requests import POISONED
+from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
 from adapt.scheduling.tokens import TokenSettings
 from adapt.simulation.arithmetic import Nature, result
 from adapt.simulation.client import Client

@@ -35,7 +35,7 @@ def credit_ignored(patch: pytest.MonkeyPatch) -> None:
 
 def lost_tasks_forgotten(patch: pytest.MonkeyPatch) -> None:
     """What a lost worker held is freed, and nobody dispatches it again."""
-    patch.setattr(S, "_loss", lambda self, member, attempt, reason, now, was_running=False: self._free(member, attempt, now))
+    patch.setattr(S, "_loss", lambda self, member, attempt, reason, now, suspects=0: self._free(member, attempt, now))
 
 
 def retried_where_it_failed(patch: pytest.MonkeyPatch) -> None:

@@ -828,6 +828,29 @@ def test_the_oldest_task_of_a_lost_worker_counts_as_begun():
     assert cluster.scheduler.live_requests == 1
 
 
+def test_of_several_that_may_have_killed_each_is_tried_with_nothing_behind_it():
+    cluster = Cluster()
+    cluster.join("w1", credit=8)
+    cluster.join("w2")
+    cluster.deploy("w1 w2", cost_s=AHEAD_S / 20)
+    for _ in range(2):
+        cluster.submit()
+    for sent in cluster.sent():
+        cluster.finish(sent, busy_s=AHEAD_S / 20)
+    cluster.tell(ev.WorkerDraining(worker_id="w2", handed_back=frozenset()))
+    several = {cluster.submit() for _ in range(4)}
+    assert {one.request for one in cluster.sent()} == several
+    cluster.wait(2 * REACHED_S)
+    cluster.lose("w1")
+    cluster.silent.clear()
+    cluster.join("w1", resident=["d.0"], credit=8)
+    for _ in range(4):
+        (alone,) = cluster.sent()
+        several.remove(alone.request)
+        cluster.finish(alone, busy_s=AHEAD_S / 20)
+    assert not several and cluster.scheduler.counters["poisonous_requests"] == 0, "innocents are answered"
+
+
 def test_what_was_sent_a_moment_ago_has_killed_nobody():
     """Regression: a dispatcher that had been stopped sent a request from one dead worker to the next, and then condemned it."""
     cluster = a_cluster("w1", "w2", "w3")

@@ -11,6 +11,7 @@ what acknowledges a worker's answers may leave later.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -23,8 +24,9 @@ from adapt.protocol.messages import StageTimes
 from adapt.protocol.wire import Blob
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
+from adapt.scheduling.requests import POISONED
 from adapt.scheduling.roster import AHEAD_S, STEADY
-from adapt.scheduling.scheduler import ACCEPT_S, POISONED, REACHED_S, REMEMBER_S, SAID_S, Scheduler, SchedulerSettings
+from adapt.scheduling.scheduler import ACCEPT_S, REACHED_S, REMEMBER_S, SAID_S, Scheduler, SchedulerSettings
 from adapt.scheduling.tokens import TokenSettings
 
 WORKERS = [WorkerId(name) for name in ("w1", "w2", "w3", "w4")]
@@ -179,6 +181,8 @@ class Cluster(RuleBasedStateMachine):
 
     def check_choice(self, action: ev.Dispatch) -> None:
         """Where it has failed it is tried again only if nobody else can."""
+        before = takewhile(lambda item: item[0] != action.attempt, self.scheduler.roster.member(action.worker_id).slots.items())
+        assert not any(slot.is_alone for _, slot in before), "nothing is sent behind what may be poison"
         request = self.scheduler._requests.get(action.attempt.request)
         if request is None or request.stage != action.attempt.stage or action.worker_id not in request.failed_on:
             return
@@ -300,30 +304,35 @@ class Cluster(RuleBasedStateMachine):
             self.settle()
             expected = self.costs_after_a_loss(worker_id)
             self.tell(ev.WorkerDisconnected(worker_id=worker_id, reason="test"))
-            for request_id, (failures, deaths) in expected.items():
+            for request_id, (failures, deaths, suspected) in expected.items():
                 request = self.scheduler._requests.get(request_id)
+                is_poison = deaths > 0 and deaths + suspected >= POISONED
                 if request is not None:
                     assert request.failures == failures < SETTINGS.max_failures
-                    assert len(request.deaths) == deaths < POISONED
+                    assert (len(request.deaths), len(request.suspected)) == (deaths, suspected) and not is_poison
                 else:
-                    kinds = (WorkerLostError,) * (failures == SETTINGS.max_failures) + (PoisonError,) * (deaths == POISONED)
+                    kinds = (WorkerLostError,) * (failures == SETTINGS.max_failures) + (PoisonError,) * is_poison
                     assert isinstance(self.outcomes[request_id].error, kinds)
 
-    def costs_after_a_loss(self, worker_id: WorkerId) -> dict[RequestId, tuple[int, int]]:
-        """Failures and deaths. It costs only what was running: of what the worker did not say so, the oldest, if it is short."""
+    def costs_after_a_loss(self, worker_id: WorkerId) -> dict[RequestId, tuple[int, int, int]]:
+        """Failures, deaths and suspicions. It costs only what was running; of what the worker did not say so, all that is short and had nothing
+        long before it may have been."""
         member = self.scheduler.roster.member(worker_id)
         begun = [attempt for attempt, slot in member.slots.items() if slot.begun]
-        first = list(member.slots.items())[:1]
-        short = [attempt for attempt, slot in first if slot.busy_s < SAID_S and self.now - slot.since >= REACHED_S]
+        may_run = lambda item: item[1].busy_s < SAID_S and self.now - item[1].since >= REACHED_S  # noqa: E731
+        suspects = begun[:1] or [attempt for attempt, _ in takewhile(may_run, member.slots.items())]
         is_sound = member.tally.tasks_done > 0 or all(other.tally.tasks_done == 0 for other in self.scheduler.roster)
-        costs: dict[RequestId, tuple[int, int]] = {}
+        costs: dict[RequestId, tuple[int, int, int]] = {}
         for attempt in member.slots:
             request = self.scheduler._requests.get(attempt.request)
             if request is not None and request.is_current(attempt) and attempt.attempt in request.attempts:
                 assert request.request_id not in costs, "no task is twice on one worker"
-                was_running = attempt in (begun or short)[:1]
-                failures, deaths = request.failures + (was_running and not is_sound), len(request.deaths) + (was_running and is_sound)
-                costs[request.request_id] = (failures, deaths)
+                is_cause, is_suspect = suspects == [attempt], attempt in suspects and len(suspects) > 1
+                costs[request.request_id] = (
+                    request.failures + (is_cause and not is_sound),
+                    len(request.deaths) + (is_cause and is_sound),
+                    len(request.suspected) + (is_suspect and is_sound),
+                )
         return costs
 
     @rule()

@@ -57,7 +57,7 @@ class IgnoresCredit(Scheduler):
 
 
 class ForgetsTheLostWorkersTasks(Scheduler):
-    def _loss(self, member, attempt, reason, now, *, was_running=False):
+    def _loss(self, member, attempt, reason, now, *, suspects=0):
         self._free(member, attempt, now)
 
 
