@@ -47,6 +47,7 @@ TURN_MESSAGES = 16  # what has gathered so far is handled, and leaves: so that a
 ZERO_COPY_BYTES = 64 << 10  # from here on a frame is neither copied when it is sent nor when it arrives
 SEND_QUEUE = 10_000  # messages that may wait for one connection before it counts as stuck
 HANDSHAKE_MS = 5_000
+DEAF_MS = 2_000  # a peer whose system acknowledges nothing that was sent for so long hears nothing; answers to its heartbeats are always sent
 MAX_FRAME_BYTES = MAX_HEADER_BYTES  # of what may be long in one frame, nothing is longer
 MAX_PARTS = MAX_BLOBS + 2
 
@@ -294,6 +295,7 @@ class RouterEndpoint:
         self._context: zmq.Context[Any] = zmq.Context()
         self._watched = WatchedSocket(self._context, zmq.ROUTER, read=self._read_turn, noticed=self._noticed, limit_bytes=limit_bytes)
         self._watched.socket.set(zmq.ROUTER_MANDATORY, 1)  # without it a message to a stuck peer vanishes
+        self._watched.socket.set(zmq.TCP_MAXRT, DEAF_MS)
         self._watched.socket.set(zmq.ROUTER_HANDOVER, 1)  # a peer that comes back is heard, though its old connection lingers
         try:
             self._watched.expect(address)
