@@ -593,7 +593,9 @@ class FormCheck:
     def __init__(self, inputs: Sequence[ValueSpec], outputs: Sequence[ValueSpec]) -> None:
         self._inputs, self._outputs = inputs, outputs
         self._fitted: set[tuple[Any, ...]] = set()
-        self._odd: dict[tuple[Any, ...], tuple[Hashable, Hashable]] = {}  # forms for a batch of one that did not fit -> who saw it of what
+        self._odd: dict[
+            tuple[Any, ...], set[tuple[Hashable, Hashable]]
+        ] = {}  # forms for a batch of one that did not fit -> who saw it of what
 
     def __call__(self, given: Sequence[Any], made: Sequence[Any], *, task: Hashable = None, witness: Hashable = None) -> None:
         """Raises InputMismatchError, naming expected and got dtype and shape of the first that does not fit."""
@@ -612,11 +614,12 @@ class FormCheck:
             self._fitted.add(signature)
 
     def _is_seen_again(self, signature: tuple[Any, ...], task: Hashable, witness: Hashable) -> bool:
-        before = self._odd.pop(signature, None)
-        if before is not None and (before[1] != witness or before[0] == task):
+        before = self._odd.get(signature, set())
+        if any(other != witness or seen == task for seen, other in before):
+            del self._odd[signature]
             return True
-        if len(self._odd) < FITTED_LIMIT:
-            self._odd[signature] = (task, witness)
+        if len(before) < FITTED_LIMIT and (before or len(self._odd) < FITTED_LIMIT):
+            self._odd[signature] = {*before, (task, witness)}
         return False
 
 

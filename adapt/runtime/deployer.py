@@ -16,13 +16,13 @@ from typing import Protocol
 from adapt.clock import Clock
 from adapt.config import counted
 from adapt.errors import AdaptError, PlanError
-from adapt.planning.placement import WorkerOffer
+from adapt.planning.placement import Plan, WorkerOffer
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import ClientId, Digest
 from adapt.protocol.wire import Blob
 from adapt.runtime import builder
 from adapt.runtime.artifacts import ArtifactStore, Download
-from adapt.runtime.deployments import Blueprint, Deployments, ProfiledProgram, check, cut, first_plan, plan_freely
+from adapt.runtime.deployments import Blueprint, CutModel, Deployments, ProfiledProgram, check, cut, first_plan, plan_freely
 from adapt.scheduling import events as ev
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Surroundings(Protocol):
 
     def to_client(self, client_id: ClientId, message: msg.Message, blobs: tuple[Blob, ...] = ()) -> bool: ...
 
-    async def offers(self, *, wait_s: float) -> Sequence[WorkerOffer]: ...
+    async def offers(self, *, wait_s: float, with_copies: bool = False) -> Sequence[WorkerOffer]: ...
 
     def version(self, deployment: str, number: int) -> ev.Version: ...
 
@@ -151,13 +151,10 @@ class Deployer:
         self._progress(client_id, deploy, "cutting the model into stages")
         if not (offers := await self._around.offers(wait_s=FIRST_WORKER_S)):
             raise PlanError("no worker is connected; start one with: adapt-worker --dispatcher ADDRESS")
-        if deploy.stages:
-            model = await asyncio.to_thread(cut, self._store, program, deploy.stages)
-            made |= {need.artifact for need in model.stages}
-            plan = first_plan(model, await self._around.offers(wait_s=0.0))
-        else:
-            model, plan = await asyncio.to_thread(plan_freely, self._store, program, offers, name=deploy.name)
-            made |= {need.artifact for need in model.stages}
+        try:
+            model, plan = await self._placed(deploy, program, offers, made)
+        except PlanError:  # then copies of other stages give way
+            model, plan = await self._placed(deploy, program, await self._around.offers(wait_s=0.0, with_copies=True), made)
         version = ev.Version(
             deployment=deploy.name,
             number=self._deployments.next_number(deploy.name),
@@ -170,6 +167,17 @@ class Deployer:
         )
         self._deployments.put(version, Blueprint(model.interface, deploy.numerics, model.file_bytes))
         return version
+
+    async def _placed(
+        self, deploy: msg.Deploy, program: ProfiledProgram, offers: Sequence[WorkerOffer], made: set[Digest]
+    ) -> tuple[CutModel, Plan]:
+        if deploy.stages:
+            model = await asyncio.to_thread(cut, self._store, program, deploy.stages)
+            made |= {need.artifact for need in model.stages}
+            return model, first_plan(model, offers)
+        model, plan = await asyncio.to_thread(plan_freely, self._store, program, offers, name=deploy.name)
+        made |= {need.artifact for need in model.stages}
+        return model, plan
 
     async def _ready(self, version: ev.Version) -> None:
         """Hand the version to the scheduler and wait until every stage is resident, or raise what prevents it."""

@@ -631,13 +631,13 @@ class Dispatcher:
 
     # ── deployments and artifacts ────────────────────────────────────────────────────────────────────────────────────
 
-    async def offers(self, *, wait_s: float) -> list[WorkerOffer]:
-        """What the ready workers have to give; waits so long for a first one."""
+    async def offers(self, *, wait_s: float, with_copies: bool = False) -> list[WorkerOffer]:
+        """What the ready workers have to give, see `Scheduler.offers`; waits so long for a first one."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 while not self._scheduler.offers():
                     await self._turn()
-        return self._scheduler.offers()
+        return self._scheduler.offers(with_copies=with_copies)
 
     def version(self, deployment: str, number: int) -> ev.Version:
         """A version that takes requests. Raises UnknownModelError: it was replaced or removed meanwhile."""

@@ -37,7 +37,7 @@ from adapt.protocol.messages import PROTOCOL_VERSION
 from adapt.runtime import etcd_layout
 from adapt.runtime.etcd_keeper import HeldLease, Keeper
 from adapt.runtime.etcd_layout import Layout, LeaderRecord, encode_record, read_leader, read_worker
-from adapt.runtime.etcd_link import Entry, EtcdLink, EtcdRefusedError, Put, Snapshot, load_etcd3
+from adapt.runtime.etcd_link import Entry, EtcdFullError, EtcdLink, EtcdRefusedError, Put, Snapshot, load_etcd3
 from adapt.runtime.registry import Listener, write_term
 from adapt.runtime.state import StateDirectory
 from adapt.scheduling.deadlines import Deadlines
@@ -306,7 +306,7 @@ class _Seat:
             stage, term, addresses = self._stage, self._term, self._addresses
         if stage in (_Stage.IDLE, _Stage.DEPOSED):
             return
-        lease = self._lease.hold(link, self._lease_ttl_s) if stage is _Stage.LEADING else None  # first: the reads may take long
+        lease = self._renewed(link) if stage is _Stage.LEADING else None  # first: the reads may take long
         seat, number = link.read(self._layout.leader), link.read(self._layout.term)
         record, counted = read_leader(seat), etcd_layout.read_term(number)
         if record is not None and record.owner != self._owner:
@@ -323,6 +323,12 @@ class _Seat:
         value = encode_record(ours)
         if seat is None or (seat.value, seat.lease) != (value, lease) or counted != term:
             self._sit_down(link, term, Put(self._layout.leader, value, lease), seat, number)
+
+    def _renewed(self, link: EtcdLink) -> int | None:
+        """The lease of now; None if etcd has no room for a new one, which must not keep us from seeing who sits there."""
+        with contextlib.suppress(EtcdFullError):
+            return self._lease.hold(link, self._lease_ttl_s)
+        return None
 
     def _sit_down(self, link: EtcdLink, term: Term, put: Put, seat: Entry | None, number: Entry | None) -> None:
         expected = {self._layout.leader: seat.revision if seat else 0, self._layout.term: number.revision if number else 0}

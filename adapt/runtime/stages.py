@@ -79,6 +79,7 @@ class ResidentStages(Generic[StageT]):
         self._resident: dict[Digest, _Resident[StageT]] = {}
         self._loading: dict[Digest, _Loading] = {}
         self._ending: dict[Digest, asyncio.Task[None]] = {}  # loads that were stopped and have yet to clean up
+        self._went = asyncio.Event()  # a stage that was unwanted
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapt-files")
 
     @property
@@ -102,6 +103,7 @@ class ResidentStages(Generic[StageT]):
         entry.users -= 1
         if entry.is_unwanted and not entry.users:
             del self._resident[Digest(digest)]
+            self._went.set()
 
     def load(self, order: LoadStage) -> None:
         """Make a stage resident; `StageLoaded` or `LoadFailed` is sent when that is decided."""
@@ -181,6 +183,7 @@ class ResidentStages(Generic[StageT]):
             if (before := self._ending.get(digest)) is not None:
                 await asyncio.wait([before])  # it holds the part file
             path = await self._file(digest, file_bytes)
+            await self._room(file_bytes)
             stage = await self._on_thread(lambda: self._made_ready(path))
         except AdaptError as error:
             del self._loading[digest]
@@ -191,6 +194,12 @@ class ResidentStages(Generic[StageT]):
         load_s = self._clock() - started_at
         log.info("stage loaded", extra={"artifact": digest, "file_bytes": file_bytes, "load_s": load_s})
         self._send(StageLoaded(artifact=digest, resident_bytes=file_bytes, load_s=load_s))
+
+    async def _room(self, file_bytes: int) -> None:
+        """Wait until what is unwanted, and may still be used, has made room."""
+        while self.resident_bytes + file_bytes > self._budget_bytes and any(entry.is_unwanted for entry in self._resident.values()):
+            self._went.clear()
+            await self._went.wait()
 
     async def _file(self, digest: Digest, file_bytes: int) -> Path:
         """The verified file, from the cache or from the dispatcher."""

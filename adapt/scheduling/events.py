@@ -53,6 +53,7 @@ class WorkerJoined(Struct, frozen=True, kw_only=True):
     """A worker has said hello and attached; this ends whatever session it had before."""
 
     worker_id: WorkerId
+    incarnation: int = 0  # of its process; 0: unknown
     numeric_class: str
     stage_budget_bytes: int
     credit: int

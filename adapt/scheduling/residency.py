@@ -110,6 +110,7 @@ class Residency:
             for worker_id in workers:
                 member = self._roster.member(worker_id)
                 if member.verdict is Verdict.READY:
+                    self._clear_room(member)
                     self._load(member, need.artifact, now)
                 elif member.verdict is Verdict.LOST and not is_restored:  # it left after the plan was made
                     self._left_version(live, member, now)
@@ -185,8 +186,7 @@ class Residency:
             for stage, need in enumerate(live.plan.stages):
                 if member.worker_id in live.plan.places[stage]:
                     self._load(member, need.artifact, now)
-                elif need.artifact in member.resident:
-                    self._replan(live, live.plan.added(stage, member.worker_id))
+        self._adopt(member)
         for live in versions:  # of all versions, before any second place of any: without them no request of theirs can end
             for stage in orphans(live.plan):
                 if live.plan.stages[stage].memory_bytes <= self.offer(member).free_bytes:
@@ -197,9 +197,32 @@ class Residency:
             self._check_ready(live)
         self._woken()
 
+    def _adopt(self, member: Member) -> None:
+        """What it has besides its part is used, if there is room for it; else it has not heard yet that it was to give it up."""
+        for live in self._versions.values():
+            for stage, need in enumerate(live.plan.stages):
+                if need.artifact in member.resident and member.worker_id not in live.plan.places[stage]:
+                    if self._is_placed(member, need.artifact) or self.offer(member).free_bytes >= need.memory_bytes:
+                        self._replan(live, live.plan.added(stage, member.worker_id))
+                    else:
+                        self._forget(member, need.artifact)
+                        self._actions.append(ev.Unload(worker_id=member.worker_id, artifact=need.artifact))
+
+    def _is_placed(self, member: Member, artifact: Digest) -> bool:
+        """Whether some version wants this stage there."""
+        return any(
+            artifact == need.artifact and member.worker_id in workers
+            for live in self._versions.values()
+            for need, workers in zip(live.plan.stages, live.plan.places, strict=True)
+        )
+
     def _take(self, live: LiveVersion, stage: int, member: Member, now: float) -> None:
+        artifact = live.plan.stages[stage].artifact
         self._replan(live, live.plan.added(stage, member.worker_id))
-        self._load(member, live.plan.stages[stage].artifact, now)
+        self._load(member, artifact, now)
+        if artifact in member.resident:  # because of another version: no `StageResident` will follow
+            self._check_ready(live)
+            self._woken()
 
     def recovered(self, member: Member, now: float) -> None:
         """A suspect has been heard again: give it what was planned for it meanwhile."""
@@ -237,23 +260,39 @@ class Residency:
             if member is not None and member.is_ready and need.artifact in member.loading and suits(member):
                 return True
         spare = [m for m in self._roster if m.is_ready and m.worker_id not in places and not m.refuses(need.artifact, now) and suits(m)]
-        if not self._substitute(live, stage, spare, now) and not self._make_room(live, stage, spare, now):
+        is_helped = self._is_there(live, stage, spare, now) or self._substitute(live, stage, spare, now)
+        if not is_helped and not self._make_room(live, stage, spare, suits, now):
             return False
         self.stages_moved += 1
         return True
+
+    def _is_there(self, live: LiveVersion, stage: int, spare: list[Member], now: float) -> bool:
+        """Whether somebody has it because of another version: then it takes no room."""
+        artifact = live.plan.stages[stage].artifact
+        member = min((m for m in spare if artifact in m.resident), key=lambda m: m.worker_id, default=None)
+        if member is not None:
+            self._take(live, stage, member, now)
+        return member is not None
 
     def relieve(self, now: float) -> None:
         """Where a worker has become slow, and is busier than it would have to be, let another run its stage too."""
         for live in list(self._versions.values()):
             if live.is_retired or not live.is_ready or any(self._is_awaited(live, stage) for stage in range(len(live.plan.stages))):
                 continue
-            offers = [self.offer(member) for member in self._roster if member.is_ready]
+            offers = [self.offer(member) for member in self._roster if member.is_ready and self._may_help(live, member, now)]
             if (found := addition(live.plan, self._seconds(live), offers)) is not None:
                 stage, worker_id = found
-                member = self._roster.member(worker_id)
-                if not member.refuses(live.plan.stages[stage].artifact, now):
-                    self.stages_copied += 1
-                    self._take(live, stage, member, now)
+                self.stages_copied += 1
+                self._take(live, stage, self._roster.member(worker_id), now)
+
+    def _may_help(self, live: LiveVersion, member: Member, now: float) -> bool:
+        """Not who could not load a stage a moment ago; nor, where requests stay in one numeric class, a class that has not all stages."""
+        if any(member.refuses(need.artifact, now) for need in live.plan.stages):
+            return False
+        return not live.version.exact or all(
+            any(self._has(worker_id, need.artifact, member.numeric_class) for worker_id in workers)
+            for need, workers in zip(live.plan.stages, live.plan.places, strict=True)
+        )
 
     def _is_awaited(self, live: LiveVersion, stage: int) -> bool:
         """Whether somebody is loading it: then one has to see first what that brings."""
@@ -272,9 +311,15 @@ class Residency:
 
     # ── room for what nobody has ─────────────────────────────────────────────────────────────────────────────────────
 
-    def _make_room(self, live: LiveVersion, stage: int, spare: list[Member], now: float) -> bool:
-        """Copies give way to a stage that nobody has: what others have too is dropped where the least has to go. False: that is not enough."""
-        if self._is_resident(live, stage):
+    def _make_room(self, live: LiveVersion, stage: int, spare: list[Member], suits: Callable[[Member], bool], now: float) -> bool:
+        """Copies give way to a stage that nobody suitable has: what others have too is dropped where the least has to go. False: that is not
+        enough."""
+        holders = [
+            self._roster.member(worker_id)
+            for worker_id in live.plan.places[stage]
+            if self._has(worker_id, live.plan.stages[stage].artifact)
+        ]
+        if any(suits(member) for member in holders):
             return False
         need = live.plan.stages[stage]
         found: tuple[int, float, WorkerId, list[StageNeed]] | None = None
@@ -292,6 +337,33 @@ class Residency:
         self._take(live, stage, member, now)
         return True
 
+    def _clear_room(self, member: Member) -> None:
+        """A version has been planned on this worker at the cost of copies."""
+        for copy in self._enough_copies(member, -self.offer(member).free_bytes) or ():
+            self._drop_copy(member, copy.artifact)
+
+    def offer_with_copies(self, member: Member) -> WorkerOffer:
+        """What the worker has to give if the copies that it has gave way; of each stage the first worker by name keeps it."""
+        offer = self.offer(member)
+        copies = {
+            need.artifact: need.memory_bytes
+            for live in self._versions.values()
+            for need in live.plan.stages
+            if self._is_spare(member, need.artifact)
+        }
+        return replace(offer, free_bytes=offer.free_bytes + sum(copies.values()))
+
+    def _is_spare(self, member: Member, artifact: Digest) -> bool:
+        """A copy, and not the one that is kept."""
+        holders = [
+            worker_id
+            for live in self._versions.values()
+            for need, workers in zip(live.plan.stages, live.plan.places, strict=True)
+            for worker_id in workers
+            if need.artifact == artifact and self._has(worker_id, artifact)
+        ]
+        return self._is_copy(member, artifact) and member.worker_id != min(holders)
+
     def _enough_copies(self, member: Member, missing_bytes: int) -> list[StageNeed] | None:
         """Of the stages that others have as well, as few as make so much room; None: there are not enough."""
         copies = {
@@ -307,16 +379,21 @@ class Residency:
     def _is_copy(self, member: Member, artifact: Digest) -> bool:
         """Whether the worker has this stage, and every version that wants it there can do without."""
         wanted = [
-            workers
+            (workers, member.numeric_class if live.version.exact else None)
             for live in self._versions.values()
             for need, workers in zip(live.plan.stages, live.plan.places, strict=True)
             if need.artifact == artifact and member.worker_id in workers
         ]
-        return bool(wanted) and all(any(self._has(other, artifact) for other in workers if other != member.worker_id) for workers in wanted)
+        return bool(wanted) and all(
+            any(self._has(other, artifact, numeric_class) for other in workers if other != member.worker_id)
+            for workers, numeric_class in wanted
+        )
 
-    def _has(self, worker_id: WorkerId, artifact: Digest) -> bool:
+    def _has(self, worker_id: WorkerId, artifact: Digest, numeric_class: str | None = None) -> bool:
+        """Whether the worker can run the stage now, and is of that class if one is given."""
         member = self._roster.get(worker_id)
-        return member is not None and member.is_ready and artifact in member.resident
+        is_there = member is not None and member.is_ready and artifact in member.resident
+        return is_there and (numeric_class is None or self._roster.member(worker_id).numeric_class == numeric_class)
 
     def _drop_copy(self, member: Member, artifact: Digest) -> None:
         for live in list(self._versions.values()):
@@ -345,11 +422,7 @@ class Residency:
     def absent(self, member: Member, artifact: Digest, now: float) -> None:
         """The worker does not have a stage that we thought it had."""
         member.resident.discard(artifact)
-        if any(
-            artifact == need.artifact and member.worker_id in workers
-            for live in self._versions.values()
-            for need, workers in zip(live.plan.stages, live.plan.places, strict=True)
-        ):
+        if self._is_placed(member, artifact):
             self._load(member, artifact, now)
 
     def refused(self, member: Member, artifact: Digest, error: AdaptError, now: float) -> None:
@@ -381,12 +454,7 @@ class Residency:
         chosen = substitute(need, [self.offer(member) for member in spare])
         if chosen is None:
             return False
-        member = self._roster.member(chosen)
-        self._replan(live, live.plan.added(stage, chosen))
-        self._load(member, need.artifact, now)
-        if need.artifact in member.resident:  # because of another version: no `StageResident` will follow
-            self._check_ready(live)
-            self._woken()
+        self._take(live, stage, self._roster.member(chosen), now)
         return True
 
     def _load(self, member: Member, artifact: Digest, now: float) -> None:

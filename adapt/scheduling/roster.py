@@ -82,6 +82,7 @@ class Member:
     """One worker. Invariant: `len(slots) <= credit`, except for what it listed in its hello beyond its own offer."""
 
     worker_id: WorkerId
+    incarnation: int = 0  # of its process
     numeric_class: str = ""
     stage_budget_bytes: int = 0
     credit: int = 0

@@ -50,7 +50,7 @@ from adapt.scheduling.liveness import Liveness, Verdict
 from adapt.scheduling.policies import POLICIES
 from adapt.scheduling.qos import Breaker, QosSettings
 from adapt.scheduling.queues import Entry, StageKey, StageQueues
-from adapt.scheduling.requests import Attempt, Ended, EndedRequests, Request
+from adapt.scheduling.requests import POISONED, Attempt, Ended, EndedRequests, Request
 from adapt.scheduling.residency import REFUSED_S, LiveVersion, Residency
 from adapt.scheduling.roster import Member, Roster, Slot
 from adapt.scheduling.tokens import RetryTokens, TokenSettings
@@ -195,9 +195,10 @@ class Scheduler:
         """The moment of the next `tick`; after `tick(now)` it is later than `now`."""
         return earliest(self._liveness.next_wakeup(), self._residency.next_wakeup(), self._due.next_wakeup(), self._first_unaccepted())
 
-    def offers(self) -> list[WorkerOffer]:
-        """What the workers that are ready have to give."""
-        return [self._residency.offer(member) for member in self.roster if member.is_ready]
+    def offers(self, *, with_copies: bool = False) -> list[WorkerOffer]:
+        """What the workers that are ready have to give; `with_copies`: if copies of stages that others have too gave way, as they do."""
+        offer = self._residency.offer_with_copies if with_copies else self._residency.offer
+        return [offer(member) for member in self.roster if member.is_ready]
 
     def work_of(self, attempt: AttemptId, worker_id: WorkerId) -> tuple[Digest, Sequence[Leaf]] | None:
         """The stage of an attempt and the input that it was given; None if its answer comes too late to be used."""
@@ -811,6 +812,10 @@ class Scheduler:
 
     def _worker_joined(self, event: ev.WorkerJoined, now: float) -> None:
         member = self.roster.member(event.worker_id)
+        if event.incarnation and event.incarnation == member.incarnation:  # only its connection was lost
+            for request in self._requests.values():
+                request.absolve(member.worker_id)
+        member.incarnation = event.incarnation
         lost = set(member.slots) - event.held - event.finished
         self._residency.session_ended(member)
         member.join(
@@ -934,7 +939,9 @@ class Scheduler:
             self.counters["poisonous_requests"] += 1
             self._fail(request, _poison(request), now)
         else:
-            self._again(request, error, now, is_free=suspects != 1 or is_sound)
+            # Who dies with it may die before it is known that nothing else was running: that has an end too.
+            is_free = is_sound and len(request.suspected) < POISONED if suspects > 1 else not suspects or is_sound
+            self._again(request, error, now, is_free=is_free)
 
     def _is_sound(self, member: Member) -> bool:
         """Whether it succeeds otherwise: then a death in the hands of a request speaks against the request. At first nobody has succeeded."""

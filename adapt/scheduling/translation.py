@@ -15,6 +15,7 @@ from adapt.scheduling import events as ev
 def joined(hello: msg.WorkerHello) -> ev.WorkerJoined:
     return ev.WorkerJoined(
         worker_id=WorkerId(hello.worker_id),
+        incarnation=hello.incarnation,
         numeric_class=hello.device.numeric_class,
         stage_budget_bytes=hello.stage_budget_bytes,
         credit=hello.credit,

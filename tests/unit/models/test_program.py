@@ -272,6 +272,16 @@ def test_an_odd_form_is_believed_if_another_worker_or_the_only_one_says_it_again
         check(given, made, task=task, witness=witness)
 
 
+def test_the_only_worker_is_believed_though_others_ask_meanwhile():
+    """Regression: of two tasks in turns each made the other's forgotten."""
+    check = FormCheck([TensorSpec("float32", (Affine(1, 0), 5), (0, 1))], [TensorSpec("float32", (Affine(1, 0),), (0,))])
+    given, made = [np.zeros((1, 5), np.float32)], [np.float32(1.0)]
+    for task in (1, 2):
+        with pytest.raises(InputMismatchError):
+            check(given, made, task=task, witness="w1")
+    check(given, made, task=1, witness="w1")
+
+
 def test_no_form_of_a_larger_batch_is_believed_that_does_not_fit():
     check = FormCheck([TensorSpec("float32", (Affine(1, 0), 5), (0, 1))], [BATCHED])
     for witness in ("w1", "w2", "w3"):

@@ -46,7 +46,7 @@ class House:
         member.verdict = Verdict.READY
         self.residency.joined(member, self.now)
 
-    def deploy(self, number: int, *places: str, model: str = "m", deployment: str = "d") -> ev.Version:
+    def deploy(self, number: int, *places: str, model: str = "m", deployment: str = "d", is_exact: bool = False) -> ev.Version:
         """A version with one stage per place; a place lists its workers, separated by blanks."""
         version = ev.Version(
             deployment=deployment,
@@ -54,7 +54,7 @@ class House:
             program=Digest(model),
             codec="raw",
             tolerance=None,
-            exact=False,
+            exact=is_exact,
             plan=Plan(
                 program=Digest(model),
                 epoch=Epoch(1),
@@ -447,6 +447,75 @@ def test_as_little_as_possible_gives_way():
     assert house.is_coming("other", 0)
     assert [type(action) for action in house.taken() if not isinstance(action, ev.PlanChanged)] == [ev.Unload, ev.Load]
     assert all(house.places()), "every stage has a worker still"
+
+
+def test_what_another_version_has_resident_is_used_before_room_is_made():
+    """Regression: a copy was dropped for it, and nobody woken."""
+    house = House("w1", "w2", "w3", budget_bytes=20)
+    house.deploy(1, "w1", deployment="a")
+    house.deploy(1, "w2", deployment="b")  # the same artifact
+    house.deploy(1, "w2 w3", deployment="c", model="c")
+    for name, artifact in (("w1", "m.0"), ("w2", "m.0"), ("w2", "c.0"), ("w3", "c.0")):
+        house.load(name, artifact)
+    house.member("w1").verdict = Verdict.LOST
+    house.residency.left(house.member("w1"), house.now)
+    house.taken()
+    wakes = house.wakes
+    assert house.is_coming("a", 0)
+    assert house.places("a") == (("w2",),) and house.wakes > wakes
+    assert not [action for action in house.taken() if isinstance(action, ev.Unload)]
+
+
+def test_the_last_of_a_numeric_class_gives_way_to_nobody_if_requests_stay_in_one():
+    house = House("w1", "w2", budget_bytes=10)
+    house.member("w2").numeric_class = "y"
+    house.deploy(1, "w1 w2", is_exact=True)
+    house.load("w1", "m.0")
+    house.load("w2", "m.0")
+    house.deploy(1, "w9", deployment="other", model="n")
+    house.taken()
+    assert not house.is_coming("other", 0)
+    assert house.places() == (("w1", "w2"),)
+
+
+def test_help_comes_only_from_a_class_that_has_all_stages_if_requests_stay_in_one():
+    house = House("w1", "w2", "w3")
+    house.member("w3").numeric_class = "y"
+    house.deploy(1, "w1", "w2", is_exact=True)
+    house.load("w1", "m.0")
+    house.load("w2", "m.1")
+    house.taken()
+    house.member("w1").services[Digest("m.0")], house.member("w1").slowness = Service(10.0), 10.0
+    house.residency.relieve(house.now)
+    assert [action for action in house.taken() if isinstance(action, ev.Load)] == loads(("w2", "m.0"))
+
+
+def test_what_a_worker_should_have_given_up_is_not_used_again():
+    """Regression: an `Unload` that was lost with its session was undone, and what was to come in its place refused."""
+    house = House("w1", "w2", "w3", budget_bytes=10)
+    house.deploy(1, "w1", "w2 w3")
+    for name, artifact in (("w1", "m.0"), ("w2", "m.1"), ("w3", "m.1")):
+        house.load(name, artifact)
+    house.member("w1").verdict = Verdict.LOST
+    house.residency.left(house.member("w1"), house.now)
+    assert house.is_coming("d", 0)
+    house.taken()
+    house.join("w2", "m.1", budget_bytes=10)
+    unload = ev.Unload(worker_id=WorkerId("w2"), artifact=Digest("m.1"))
+    assert unload in house.taken() and house.places() == (("w2",), ("w3",))
+
+
+def test_copies_give_way_to_a_version_that_was_planned_in_their_place():
+    house = House("w1", "w2", budget_bytes=10)
+    house.deploy(1, "w1 w2")
+    house.load("w1", "m.0")
+    house.load("w2", "m.0")
+    house.taken()
+    free = {name: house.residency.offer_with_copies(house.member(name)).free_bytes for name in ("w1", "w2")}
+    assert free == {"w1": 0, "w2": 10}, "one keeps it"
+    house.deploy(1, "w2", deployment="other", model="n")
+    assert [type(action) for action in house.taken() if not isinstance(action, ev.PlanChanged)] == [ev.Unload, ev.Load]
+    assert house.places() == (("w1",),)
 
 
 def test_a_worker_that_has_become_slow_gets_help_once():

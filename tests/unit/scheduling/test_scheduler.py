@@ -878,6 +878,27 @@ def test_what_had_begun_counts_wherever_it_stands():
     assert second in [fail.request_id for fail in cluster.taken(ev.Fail)]
 
 
+def test_who_comes_back_as_the_same_process_has_not_died():
+    """Also of what it does not list: that had not reached it."""
+    cluster = Cluster()
+    cluster.join("w1")
+    cluster.deploy("w1", cost_s=AHEAD_S / 20)
+    cluster.submit()
+    cluster.finish(cluster.the_one_sent(), busy_s=AHEAD_S / 20)
+    cluster.submit()
+    for _ in range(5):
+        cluster.wait(2 * REACHED_S)
+        cluster.lose("w1")
+        cluster.silent.clear()
+        cluster.tell(
+            ev.WorkerJoined(
+                worker_id=WorkerId("w1"), incarnation=7, numeric_class="x", stage_budget_bytes=100, credit=2,
+                resident=frozenset(["d.0"]), held=frozenset(), finished=frozenset(),
+            )
+        )  # fmt: skip
+    assert cluster.scheduler.counters["poisonous_requests"] == 0 and cluster.scheduler.live_requests == 1
+
+
 def test_a_connection_that_was_lost_is_no_death():
     cluster = a_cluster("w1")
     cluster.submit()
