@@ -14,7 +14,7 @@ from adapt.errors import PlanError
 from adapt.protocol.ids import Digest, Epoch, WorkerId
 
 MEBIBYTE = 1 << 20
-WORTH_A_COPY = 0.2  # a copy of a stage has to make the busiest worker so much faster: what is measured is rough
+WORTH_A_COPY = 0.2  # a copy of a stage has to relieve the busiest worker by so much: what is measured is rough
 WORTH_A_COPY_S = 2e-3  # and by so much: of shorter tasks most is not the worker's time
 
 
@@ -130,7 +130,8 @@ def relief(plan: Plan, newcomer: WorkerOffer) -> int | None:
 
 
 def addition(plan: Plan, seconds: Mapping[tuple[int, WorkerId], float], offers: Sequence[WorkerOffer]) -> tuple[int, WorkerId] | None:
-    """A stage, and a worker that should run it too, so that the busiest worker is relieved; None if no copy is worth it.
+    """A stage, and a worker that should run it too, so that the busiest worker is relieved and nobody becomes as busy; None if no copy is
+    worth it. (Of two that are equally busy one is helped after the other.)
 
     Copies of a stage share its requests in proportion to their speeds, so that a stage of workers that need t1, t2 ... keeps each of them
     busy for 1 / (1/t1 + 1/t2 + ...) per request.
@@ -142,29 +143,31 @@ def addition(plan: Plan, seconds: Mapping[tuple[int, WorkerId], float], offers: 
     times = {stage: {worker: s for (at, worker), s in seconds.items() if at == stage} for stage in range(len(plan.stages))}
     if not all(times.values()):  # a stage that nobody has is another matter
         return None
-    before_s, busiest = _busiest(times)
-    best: tuple[float, int, WorkerId] | None = None
+    before = _busy(times)
+    before_s, busiest = max((s, worker) for worker, s in before.items())
+    best: tuple[float, float, int, WorkerId] | None = None
     for stage in sorted(stage for stage, workers in times.items() if busiest in workers):
         need = plan.stages[stage]
         for offer in offers:
             if offer.worker_id in plan.places[stage] or offer.free_bytes < need.memory_bytes:
                 continue
             copied = {**times, stage: {**times[stage], offer.worker_id: need.cost_s * offer.slowness}}
-            candidate = (_busiest(copied)[0], stage, offer.worker_id)
-            best = candidate if best is None else min(best, candidate)
-    if best is None or best[0] * (1.0 + WORTH_A_COPY) + WORTH_A_COPY_S >= before_s:
-        return None
-    return best[1:]
+            after = _busy(copied)
+            is_worth_it = after[busiest] * (1.0 + WORTH_A_COPY) + WORTH_A_COPY_S < before_s
+            if is_worth_it and after[offer.worker_id] < before_s:
+                candidate = (max(after.values()), after[busiest], stage, offer.worker_id)
+                best = candidate if best is None else min(best, candidate)
+    return None if best is None else best[2:]
 
 
-def _busiest(times: Mapping[int, Mapping[WorkerId, float]]) -> tuple[float, WorkerId]:
-    """Seconds per request of the worker that needs most, and who it is."""
+def _busy(times: Mapping[int, Mapping[WorkerId, float]]) -> dict[WorkerId, float]:
+    """Seconds per request that each worker needs."""
     busy_s: dict[WorkerId, float] = {}
     for workers in times.values():
         share_s = 1.0 / sum(1.0 / max(s, 1e-9) for s in workers.values())
         for worker in workers:
             busy_s[worker] = busy_s.get(worker, 0.0) + share_s
-    return max((s, worker) for worker, s in busy_s.items())
+    return busy_s
 
 
 def _no_room(index: int, stages: int, need: StageNeed, room: dict[WorkerId, int]) -> str:

@@ -204,6 +204,12 @@ def test_a_worker_that_has_become_slow_gets_help_from_who_is_idle():
     )
 
 
+def test_of_two_that_are_equally_slow_one_is_helped_after_the_other():
+    assert addition(TWO, seconds(w0_0=20.0, w1_1=20.0), [IDLE]) == (1, "idle")
+    helped, idle = TWO.added(1, WorkerId("idle")), WorkerOffer(worker_id=WorkerId("idle"), free_bytes=MIB)
+    assert addition(helped, seconds(w0_0=20.0, w1_1=20.0, idle_1=2.0), [idle]) == (0, "idle")
+
+
 def test_of_equal_workers_nobody_needs_help():
     assert addition(TWO, seconds(w0_0=2.0, w1_1=2.1), offers_of([(9, 0, 1), (9, 0, 1)])) is None
     assert addition(TWO, seconds(w0_0=2.0), [IDLE]) is None, "a stage that nobody has is another matter"
@@ -220,7 +226,7 @@ def test_a_copy_is_made_only_where_it_is_worth_it_and_copying_ends(needs, triple
     names = [offer.worker_id for offer in offers]
     plan = plan_of(needs_of(needs), [[data.draw(st.sampled_from(names))] for _ in needs])
     taken = {(stage, at[0]): data.draw(st.integers(1, 100)) * 0.5 for stage, at in enumerate(plan.places)}
-    before_s = busiest_s(plan, taken)
+    before = busy_s(plan, taken)
     for _ in range(len(needs) * len(names)):
         found = addition(plan, taken, offers)
         if found is None:
@@ -229,18 +235,19 @@ def test_a_copy_is_made_only_where_it_is_worth_it_and_copying_ends(needs, triple
         offer = next(offer for offer in offers if offer.worker_id == worker)
         assert worker not in plan.places[stage] and offer.free_bytes >= plan.stages[stage].memory_bytes
         plan, taken = plan.added(stage, worker), {**taken, found: plan.stages[stage].cost_s * offer.slowness}
-        after_s = busiest_s(plan, taken)
-        assert after_s * (1 + WORTH_A_COPY) < before_s
-        before_s = after_s
+        after = busy_s(plan, taken)
+        busiest = max(before, key=lambda name: (before[name], name))
+        assert after[busiest] * (1 + WORTH_A_COPY) < before[busiest] and after[worker] < before[busiest]
+        before = after
     assert addition(plan, taken, offers) is None
 
 
-def busiest_s(plan: Plan, taken) -> float:
+def busy_s(plan: Plan, taken) -> dict[WorkerId, float]:
     busy = dict.fromkeys({worker for _, worker in taken}, 0.0)
     for stage, at in enumerate(plan.places):
         for worker in at:
             busy[worker] += 1 / sum(1 / taken[stage, other] for other in at)
-    return max(busy.values())
+    return busy
 
 
 # ── the plan ─────────────────────────────────────────────────────────────────────────────────────────────────────────
