@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 GOODBYE_S = 0.5  # how long the last messages may take to leave
 LAST_ACKS_S = 2.0  # how long a draining dispatcher waits for clients to acknowledge the last answers
-MALFORMED_LIMIT, MALFORMED_WINDOW_S = 3, 10.0  # so many unreadable messages of one peer within so long, and it is refused
+MALFORMED_LIMIT, MALFORMED_WINDOW_S = 3, 10.0  # so many unreadable messages of one client within so long, and it is refused
 REQUESTS_SHOWN = 20  # in a status
 EARLY_LIMIT = 4096  # messages that may come on control before bulk is attached
 _OF_TASKS = {msg.InferRequest, msg.ReplyAck, msg.Begun, msg.StageDone}  # what comes often, and changes nothing but tasks
@@ -414,7 +414,8 @@ class Dispatcher:
         self._handle(translation.joined(hello))
 
     def _malformed(self, arrival: Malformed) -> None:
-        """One bad message never stops the others. A known sender starts afresh and sends again what was lost; a stubborn one is refused."""
+        """One bad message never stops the others. A known sender starts afresh and sends again what was lost. A stubborn client is refused, lest its
+        program waits for nothing; a worker, whose cable may be bad for a while, only begins anew less and less often (`PeerSession`)."""
         self._scheduler.counters["malformed_messages"] += 1
         log.warning("message dropped", extra={"sender": bytes(arrival.routing_id).hex(), "reason": str(arrival.error)})
         session = self._sessions.routed(arrival.routing_id)
@@ -427,7 +428,7 @@ class Dispatcher:
         moments = self._spoilt.setdefault(session.name, [])
         moments.append(now)
         self._end_session(session, f"a message could not be read: {arrival.error}")
-        if len(moments) >= MALFORMED_LIMIT:
+        if len(moments) >= MALFORMED_LIMIT and session.role == "client":
             self._refuse(session.routing_id, arrival.error)
         else:
             self._say_hello(session.routing_id, session.number, self._reign.term)

@@ -34,7 +34,7 @@ from adapt.simulation.story import Story
 from adapt.simulation.timeline import Process, Timeline
 
 HEARTBEAT_S = 0.5
-MALFORMED_LIMIT, MALFORMED_WINDOW_S = 3, 10.0  # so many unreadable messages of one peer within so long, and it is refused
+MALFORMED_LIMIT, MALFORMED_WINDOW_S = 3, 10.0  # so many unreadable messages of one client within so long, and it is refused
 TURN_S = 0.0004  # the most that lies between an arrival and the turn of the loop in which it is read
 MAX_MESSAGE_BYTES = 256 << 20
 DRAIN_S = 3.0  # the most that a drain may take
@@ -366,7 +366,7 @@ class Dispatcher(Process):
         moments = self._spoilt.setdefault(session.name, [])
         moments.append(now)
         self._end_session(session, f"a message could not be read: {error}")
-        if len(moments) >= MALFORMED_LIMIT:
+        if len(moments) >= MALFORMED_LIMIT and session.role == "client":
             self.counters["stubborn peer refused"] += 1
             self._refuse(session.routing_id, error)
         else:

@@ -16,6 +16,7 @@ import pytest
 import adapt
 from adapt.emulation.description import ETCD, Event, EventSpec, Kind, RandomSpec
 from adapt.emulation.parse import parse
+from adapt.emulation.report import troubles
 from adapt.runtime.local import LocalProcess
 from tests.faults.clusters import SHORT, FaultCluster, FaultDevices, states, wait_until
 from tests.faults.etcd import needs_etcd
@@ -175,4 +176,6 @@ def test_chaos_of_machines_cables_and_etcd(isolated, nursery, workload, seed, tm
                 traffic.until_more(100)
             assert traffic.asked >= 2000
             assert_clean(traffic)
-            wait_until(lambda: set(states(client).values()) == {"ready"})
+            wait_until(
+                lambda: set(states(client).values()) == {"ready"}, told=lambda: f"{states(client)}; {troubles(cluster.observation())}"
+            )
