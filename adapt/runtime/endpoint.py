@@ -47,9 +47,7 @@ TURN_MESSAGES = 16  # what has gathered so far is handled, and leaves: so that a
 ZERO_COPY_BYTES = 64 << 10  # from here on a frame is neither copied when it is sent nor when it arrives
 SEND_QUEUE = 10_000  # messages that may wait for one connection before it counts as stuck
 HANDSHAKE_MS = 5_000
-DEAF_MS = (
-    2_000  # a peer whose system acknowledges nothing that was sent for so long hears nothing; answers to its heartbeats are always sent
-)
+DEAF_MS = 2_000  # a peer whose system acknowledges nothing for so long hears nothing: answers to its heartbeats are always sent
 MAX_FRAME_BYTES = MAX_HEADER_BYTES  # of what may be long in one frame, nothing is longer
 MAX_PARTS = MAX_BLOBS + 2
 

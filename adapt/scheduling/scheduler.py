@@ -731,13 +731,14 @@ class Scheduler:
                 attempt.is_expired = False
                 self._due.set(("attempt", request.attempt_id(number)), now + attempt.timeout_s)
             return False
-        if (
-            any(member.verdict is not Verdict.LOST and request.suits(member.numeric_class) for member in self.roster)
-            or not request.numeric_class
-        ):
-            return True
-        self._start_again(request)
-        return False
+        if request.numeric_class and not self._has_class(request.numeric_class):
+            self._start_again(request)
+            return False
+        return True
+
+    def _has_class(self, numeric_class: str) -> bool:
+        """Whether a worker of that class is there, or may come back."""
+        return any(member.verdict is not Verdict.LOST and member.numeric_class == numeric_class for member in self.roster)
 
     def _start_again(self, request: Request) -> None:
         """Nobody is left of the class that an exact request began in: from its input on, in another. No earlier answer counts for it."""
@@ -939,9 +940,9 @@ class Scheduler:
             self.counters["poisonous_requests"] += 1
             self._fail(request, _poison(request), now)
         else:
-            # Who dies with it may die before it is known that nothing else was running: that has an end too.
-            is_free = is_sound and len(request.suspected) < POISONED if suspects > 1 else not suspects or is_sound
-            self._again(request, error, now, is_free=is_free)
+            # A worker may die so soon that it is never known that nothing else was running: that has an end too.
+            costs = not is_sound if suspects == 1 else suspects > 1 and len(request.suspected) >= POISONED
+            self._again(request, error, now, is_free=not costs)
 
     def _is_sound(self, member: Member) -> bool:
         """Whether it succeeds otherwise: then a death in the hands of a request speaks against the request. At first nobody has succeeded."""

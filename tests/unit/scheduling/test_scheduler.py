@@ -18,6 +18,7 @@ from adapt.errors import (
     StageNotResidentError,
     UnknownModelError,
     WireError,
+    WorkerLostError,
 )
 from adapt.planning.placement import Plan, StageNeed
 from adapt.protocol.ids import AttemptId, ClientId, Digest, Epoch, RequestId, WorkerId
@@ -849,6 +850,27 @@ def test_of_several_that_may_have_killed_each_is_tried_with_nothing_behind_it():
         several.remove(alone.request)
         cluster.finish(alone, busy_s=AHEAD_S / 20)
     assert not several and cluster.scheduler.counters["poisonous_requests"] == 0, "innocents are answered"
+
+
+def test_what_is_always_suspected_with_others_has_an_end_too():
+    """A worker may die so soon that the answer of the task before is lost as well: then nothing is ever certain."""
+    cluster = Cluster()
+    cluster.join("w1", credit=8)
+    cluster.deploy("w1", cost_s=AHEAD_S / 20)
+    cluster.submit()
+    cluster.finish(cluster.the_one_sent(), busy_s=AHEAD_S / 20)
+    killer = cluster.submit(budget_s=1000.0)
+    deaths = 0
+    while not (failed := [fail for fail in cluster.taken(ev.Fail) if fail.request_id == killer]):
+        innocent = cluster.submit(budget_s=1.0)  # goes first
+        cluster.wait(2 * REACHED_S)
+        cluster.lose("w1")
+        cluster.silent.clear()
+        cluster.tell(ev.RequestCancelled(request_id=innocent))
+        cluster.join("w1", resident=["d.0"], credit=8)
+        deaths += 1
+        assert deaths < 20
+    assert isinstance(failed[0].error, (PoisonError, WorkerLostError))
 
 
 def test_what_was_sent_a_moment_ago_has_killed_nobody():

@@ -328,11 +328,9 @@ class Cluster(RuleBasedStateMachine):
             if request is not None and request.is_current(attempt) and attempt.attempt in request.attempts:
                 assert request.request_id not in costs, "no task is twice on one worker"
                 is_cause, is_suspect = suspects == [attempt], attempt in suspects and len(suspects) > 1
-                costs[request.request_id] = (
-                    request.failures + (is_cause and not is_sound),
-                    len(request.deaths) + (is_cause and is_sound),
-                    len(request.suspected) + (is_suspect and is_sound),
-                )
+                suspected = len(request.suspected) + (is_suspect and is_sound)
+                failures = request.failures + (is_cause and not is_sound) + (is_suspect and suspected >= POISONED)
+                costs[request.request_id] = (failures, len(request.deaths) + (is_cause and is_sound), suspected)
         return costs
 
     @rule()
