@@ -210,11 +210,14 @@ class Residency:
 
     def _is_placed(self, member: Member, artifact: Digest) -> bool:
         """Whether some version wants this stage there."""
-        return any(
-            artifact == need.artifact and member.worker_id in workers
-            for live in self._versions.values()
-            for need, workers in zip(live.plan.stages, live.plan.places, strict=True)
-        )
+        return any(member.worker_id in workers for _, _, workers in self._wanting(artifact))
+
+    def _wanting(self, artifact: Digest) -> Iterator[tuple[LiveVersion, int, tuple[WorkerId, ...]]]:
+        """The stages that have this artifact, each with its version and its workers. Versions may be planned anew meanwhile."""
+        for live in list(self._versions.values()):
+            for stage, need in enumerate(live.plan.stages):
+                if need.artifact == artifact:
+                    yield live, stage, live.plan.places[stage]
 
     def _take(self, live: LiveVersion, stage: int, member: Member, now: float) -> None:
         artifact = live.plan.stages[stage].artifact
@@ -314,14 +317,10 @@ class Residency:
     def _make_room(self, live: LiveVersion, stage: int, spare: list[Member], suits: Callable[[Member], bool], now: float) -> bool:
         """Copies give way to a stage that nobody suitable has: what others have too is dropped where the least has to go. False: that is not
         enough."""
-        holders = [
-            self._roster.member(worker_id)
-            for worker_id in live.plan.places[stage]
-            if self._has(worker_id, live.plan.stages[stage].artifact)
-        ]
+        need = live.plan.stages[stage]
+        holders = [self._roster.member(worker_id) for worker_id in live.plan.places[stage] if self._has(worker_id, need.artifact)]
         if any(suits(member) for member in holders):
             return False
-        need = live.plan.stages[stage]
         found: tuple[int, float, WorkerId, list[StageNeed]] | None = None
         for member in spare:
             dropped = self._enough_copies(member, need.memory_bytes - self.offer(member).free_bytes)
@@ -355,14 +354,9 @@ class Residency:
 
     def _is_spare(self, member: Member, artifact: Digest) -> bool:
         """A copy, and not the one that is kept."""
-        holders = [
-            worker_id
-            for live in self._versions.values()
-            for need, workers in zip(live.plan.stages, live.plan.places, strict=True)
-            for worker_id in workers
-            if need.artifact == artifact and self._has(worker_id, artifact)
-        ]
-        return self._is_copy(member, artifact) and member.worker_id != min(holders)
+        if not self._is_copy(member, artifact):
+            return False
+        return member.worker_id != min(w for _, _, workers in self._wanting(artifact) for w in workers if self._has(w, artifact))
 
     def _enough_copies(self, member: Member, missing_bytes: int) -> list[StageNeed] | None:
         """Of the stages that others have as well, as few as make so much room; None: there are not enough."""
@@ -380,9 +374,8 @@ class Residency:
         """Whether the worker has this stage, and every version that wants it there can do without."""
         wanted = [
             (workers, member.numeric_class if live.version.exact else None)
-            for live in self._versions.values()
-            for need, workers in zip(live.plan.stages, live.plan.places, strict=True)
-            if need.artifact == artifact and member.worker_id in workers
+            for live, _, workers in self._wanting(artifact)
+            if member.worker_id in workers
         ]
         return bool(wanted) and all(
             any(self._has(other, artifact, numeric_class) for other in workers if other != member.worker_id)
@@ -396,10 +389,9 @@ class Residency:
         return is_there and (numeric_class is None or self._roster.member(worker_id).numeric_class == numeric_class)
 
     def _drop_copy(self, member: Member, artifact: Digest) -> None:
-        for live in list(self._versions.values()):
-            for stage, need in enumerate(live.plan.stages):
-                if need.artifact == artifact and member.worker_id in live.plan.places[stage]:
-                    self._replan(live, live.plan.dropped(stage, member.worker_id))
+        for live, stage, workers in self._wanting(artifact):
+            if member.worker_id in workers:
+                self._replan(live, live.plan.dropped(stage, member.worker_id))
         self._forget(member, artifact)
         self.copies_dropped += 1
         self._actions.append(ev.Unload(worker_id=member.worker_id, artifact=artifact))
@@ -430,12 +422,11 @@ class Residency:
         self._forget(member, artifact)
         member.refused[artifact] = now + REFUSED_S
         self.loads_failed += 1
-        for live in list(self._versions.values()):
-            for stage, need in enumerate(live.plan.stages):
-                if need.artifact == artifact and member.worker_id in live.plan.places[stage]:
-                    self._replan(live, live.plan.dropped(stage, member.worker_id))
-                    if not live.is_ready:
-                        self._replace_or_fail(live, stage, error, now)
+        for live, stage, workers in self._wanting(artifact):
+            if member.worker_id in workers:
+                self._replan(live, live.plan.dropped(stage, member.worker_id))
+                if not live.is_ready:
+                    self._replace_or_fail(live, stage, error, now)
         self._woken()
 
     def _replace_or_fail(self, live: LiveVersion, stage: int, error: AdaptError, now: float) -> None:
