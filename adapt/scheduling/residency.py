@@ -7,36 +7,20 @@ when each of its stages is resident somewhere; a retired version is released whe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from adapt.errors import AdaptError, UnknownModelError, WorkerLostError
 from adapt.planning.placement import Plan, StageNeed, WorkerOffer, addition, orphans, relief, substitute
 from adapt.protocol.ids import Digest, WorkerId
 from adapt.scheduling import events as ev
+from adapt.scheduling.copies import Copies
 from adapt.scheduling.deadlines import Deadlines
 from adapt.scheduling.liveness import Verdict
 from adapt.scheduling.queues import StageKey
 from adapt.scheduling.roster import Member, Roster
+from adapt.scheduling.versions import LiveVersion, Wanted
 
 REFUSED_S = 30.0  # after a load that failed, the worker is not asked for that stage again
-
-
-@dataclass(slots=True)
-class LiveVersion:
-    """A version and what the scheduler keeps with it."""
-
-    version: ev.Version
-    is_ready: bool = False
-    is_retired: bool = False
-    requests: int = 0  # that live and are pinned to it
-
-    @property
-    def plan(self) -> Plan:
-        return self.version.plan
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return (self.version.deployment, self.version.number)
 
 
 class Residency:
@@ -50,6 +34,7 @@ class Residency:
         self._versions: dict[tuple[str, int], LiveVersion] = {}
         self._current: dict[str, int] = {}  # deployment -> the version that takes new requests
         self._due: Deadlines[tuple[WorkerId, Digest]] = Deadlines()  # loads that must show progress
+        self.copies = Copies(roster, self._wanting, self.offer)
         self.loads_failed = 0
         self.stages_moved = self.stages_copied = self.copies_dropped = 0
 
@@ -148,7 +133,7 @@ class Residency:
 
     def _is_resident(self, live: LiveVersion, stage: int) -> bool:
         artifact = live.plan.stages[stage].artifact
-        return any(self._has(worker_id, artifact) for worker_id in live.plan.places[stage])
+        return any(self._roster.has(worker_id, artifact) for worker_id in live.plan.places[stage])
 
     def _retire_below(self, deployment: str, number: int | None) -> None:
         """Retire the versions of the deployment that are older than `number`, or all."""
@@ -210,14 +195,14 @@ class Residency:
 
     def _is_placed(self, member: Member, artifact: Digest) -> bool:
         """Whether some version wants this stage there."""
-        return any(member.worker_id in workers for _, _, workers in self._wanting(artifact))
+        return any(member.worker_id in workers for *_, workers in self._wanting(artifact))
 
-    def _wanting(self, artifact: Digest) -> Iterator[tuple[LiveVersion, int, tuple[WorkerId, ...]]]:
+    def _wanting(self, artifact: Digest) -> Iterator[Wanted]:
         """The stages that have this artifact, each with its version and its workers. Versions may be planned anew meanwhile."""
         for live in list(self._versions.values()):
             for stage, need in enumerate(live.plan.stages):
                 if need.artifact == artifact:
-                    yield live, stage, live.plan.places[stage]
+                    yield Wanted(live, stage, need, live.plan.places[stage])
 
     def _take(self, live: LiveVersion, stage: int, member: Member, now: float) -> None:
         artifact = live.plan.stages[stage].artifact
@@ -293,7 +278,7 @@ class Residency:
         if any(member.refuses(need.artifact, now) for need in live.plan.stages):
             return False
         return not live.version.exact or all(
-            any(self._has(worker_id, need.artifact, member.numeric_class) for worker_id in workers)
+            any(self._roster.has(worker_id, need.artifact, member.numeric_class) for worker_id in workers)
             for need, workers in zip(live.plan.stages, live.plan.places, strict=True)
         )
 
@@ -308,7 +293,7 @@ class Residency:
         found: dict[tuple[int, WorkerId], float] = {}
         for stage, (need, workers) in enumerate(zip(live.plan.stages, live.plan.places, strict=True)):
             for worker_id in workers:
-                if self._has(worker_id, need.artifact):
+                if self._roster.has(worker_id, need.artifact):
                     found[stage, worker_id] = self._roster.member(worker_id).expect(need.artifact, need.cost_s)[0]
         return found
 
@@ -318,12 +303,12 @@ class Residency:
         """Copies give way to a stage that nobody suitable has: what others have too is dropped where the least has to go. False: that is not
         enough."""
         need = live.plan.stages[stage]
-        holders = [self._roster.member(worker_id) for worker_id in live.plan.places[stage] if self._has(worker_id, need.artifact)]
+        holders = [self._roster.member(worker_id) for worker_id in live.plan.places[stage] if self._roster.has(worker_id, need.artifact)]
         if any(suits(member) for member in holders):
             return False
         found: tuple[int, float, WorkerId, list[StageNeed]] | None = None
         for member in spare:
-            dropped = self._enough_copies(member, need.memory_bytes - self.offer(member).free_bytes)
+            dropped = self.copies.enough(member, need.memory_bytes - self.offer(member).free_bytes)
             if dropped is not None:
                 cost = (len(dropped), sum(copy.cost_s for copy in dropped), member.worker_id)
                 if found is None or cost < found[:3]:
@@ -338,58 +323,11 @@ class Residency:
 
     def _clear_room(self, member: Member) -> None:
         """A version has been planned on this worker at the cost of copies."""
-        for copy in self._enough_copies(member, -self.offer(member).free_bytes) or ():
+        for copy in self.copies.enough(member, -self.offer(member).free_bytes) or ():
             self._drop_copy(member, copy.artifact)
 
-    def offer_with_copies(self, member: Member) -> WorkerOffer:
-        """What the worker has to give if the copies that it has gave way; of each stage the first worker by name keeps it."""
-        offer = self.offer(member)
-        copies = {
-            need.artifact: need.memory_bytes
-            for live in self._versions.values()
-            for need in live.plan.stages
-            if self._is_spare(member, need.artifact)
-        }
-        return replace(offer, free_bytes=offer.free_bytes + sum(copies.values()))
-
-    def _is_spare(self, member: Member, artifact: Digest) -> bool:
-        """A copy, and not the one that is kept."""
-        if not self._is_copy(member, artifact):
-            return False
-        return member.worker_id != min(w for _, _, workers in self._wanting(artifact) for w in workers if self._has(w, artifact))
-
-    def _enough_copies(self, member: Member, missing_bytes: int) -> list[StageNeed] | None:
-        """Of the stages that others have as well, as few as make so much room; None: there are not enough."""
-        copies = {
-            need.artifact: need for live in self._versions.values() for need in live.plan.stages if self._is_copy(member, need.artifact)
-        }
-        dropped: list[StageNeed] = []
-        for need in sorted(copies.values(), key=lambda need: (-need.memory_bytes, need.artifact)):
-            if missing_bytes > 0:
-                dropped.append(need)
-                missing_bytes -= need.memory_bytes
-        return dropped if missing_bytes <= 0 else None
-
-    def _is_copy(self, member: Member, artifact: Digest) -> bool:
-        """Whether the worker has this stage, and every version that wants it there can do without."""
-        wanted = [
-            (workers, member.numeric_class if live.version.exact else None)
-            for live, _, workers in self._wanting(artifact)
-            if member.worker_id in workers
-        ]
-        return bool(wanted) and all(
-            any(self._has(other, artifact, numeric_class) for other in workers if other != member.worker_id)
-            for workers, numeric_class in wanted
-        )
-
-    def _has(self, worker_id: WorkerId, artifact: Digest, numeric_class: str | None = None) -> bool:
-        """Whether the worker can run the stage now, and is of that class if one is given."""
-        member = self._roster.get(worker_id)
-        is_there = member is not None and member.is_ready and artifact in member.resident
-        return is_there and (numeric_class is None or self._roster.member(worker_id).numeric_class == numeric_class)
-
     def _drop_copy(self, member: Member, artifact: Digest) -> None:
-        for live, stage, workers in self._wanting(artifact):
+        for live, stage, _, workers in self._wanting(artifact):
             if member.worker_id in workers:
                 self._replan(live, live.plan.dropped(stage, member.worker_id))
         self._forget(member, artifact)
@@ -422,7 +360,7 @@ class Residency:
         self._forget(member, artifact)
         member.refused[artifact] = now + REFUSED_S
         self.loads_failed += 1
-        for live, stage, workers in self._wanting(artifact):
+        for live, stage, _, workers in self._wanting(artifact):
             if member.worker_id in workers:
                 self._replan(live, live.plan.dropped(stage, member.worker_id))
                 if not live.is_ready:

@@ -208,6 +208,12 @@ class Roster:
     def get(self, worker_id: WorkerId) -> Member | None:
         return self._members.get(worker_id)
 
+    def has(self, worker_id: WorkerId, artifact: Digest, numeric_class: str | None = None) -> bool:
+        """Whether the worker can run the stage now, and is of that class if one is given."""
+        member = self._members.get(worker_id)
+        is_there = member is not None and member.is_ready and artifact in member.resident
+        return is_there and (numeric_class is None or self._members[worker_id].numeric_class == numeric_class)
+
     def member(self, worker_id: WorkerId) -> Member:
         """The worker of this id, made if it is new."""
         member = self._members.get(worker_id)

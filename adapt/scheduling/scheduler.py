@@ -51,9 +51,10 @@ from adapt.scheduling.policies import POLICIES
 from adapt.scheduling.qos import Breaker, QosSettings
 from adapt.scheduling.queues import Entry, StageKey, StageQueues
 from adapt.scheduling.requests import POISONED, Attempt, Ended, EndedRequests, Request
-from adapt.scheduling.residency import REFUSED_S, LiveVersion, Residency
+from adapt.scheduling.residency import REFUSED_S, Residency
 from adapt.scheduling.roster import Member, Roster, Slot
 from adapt.scheduling.tokens import RetryTokens, TokenSettings
+from adapt.scheduling.versions import LiveVersion
 
 STORY_LENGTH = 200
 ACCEPT_S = 0.5  # a request that was answered sooner is not accepted besides; less than a client's patience
@@ -197,7 +198,7 @@ class Scheduler:
 
     def offers(self, *, with_copies: bool = False) -> list[WorkerOffer]:
         """What the workers that are ready have to give; `with_copies`: if copies of stages that others have too gave way, as they do."""
-        offer = self._residency.offer_with_copies if with_copies else self._residency.offer
+        offer = self._residency.copies.offer if with_copies else self._residency.offer
         return [offer(member) for member in self.roster if member.is_ready]
 
     def work_of(self, attempt: AttemptId, worker_id: WorkerId) -> tuple[Digest, Sequence[Leaf]] | None:

@@ -511,7 +511,7 @@ def test_copies_give_way_to_a_version_that_was_planned_in_their_place():
     house.load("w1", "m.0")
     house.load("w2", "m.0")
     house.taken()
-    free = {name: house.residency.offer_with_copies(house.member(name)).free_bytes for name in ("w1", "w2")}
+    free = {name: house.residency.copies.offer(house.member(name)).free_bytes for name in ("w1", "w2")}
     assert free == {"w1": 0, "w2": 10}, "one keeps it"
     house.deploy(1, "w2", deployment="other", model="n")
     assert [type(action) for action in house.taken() if not isinstance(action, ev.PlanChanged)] == [ev.Unload, ev.Load]
