@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapt.errors import InputMismatchError, WireError
-from adapt.models.program import InputCheck, Program, ValueSpec, bind_arguments, spec_from_plain, spec_to_plain
+from adapt.models.forms import InputCheck, bind_arguments
+from adapt.models.program import Program, ValueSpec, spec_from_plain, spec_to_plain
 from adapt.models.structure import Leaf, Node, Structure, count_leaves, flatten, from_plain, to_plain, unflatten
 from adapt.models.tensorfile import canonical_json, parse_json
 

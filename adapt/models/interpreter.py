@@ -22,11 +22,11 @@ from typing import Any, Self
 import torch
 
 from adapt.errors import ModelError, WireError
+from adapt.models.forms import InputCheck
 from adapt.models.operators import DTYPES, LAYOUTS, MEMORY_FORMATS, OPERATORS
 from adapt.models.program import (
     Argument,
     Graph,
-    InputCheck,
     Operator,
     Symbol,
     ValueRef,

@@ -17,9 +17,10 @@ from typing import Any
 
 from adapt.errors import AdaptError, ConfigError, PlanError
 from adapt.models.cut import StageArtifact, legal_cuts, write_stages
+from adapt.models.forms import FormCheck
 from adapt.models.interface import Interface
 from adapt.models.layers import profile_model
-from adapt.models.program import FormCheck, Program, read_graph, read_program
+from adapt.models.program import Program, read_graph, read_program
 from adapt.planning import choose
 from adapt.planning.cost import Layout
 from adapt.planning.devices import ClusterProfile, DeviceProfile

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from adapt.errors import InputMismatchError, ModelError, WireError
 from adapt.models.cut import legal_cuts
+from adapt.models.forms import FormCheck
 from adapt.models.interface import Interface
 from adapt.models.interpreter import Stage
 from adapt.models.program import (
     PROGRAM_KEY,
     Affine,
-    FormCheck,
     TensorSpec,
     program_to_metadata,
     read_program,
