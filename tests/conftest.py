@@ -15,8 +15,16 @@ settings.register_profile("adapt", deadline=None, print_blob=True)
 settings.load_profile("adapt")
 
 LEAVE_WITHIN_S = 5.0
+MEASURED_AGAIN = 2  # what else a shared machine does passes; what our code has lost does not
 # Python's own, started on first use and kept to the end
 KEPT_BY_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A bound on measured time that was missed is measured again."""
+    for item in items:
+        if item.get_closest_marker("timing"):
+            item.add_marker(pytest.mark.flaky(reruns=MEASURED_AGAIN))
 
 
 def _children() -> dict[int, str]:

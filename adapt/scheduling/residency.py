@@ -300,23 +300,24 @@ class Residency:
     # ── room for what nobody has ─────────────────────────────────────────────────────────────────────────────────────
 
     def _make_room(self, live: LiveVersion, stage: int, spare: list[Member], suits: Callable[[Member], bool], now: float) -> bool:
-        """Copies give way to a stage that nobody suitable has: what others have too is dropped where the least has to go. False: that is not
+        """Copies give way to a stage that nobody suitable has: what others have too is dropped where least is at work on it. False: that is not
         enough."""
         need = live.plan.stages[stage]
         holders = [self._roster.member(worker_id) for worker_id in live.plan.places[stage] if self._roster.has(worker_id, need.artifact)]
         if any(suits(member) for member in holders):
             return False
-        found: tuple[int, float, WorkerId, list[StageNeed]] | None = None
+        found: tuple[tuple[int, int, float, WorkerId], list[StageNeed]] | None = None
         for member in spare:
             dropped = self.copies.enough(member, need.memory_bytes - self.offer(member).free_bytes)
             if dropped is not None:
-                cost = (len(dropped), sum(copy.cost_s for copy in dropped), member.worker_id)
-                if found is None or cost < found[:3]:
-                    found = (*cost, dropped)
+                at_work = sum(member.at_work(copy.artifact) for copy in dropped)  # it keeps the memory until these are done
+                cost = (at_work, len(dropped), sum(copy.cost_s for copy in dropped), member.worker_id)
+                if found is None or cost < found[0]:
+                    found = (cost, dropped)
         if found is None:
             return False
-        member = self._roster.member(found[2])
-        for copy in found[3]:
+        member = self._roster.member(found[0][-1])
+        for copy in found[1]:
             self._drop_copy(member, copy.artifact)
         self._take(live, stage, member, now)
         return True

@@ -132,6 +132,10 @@ class Member:
         self.loading.clear()
         self.refused.clear()
 
+    def at_work(self, artifact: Digest) -> int:
+        """How many of its tasks use the stage."""
+        return sum(slot.artifact == artifact for slot in self.slots.values())
+
     def refuses(self, artifact: Digest, now: float) -> bool:
         """Whether it could not load the stage a while ago."""
         return self.refused.get(artifact, now) > now

@@ -458,6 +458,7 @@ class Dispatcher(Process):
 
     def _act(self, actions: Sequence[ev.Action]) -> None:
         now = self.clock()
+        self.inspector.decides(actions)
         for action in actions:
             self.inspector.acts(action, now)
             match action:

@@ -7,10 +7,10 @@ books otherwise needs a change in one place only.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from adapt.errors import OverloadedError
-from adapt.protocol.ids import AttemptId, RequestId, WorkerId
+from adapt.protocol.ids import AttemptId, Digest, RequestId, WorkerId
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
 from adapt.scheduling.qos import Breaker
@@ -85,6 +85,7 @@ class Inspector:
         self._earlier: Counter[str] = Counter()  # counted by the schedulers of earlier reigns
         self._scheduler: Scheduler | None = None
         self._terms: list[int] = []
+        self._given_up: set[tuple[WorkerId, Digest]] = set()  # stages that are unloaded by what is decided and not done yet
         self._turns = 0
 
     def reign_begins(self, scheduler: Scheduler, reign: Reign) -> None:
@@ -207,8 +208,14 @@ class Inspector:
 
     # ── each action ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def decides(self, actions: Sequence[ev.Action]) -> None:
+        """All of them have been decided, and none is done yet."""
+        self._given_up = {(action.worker_id, action.artifact) for action in actions if isinstance(action, ev.Unload)}
+
     def acts(self, action: ev.Action, now: float) -> None:
         match action:
+            case ev.Unload(worker_id=worker_id, artifact=artifact):
+                self._given_up.discard((worker_id, artifact))
             case ev.Dispatch():
                 self._dispatches(action)
             case ev.Cancel(worker_id=worker_id, attempt=attempt):
@@ -235,7 +242,8 @@ class Inspector:
         if request is None:
             raise Violation("it has ended, and is dispatched", request_id)
         member = self._scheduler.roster.member(action.worker_id)
-        if not member.is_ready or action.artifact not in member.resident:
+        is_there = action.artifact in member.resident or (action.worker_id, action.artifact) in self._given_up
+        if not member.is_ready or not is_there:
             raise Violation(f"{action.worker_id} is {member.verdict}, and is sent {attempt}", request_id)
         if len(member.slots) > max(member.credit, self._listed.get(action.worker_id, 0)):
             raise Violation(f"{action.worker_id} has a credit of {member.credit}, and {len(member.slots)} slots taken", request_id)
