@@ -537,8 +537,11 @@ class Dispatcher(Process):
             return False
         try:
             places = place(needs, self.scheduler.offers())
-        except AdaptError:
-            return False
+        except AdaptError:  # then copies of other stages give way
+            try:
+                places = place(needs, self.scheduler.offers(with_copies=True))
+            except AdaptError:
+                return False
         self.numbers[name] = number = self.numbers.get(name, 0) + 1
         plan = Plan(program=program, epoch=Epoch(1), stages=needs, places=places)
         version = ev.Version(
