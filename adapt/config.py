@@ -511,7 +511,7 @@ class DispatcherConfig(_WithMembership, _Settings):
     breaker_decay: float = _setting(_NUMBER, "what such a penalty is multiplied by every second", 0.9)
     retry_tokens: float = _setting(_NUMBER, "second attempts after failures that may be made at once; later ones are delayed", 20.0)
     retry_tokens_per_request: float = _setting(_NUMBER, "how many more each request allows", 0.2)
-    hedge_share: float = _setting(_NUMBER, "of tasks that an idle worker tries too, when the first takes longer than usual (0: none)", 0.0)
+    hedge_share: float = _setting(_NUMBER, "of tasks that an idle worker tries too, when the first takes longer than usual (0: none)", 0.05)
     retry_tokens_per_s: float = _setting(_NUMBER, "how many more each second allows", 1.0)
     relief_s: float = _setting(_SECONDS, "how often, while there are requests, it is looked whether a slow worker needs help", 5.0)
     load_timeout_s: float = _setting(_SECONDS, "longest wait for a worker that loads a stage, without progress", 60.0)

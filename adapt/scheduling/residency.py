@@ -334,6 +334,7 @@ class Residency:
         self._forget(member, artifact)
         self.copies_dropped += 1
         self._actions.append(ev.Unload(worker_id=member.worker_id, artifact=artifact))
+        self._woken()  # who waited for it there may have to go elsewhere
 
     # ── stages come and go ───────────────────────────────────────────────────────────────────────────────────────────
 

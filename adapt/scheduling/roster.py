@@ -36,10 +36,10 @@ class Service:
         self.transfer_s += LEARNING_RATE * (transfer_s - self.transfer_s)
         self.samples += 1
 
-    def learn_at_least(self, busy_s: float) -> None:
+    def learn_at_least(self, waited_s: float) -> None:
         """It takes longer than was waited: else a device that has become slow would be late for ever."""
-        if busy_s > self.busy_s:
-            self.learn(busy_s, self.transfer_s, self.size_bytes)
+        if waited_s > self.busy_s + self.transfer_s:
+            self.learn(waited_s - self.transfer_s, self.transfer_s, self.size_bytes)
 
     def scale(self, size_bytes: int) -> float:
         """How much more than usual a task with so large an input is: a batch of more takes longer."""
@@ -190,10 +190,10 @@ class Member:
         self.tally.tasks_done += 1
         self.tally.compute_s += times.compute_s
 
-    def learn_at_least(self, slot: Slot, busy_s: float) -> None:
-        """A task was given up: it would have taken at least so long."""
+    def learn_at_least(self, slot: Slot, waited_s: float) -> None:
+        """A task was given up: its answer would have taken at least so long."""
         if (service := self.services.get(slot.artifact)) is not None:
-            service.learn_at_least(busy_s)
+            service.learn_at_least(waited_s)
 
 
 class Roster:

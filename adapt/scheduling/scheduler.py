@@ -82,7 +82,7 @@ class SchedulerSettings:
     load_timeout_s: float = 60.0  # without progress
     client_grace_s: float = 10.0  # without a connection for so long, a client's requests are cancelled
     relief_s: float = 5.0  # so often, while there are requests, it is looked whether a slow worker needs help
-    hedge_share: float = 0.0  # of tasks that may be given to a second worker because the first is slower than usual
+    hedge_share: float = 0.05  # of tasks that may be given to a second worker because the first is slower than usual
     max_failures: int = 8  # of one stage of one request, losses included
     max_budget_s: float = 3600.0
     max_requests: int = 4096
@@ -615,6 +615,8 @@ class Scheduler:
 
     def _attempt_cancelled(self, event: ev.AttemptCancelled, now: float) -> None:
         member = self.roster.member(event.worker_id)
+        if (slot := member.slots.get(event.attempt)) is not None and _is_first(member, event.attempt):
+            member.learn_at_least(slot, now - slot.since)  # computing cannot be interrupted: it was done, for nothing
         self._free(member, event.attempt, now)
         member.qos.returned()
         self._actions.append(ev.Acknowledge(worker_id=event.worker_id, attempt=event.attempt))
@@ -797,6 +799,9 @@ class Scheduler:
         if idle and self._hedges >= 1.0:
             self._hedges -= 1.0
             self._dispatch(request, self._choice.best(request, idle, {}, now)[0], now, is_hedge=True)
+        else:  # somebody may have nothing to do a little later
+            first = self.roster.member(request.attempts[attempt.attempt].worker_id)
+            self._due.set(("hedge", attempt), now + max(self._choice.expect(request, first)[0], LOOK_AGAIN_S))
 
     def _patience_s(self, usual_s: float) -> float:
         """How long an attempt is waited for before another worker is asked."""
@@ -971,14 +976,15 @@ class Scheduler:
 
 
 def _running(member: Member, now: float, *, is_guessed: bool = True) -> set[AttemptId]:
-    """What the worker may have been computing. Of what is short it does not say that it has begun: each of the first that are short may have.
+    """What the worker may have been computing: what it said it had begun, or, as the answer to that may have died with it, what is short
+    behind that. Of what is short it does not say that it has begun.
 
     But not what was sent a moment ago: it had not left, or a stalled dispatcher would blame it for all deaths that it reads of."""
-    for attempt, slot in member.slots.items():
-        if slot.begun:
-            return {attempt}
-    found: set[AttemptId] = set()
-    for attempt, slot in member.slots.items() if is_guessed else ():
+    attempts = list(member.slots)
+    begun = [attempt for attempt in attempts if member.slots[attempt].begun][-1:]  # what began before it has ended
+    found = set(begun)
+    for attempt in attempts[attempts.index(begun[0]) + 1 if begun else 0 :] if is_guessed else ():
+        slot = member.slots[attempt]
         if slot.busy_s >= SAID_S or now - slot.since < REACHED_S:
             break
         found.add(attempt)

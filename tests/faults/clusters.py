@@ -22,7 +22,10 @@ SHORT: Mapping[str, object] = {
     "heartbeat": 0.2,
     "attempt_timeout": 3,
     "client_grace": 1,
+    "hedge_share": 0,  # a hedge would answer before what is tested does
 }
+
+HEDGING: Mapping[str, object] = {"hedge_share": 0.05}  # as users have it
 
 
 class ForkedProcess(LocalProcess):

@@ -18,7 +18,7 @@ from adapt.emulation.description import ETCD, Event, EventSpec, Kind, RandomSpec
 from adapt.emulation.parse import parse
 from adapt.emulation.report import troubles
 from adapt.runtime.local import LocalProcess
-from tests.faults.clusters import SHORT, FaultCluster, FaultDevices, states, wait_until
+from tests.faults.clusters import HEDGING, SHORT, FaultCluster, FaultDevices, states, wait_until
 from tests.faults.etcd import needs_etcd
 from tests.faults.traffic import Traffic, Workload, assert_clean
 
@@ -124,13 +124,13 @@ def run_chaos(cluster: FaultCluster, workload: Workload, *, seed: int, count: in
 
 
 def test_chaos(cluster_of, workload, seed):
-    run_chaos(cluster_of(4), workload, seed=seed, count=2000, every=60)
+    run_chaos(cluster_of(4, dispatcher=HEDGING), workload, seed=seed, count=2000, every=60)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(6))
 def test_more_chaos(cluster_of, workload, seed, number):
-    run_chaos(cluster_of(4), workload, seed=1000 * seed + number, count=3000, every=100)
+    run_chaos(cluster_of(4, dispatcher=HEDGING), workload, seed=1000 * seed + number, count=3000, every=100)
 
 
 DEVICES = """
@@ -163,7 +163,10 @@ def test_chaos_of_machines_cables_and_etcd(isolated, nursery, workload, seed, tm
     restarts = replace(chaos, templates=(Event(at_s=0.0, kind=Kind.RESTART_ETCD, device=""),), devices=(ETCD,), every_s=10.0, spared=0)
     away = EventSpec(event=Event(at_s=lasts_s / 2 - 5.0, kind=Kind.CRASH_ETCD, device=ETCD), for_s=away_s)
     spec = replace(parse(DEVICES, name="chaos"), events=(away,), random=(chaos, restarts))
-    with FaultDevices(nursery, spec, seed=seed, directory=tmp_path, proxied=names) as cluster, adapt.Client(cluster.address) as client:
+    with (
+        FaultDevices(nursery, spec, dispatcher=HEDGING, seed=seed, directory=tmp_path, proxied=names) as cluster,
+        adapt.Client(cluster.address) as client,
+    ):
         story = [f"{event.at_s:.1f} s {event.kind} {event.device}" for event in cluster.events]
         with told(seed, story):
             workload.deploy(client, stages=3)

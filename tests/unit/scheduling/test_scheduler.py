@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from random import Random
 
@@ -500,7 +501,7 @@ def test_deployments_that_share_a_worker_take_turns(names):
 
 
 def test_a_worker_whose_way_was_long_once_is_tried_again_after_a_rest():
-    cluster = a_cluster("far", "near")
+    cluster = a_cluster("far", "near", hedge_share=0.0)
     began = cluster.now
     for worker, transfer_s in (("far", 3.0), ("near", 0.0)):
         member = cluster.scheduler.roster.member(WorkerId(worker))
@@ -871,6 +872,32 @@ def test_what_is_always_suspected_with_others_has_an_end_too():
         deaths += 1
         assert deaths < 20
     assert isinstance(failed[0].error, (PoisonError, WorkerLostError))
+
+
+def test_what_is_behind_a_task_that_had_begun_may_have_killed_too():
+    """Regression: the answer to what had begun died with its worker, which was killed by the next; that took a fourth worker."""
+    cluster = Cluster()
+    cluster.join("w1", credit=8)
+    cluster.deploy("w1", cost_s=AHEAD_S / 20)
+    cluster.submit()
+    cluster.finish(cluster.the_one_sent(), busy_s=AHEAD_S / 20)
+    ahead, killer = cluster.submit(), cluster.submit()
+    first, second = cluster.sent()
+    cluster.begin(first)
+    cluster.wait(2 * REACHED_S)
+    cluster.lose("w1")
+    cluster.silent.clear()
+    cluster.join("w1", resident=["d.0"], credit=8)
+    alone = cluster.the_one_sent()
+    assert alone.request == ahead
+    cluster.finish(alone, busy_s=AHEAD_S / 20)
+    for _ in range(2):
+        cluster.wait(2 * REACHED_S)
+        cluster.lose("w1")
+        cluster.silent.clear()
+        cluster.join("w1", resident=["d.0"], credit=8)
+    (fail,) = cluster.taken(ev.Fail)
+    assert fail.request_id == killer and isinstance(fail.error, PoisonError) and cluster.scheduler.live_requests == 0
 
 
 def test_what_was_sent_a_moment_ago_has_killed_nobody():
@@ -1829,9 +1856,9 @@ def test_refused_sends_do_not_use_up_the_failures():
 # ── hedges ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def a_hedging_cluster(share: float, *workers: str) -> Cluster:
+def a_hedging_cluster(share: float, *workers: str, **settings) -> Cluster:
     """Each worker has run five tasks of one second, and is known."""
-    cluster = a_cluster(*workers, hedge_share=share)
+    cluster = a_cluster(*workers, hedge_share=share, **settings)
     for _ in range(5 * len(workers)):
         for _ in workers:
             cluster.submit()
@@ -1884,18 +1911,55 @@ def test_no_hedge_is_made_without_a_share_without_an_idle_worker_or_twice():
     assert cluster.scheduler.counters["hedges"] == 1
 
 
+def test_a_worker_that_has_nothing_to_do_only_later_tries_then():
+    cluster = a_hedging_cluster(0.5, "w1", "w2", min_attempt_timeout_s=20.0)
+    for _ in range(2):
+        cluster.submit()
+    stuck, other = cluster.sent()
+    for sent in (stuck, other):
+        cluster.begin(sent)
+    cluster.wait(5)
+    assert cluster.sent() == [], "both are busy"
+    cluster.finish(other)
+    assert cluster.sent() == []
+    cluster.wait(2)
+    (second,) = cluster.sent()
+    assert (second.request, second.worker) == (stuck.request, other.worker)
+
+
 def test_hedges_are_a_share_of_all_tasks():
     cluster = a_hedging_cluster(0.05, "w1", "w2")
     cluster.scheduler._hedges = 0.0
+    learnt = {member.worker_id: copy.deepcopy(member.services) for member in cluster.scheduler.roster}
     for _ in range(45):
         request = cluster.submit()
         first = cluster.the_one_sent()
         cluster.begin(first)
         cluster.wait(1.8)
-        cluster.tell(ev.RequestCancelled(request_id=request))  # nothing is learnt from it
+        cluster.tell(ev.RequestCancelled(request_id=request))
         for sent in (first, *cluster.sent()):
             cluster.tell(ev.AttemptCancelled(worker_id=WorkerId(sent.worker), attempt=sent.attempt))
+        for member in cluster.scheduler.roster:
+            member.services = copy.deepcopy(learnt[member.worker_id])  # the usual time is always the same
     assert cluster.scheduler.counters["hedges"] == 2
+
+
+def test_a_worker_that_was_always_outrun_is_known_to_be_slow():
+    """Regression: nothing was learnt of tasks that were called off because another had answered first, so that it was chosen again and again."""
+    cluster = a_hedging_cluster(0.5, "w1", "w2")
+    for _ in range(12):
+        cluster.submit()
+        first = cluster.the_one_sent()
+        cluster.begin(first)
+        if first.worker == "w1":
+            while not (hedges := cluster.sent()):
+                cluster.wait(0.1)
+            cluster.finish(hedges[0])
+            cluster.wait(3)
+            cluster.tell(ev.AttemptCancelled(worker_id=WorkerId("w1"), attempt=first.attempt))
+        else:
+            cluster.finish(first)
+    assert cluster.scheduler.counters["hedges"] == 1
 
 
 # ── drain and departure ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,7 +11,7 @@ what acknowledges a worker's answers may leave later.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -315,12 +315,13 @@ class Cluster(RuleBasedStateMachine):
                     assert isinstance(self.outcomes[request_id].error, kinds)
 
     def costs_after_a_loss(self, worker_id: WorkerId) -> dict[RequestId, tuple[int, int, int]]:
-        """Failures, deaths and suspicions. It costs only what was running; of what the worker did not say so, all that is short and had nothing
-        long before it may have been."""
+        """Failures, deaths and suspicions. It costs only what was running: what the worker said it had begun last, and all that is short behind
+        that, with nothing long between."""
         member = self.scheduler.roster.member(worker_id)
         begun = [attempt for attempt, slot in member.slots.items() if slot.begun]
         may_run = lambda item: item[1].busy_s < SAID_S and self.now - item[1].since >= REACHED_S  # noqa: E731
-        suspects = begun[:1] or [attempt for attempt, _ in takewhile(may_run, member.slots.items())]
+        behind = islice(member.slots.items(), list(member.slots).index(begun[-1]) + 1 if begun else 0, None)
+        suspects = begun[-1:] + [attempt for attempt, _ in takewhile(may_run, behind)]
         is_sound = member.tally.tasks_done > 0 or all(other.tally.tasks_done == 0 for other in self.scheduler.roster)
         costs: dict[RequestId, tuple[int, int, int]] = {}
         for attempt in member.slots:
