@@ -12,6 +12,7 @@ The seat is a key under the dispatcher's own lease, beside a number that only gr
     CANDIDATE   another dispatcher sits there                                                  (waits until it is gone)
     CANDIDATE   etcd does not answer for as long as a lease     term = 1 + our own highest     → LEADING
     LEADING     nobody sits there: our lease had ended          sit down again
+    LEADING     our loop has not turned for most of a lease     let the lease end: who hangs reigns over nobody
     LEADING     the number has outgrown our term                the term is raised
     LEADING     another dispatcher sits there                                                  → DEPOSED
 """
@@ -44,6 +45,8 @@ from adapt.scheduling.deadlines import Deadlines
 
 log = logging.getLogger(__name__)
 
+HANGS_SHARE = 0.6  # of a lease: a loop that does not turn for so long hangs; leases are tended every third
+
 
 class EtcdRegistry:
     """See the head of this file. Made on the running loop, or before it.
@@ -63,7 +66,7 @@ class EtcdRegistry:
         self._state, self._lease_ttl_s, self._advertise = state, lease_ttl_s, advertise
         self._layout = Layout(etcd.cluster)
         self._listener = Listener(ended=lambda worker_id: None, renewed=lambda worker_id: None)
-        self._seat = _Seat(self._layout, state.owner(), tell=self._tell, registry=self, lease_ttl_s=lease_ttl_s)
+        self._seat = _Seat(self._layout, state.owner(), tell=self._tell, registry=self, lease_ttl_s=lease_ttl_s, clock=clock)
         self._keeper = Keeper(etcd, self._seat, ttl_s=lease_ttl_s, looks_for_room=True, clock=clock)
         self._seat.wake = self._keeper.wake
         self._clock = clock
@@ -245,8 +248,13 @@ class _Stage(StrEnum):
 class _Seat:
     """The dispatcher's role on the keeper's thread. What the loop sets is behind a lock."""
 
-    def __init__(self, layout: Layout, owner: str, *, tell: Callable[..., None], registry: EtcdRegistry, lease_ttl_s: float) -> None:
+    def __init__(
+        self, layout: Layout, owner: str, *, tell: Callable[..., None], registry: EtcdRegistry, lease_ttl_s: float, clock: Clock
+    ) -> None:
         self._layout, self._owner, self._tell, self._registry, self._lease_ttl_s = layout, owner, tell, registry, lease_ttl_s
+        self._clock = clock
+        self._asked_at: float | None = None  # when the loop was asked for a sign of life that it has not given yet
+        self._is_told_hanging = False
         self.wake: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._stage = _Stage.IDLE
@@ -304,7 +312,7 @@ class _Seat:
     def tend(self, link: EtcdLink) -> None:
         with self._lock:
             stage, term, addresses = self._stage, self._term, self._addresses
-        if stage in (_Stage.IDLE, _Stage.DEPOSED):
+        if stage in (_Stage.IDLE, _Stage.DEPOSED) or (stage is _Stage.LEADING and not self._loop_turns()):
             return
         lease = self._renewed(link) if stage is _Stage.LEADING else None  # first: the reads may take long
         seat, number = link.read(self._layout.leader), link.read(self._layout.term)
@@ -323,6 +331,21 @@ class _Seat:
         value = encode_record(ours)
         if seat is None or (seat.value, seat.lease) != (value, lease) or counted != term:
             self._sit_down(link, term, Put(self._layout.leader, value, lease), seat, number)
+
+    def _loop_turns(self) -> bool:
+        now = self._clock()
+        if self._asked_at is None:
+            self._asked_at = now
+            self._tell(self._turned)
+        is_turning = now - self._asked_at < HANGS_SHARE * self._lease_ttl_s
+        if not is_turning and not self._is_told_hanging:
+            log.error("the dispatcher's loop stands still; its seat is given up", extra={"for_s": round(now - self._asked_at, 1)})
+        self._is_told_hanging = not is_turning
+        return is_turning
+
+    def _turned(self) -> None:
+        """On the loop."""
+        self._asked_at = None
 
     def _renewed(self, link: EtcdLink) -> int | None:
         """The lease of now; None if etcd has no room for a new one, which must not keep us from seeing who sits there."""

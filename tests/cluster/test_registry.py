@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -373,6 +374,32 @@ def test_a_dispatcher_whose_seat_was_taken_is_deposed(etcd_world):
             assert f"with term {first.term + 1}" in first.told[0][1]
 
     asyncio.run(test())
+
+
+@needs_etcd
+@pytest.mark.slow
+def test_a_dispatcher_that_hangs_gives_up_its_seat(etcd_world):
+    """Its thread stays in touch with etcd all the time; its loop does not turn."""
+    reigns, end, told = threading.Event(), threading.Event(), []
+
+    async def hang():
+        async with etcd_world.reigning("first") as first:
+            reigns.set()
+            assert end.wait(WAIT_S)  # on the loop
+            await until(lambda: first.told)
+            told.extend(what for what, _ in first.told)
+
+    async def succeed():
+        async with etcd_world.running("second") as second:
+            await asyncio.to_thread(reigns.wait, WAIT_S)
+            assert await asyncio.wait_for(second.registry.campaign(), WAIT_S) == 2
+            end.set()
+            await asyncio.to_thread(hanging.join, WAIT_S)
+
+    hanging = threading.Thread(target=lambda: asyncio.run(hang()))
+    hanging.start()
+    asyncio.run(succeed())
+    assert told == ["deposed"]
 
 
 @needs_etcd

@@ -882,7 +882,7 @@ def test_what_is_behind_a_task_that_had_begun_may_have_killed_too():
     cluster.submit()
     cluster.finish(cluster.the_one_sent(), busy_s=AHEAD_S / 20)
     ahead, killer = cluster.submit(), cluster.submit()
-    first, second = cluster.sent()
+    first, _ = cluster.sent()
     cluster.begin(first)
     cluster.wait(2 * REACHED_S)
     cluster.lose("w1")
