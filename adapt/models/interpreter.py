@@ -93,8 +93,13 @@ class Stage:
             OSError: the file cannot be read.
         """
         file = read_graph(path, verify=verify)
+        return cls.of(file.graph, file.path, device=device, digest=file.digest)
+
+    @classmethod
+    def of(cls, graph: Graph, path: Path, *, device: torch.device | str, digest: str) -> Self:
+        """A stage whose weights lie in the file at `path`, which may hold others besides."""
         device = torch.device(device)
-        return cls(file.graph, _load_weights(file.path, file.graph.weights, device), device, file.digest)
+        return cls(graph, _load_weights(path, graph.weights, device), device, digest)
 
     def run(self, inputs: Sequence[Leaf], *, observe: Callable[[int, Any], None] | None = None) -> list[Leaf]:
         """Run the stage once. The inputs are never written to.
@@ -112,36 +117,65 @@ class Stage:
         """
         self._check_inputs(inputs)
         with torch.inference_mode():
-            slots = self._initial.copy()
-            for slot, value in zip(self._input_slots, inputs, strict=True):
-                slots[slot] = self._placed(value) if isinstance(value, torch.Tensor) else value
+            slots = self._filled(inputs)
             del inputs  # so that an input can be freed after its last use, if the caller lets go of it too
             self._run_steps(slots, observe)
             return [self._delivered(slots[slot]) for slot in self._output_slots]
 
+    def __len__(self) -> int:
+        """How many operators it runs."""
+        return len(self._steps)
+
+    def begin(self, inputs: Sequence[Leaf]) -> list[Any]:
+        """A run that pauses: the slots to be given to `step`, which keep the inputs. Call all of it under `torch.inference_mode`.
+
+        Raises:
+            InputMismatchError: as `run`.
+        """
+        self._check_inputs(inputs)
+        return self._filled(inputs)
+
+    def step(self, slots: list[Any], position: int) -> None:
+        """Run the operator of that position, after all before it. Raises ModelError."""
+        self._run_step(self._steps[position], slots)
+
+    def finish(self, slots: list[Any]) -> list[Leaf]:
+        """The outputs, after the last step, as `run` returns them."""
+        return [self._delivered(slots[slot]) for slot in self._output_slots]
+
+    def _filled(self, inputs: Sequence[Leaf]) -> list[Any]:
+        slots = self._initial.copy()
+        for slot, value in zip(self._input_slots, inputs, strict=True):
+            slots[slot] = self._placed(value) if isinstance(value, torch.Tensor) else value
+        return slots
+
     def _run_steps(self, slots: list[Any], observe: Callable[[int, Any], None] | None) -> None:
         for position, step in enumerate(self._steps):
-            args = step.args.copy()
-            for place, slot in step.slots_of:
-                args[place] = slots[slot]
-            for place, make in step.lists_of:
-                args[place] = make(slots)
-            kwargs = step.kwargs
-            if step.named:
-                kwargs = kwargs | {name: make(slots) for name, make in step.named}
-            try:
-                result = step.call(*args, **kwargs)
-                if step.output >= 0:
-                    slots[step.output] = result
-                for place, slot in step.items:
-                    slots[slot] = result[place]
-            except Exception as error:  # the model's own
-                raise _model_error(step.operator, error) from error
-            if observe is not None:
-                observe(position, result)
-            del args, result
-            for slot in step.emptied:
-                slots[slot] = None
+            self._run_step(step, slots, observe, position)
+
+    @staticmethod
+    def _run_step(step: _Step, slots: list[Any], observe: Callable[[int, Any], None] | None = None, position: int = 0) -> None:
+        args = step.args.copy()
+        for place, slot in step.slots_of:
+            args[place] = slots[slot]
+        for place, make in step.lists_of:
+            args[place] = make(slots)
+        kwargs = step.kwargs
+        if step.named:
+            kwargs = kwargs | {name: make(slots) for name, make in step.named}
+        try:
+            result = step.call(*args, **kwargs)
+            if step.output >= 0:
+                slots[step.output] = result
+            for place, slot in step.items:
+                slots[slot] = result[place]
+        except Exception as error:  # the model's own
+            raise _model_error(step.operator, error) from error
+        if observe is not None:
+            observe(position, result)
+        del args, result
+        for slot in step.emptied:
+            slots[slot] = None
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         """The input where and as eager torch would have it: contiguous, on the device, aligned like torch's own memory."""

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from adapt.config import check_address, dispatcher_address
 from adapt.errors import ConfigError, ConnectError, ExportError, ExportUnavailableError, UnknownModelError
@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_S = 5.0
 DEPLOY_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 10.0
+PROFILE_TIMEOUT_S = 3600.0
+REPETITIONS, MOST_REPETITIONS = 9, 1000  # of a profile
 NUMERICS = ("close", "exact")
 
 Told: TypeAlias = Callable[[str], None]
+ToldShare: TypeAlias = Callable[[str, float | None], None]  # words, and the share that is done of what they say, if that is known
 
 _exporting = threading.Lock()  # torch.export changes settings of the whole process while it works
 
@@ -72,14 +75,14 @@ class DeployOrder:
         """
         source = self._source()
         if not self.is_exported_here:
-            return Call(self._message(named=source), progress=told)
+            return Call(self._message(named=source), progress=_without_share(told))
         if told is not None:
             told("exporting the model in this process")
         directory = tempfile.mkdtemp(prefix="adapt-export-")
         try:
             with _exporting:
                 uploaded, path = _export(self.model, self.example_inputs, source, Path(directory))
-            call = Call(self._message(uploaded=uploaded), progress=told, offered=(Digest(uploaded.program), path))
+            call = Call(self._message(uploaded=uploaded), progress=_without_share(told), offered=(Digest(uploaded.program), path))
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -107,6 +110,70 @@ class DeployOrder:
             named=named,
             uploaded=uploaded,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ProfileOrder:
+    """The options of `Client.profile`, where they are explained. Raises ConfigError or UnknownModelError for impossible ones."""
+
+    model: DeployOrder  # it is found, and exported if need be, as for a deployment
+    device_class: str
+    repetitions: int
+    again: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.repetitions, int) or isinstance(self.repetitions, bool) or not 1 <= self.repetitions <= MOST_REPETITIONS:
+            raise ConfigError(f"repetitions={self.repetitions!r}: expected 1 to {MOST_REPETITIONS}")
+
+    def call(self, told: ToldShare | None) -> Call:
+        """The question to the dispatcher; see `DeployOrder.call`."""
+        call = self.model.call(None if told is None else lambda words: told(words, None))
+        asked = call.message
+        assert isinstance(asked, msg.Deploy)
+        call.progress = told
+        call.message = msg.Profile(
+            call=0,
+            name=asked.name,
+            device_class=self.device_class,
+            repetitions=self.repetitions,
+            again=self.again,
+            named=asked.named,
+            uploaded=asked.uploaded,
+        )
+        return call
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Module,
+        example_inputs: Sequence[Any] | None,
+        weights: str | os.PathLike[str] | None,
+        seed: int | None,
+        model_args: Mapping[str, Any] | None,
+        input_shape: Sequence[int] | None,
+        *,
+        device_class: str,
+        repetitions: int,
+        again: bool,
+    ) -> Self:
+        order = DeployOrder(
+            model=model,
+            example_inputs=example_inputs,
+            stages="auto",
+            codec="auto",
+            tolerance=None,
+            numerics=None,
+            weights=weights,
+            seed=seed,
+            model_args=model_args,
+            input_shape=input_shape,
+            name=None,
+        )
+        return cls(model=order, device_class=device_class, repetitions=repetitions, again=again)
+
+
+def _without_share(told: Told | None) -> ToldShare | None:
+    return None if told is None else lambda words, share: told(words)
 
 
 def _export(model: Any, example_inputs: Sequence[Any] | None, source: msg.NamedSource, directory: Path) -> tuple[msg.ProgramSource, Path]:

@@ -1,4 +1,5 @@
-"""A client's deployments under way: get the program, cut it, place it, wait until its stages are resident, say so.
+"""A client's deployments under way: get the program, cut it, place it, wait until its stages are resident, say so. And its profiles: get the
+program, have it measured on a worker of each kind.
 
 Each runs as a background task that talks to the rest of the dispatcher by events alone; it ends with its client's session.
 """
@@ -9,20 +10,24 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from adapt.clock import Clock
 from adapt.config import counted
-from adapt.errors import AdaptError, PlanError
+from adapt.errors import AdaptError, ConfigError, PlanError
+from adapt.models.layers import completed
+from adapt.models.program import read_program
 from adapt.planning.placement import Plan, WorkerOffer
 from adapt.protocol import messages as msg
-from adapt.protocol.ids import ClientId, Digest
+from adapt.protocol.ids import ClientId, Digest, WorkerId
 from adapt.protocol.wire import Blob
 from adapt.runtime import builder
 from adapt.runtime.artifacts import ArtifactStore, Download
 from adapt.runtime.deployments import Blueprint, CutModel, Deployments, ProfiledProgram, check, cut, first_plan, plan_freely
+from adapt.runtime.profiles import DeviceKind, KeptProfile, Profilers, ProfileStore, chosen, combined, form_of, kinds_of, known_costs
 from adapt.scheduling import events as ev
 
 log = logging.getLogger(__name__)
@@ -43,6 +48,10 @@ class Surroundings(Protocol):
 
     def version(self, deployment: str, number: int) -> ev.Version: ...
 
+    def device_kinds(self) -> dict[WorkerId, DeviceKind]: ...
+
+    def to_worker(self, worker_id: WorkerId, message: msg.Message) -> bool: ...
+
 
 @dataclass(slots=True)
 class _Call:
@@ -59,19 +68,22 @@ class Deployer:
         deployments: Deployments,
         surroundings: Surroundings,
         *,
+        profiles: ProfileStore,
         models_dir: Path | None,
         threads: Executor,
         clock: Clock,
     ) -> None:
         self._store, self._deployments, self._around = store, deployments, surroundings
+        self._profiles, self.profilers = profiles, Profilers(surroundings.to_worker)
         self._models_dir, self._threads, self._clock = models_dir, threads, clock
         self._calls: dict[tuple[ClientId, int], _Call] = {}
         self._waiting: dict[tuple[str, int], asyncio.Future[None]] = {}  # versions that are loading
 
-    def begin(self, client_id: ClientId, deploy: msg.Deploy) -> None:
-        """Start work on a `Deploy`; its answer goes to the client."""
-        task = asyncio.get_running_loop().create_task(self._answer(client_id, deploy), name=f"deploy {deploy.name}")
-        key = (client_id, deploy.call)
+    def begin(self, client_id: ClientId, order: msg.Deploy | msg.Profile) -> None:
+        """Start work; its answer goes to the client."""
+        name = f"{type(order).__name__.lower()} {order.name}"
+        task = asyncio.get_running_loop().create_task(self._answer(client_id, order), name=name)
+        key = (client_id, order.call)
         self._calls[key] = _Call(task)
         task.add_done_callback(lambda done: self._calls.pop(key, None))
 
@@ -113,24 +125,29 @@ class Deployer:
         downloads = [call.download for key, call in self._calls.items() if key[0] == client_id]
         return [download for download in downloads if download is not None and download.digest == artifact]
 
-    async def _answer(self, client_id: ClientId, deploy: msg.Deploy) -> None:
+    async def _answer(self, client_id: ClientId, order: msg.Deploy | msg.Profile) -> None:
+        what = "deployment" if isinstance(order, msg.Deploy) else "profile"
+        answer: msg.Deployed | msg.Profiled
         try:
             with self._deployments.under_way():
-                record = await self._deploy(client_id, deploy)
+                if isinstance(order, msg.Deploy):
+                    answer = await self._deploy(client_id, order)
+                else:
+                    answer = await self._profile(client_id, order)
         except AdaptError as error:
-            log.warning("deployment failed", extra={"deployment": deploy.name, "reason": str(error)})
-            self._fail(client_id, deploy, error)
+            log.warning("%s failed", what, extra={"deployment": order.name, "reason": str(error)})
+            self._fail(client_id, order, error)
         except Exception as error:  # a bug of ours must not leave the client waiting
-            log.exception("deployment failed", extra={"deployment": deploy.name})
-            self._fail(client_id, deploy, AdaptError(f"deployment failed in the dispatcher: {type(error).__name__}: {error}"))
+            log.exception("%s failed", what, extra={"deployment": order.name})
+            self._fail(client_id, order, AdaptError(f"{what} failed in the dispatcher: {type(error).__name__}: {error}"))
         else:
-            self._around.to_client(client_id, msg.Deployed(call=deploy.call, deployment=record))
+            self._around.to_client(client_id, answer)
 
-    def _fail(self, client_id: ClientId, deploy: msg.Deploy, error: AdaptError) -> None:
+    def _fail(self, client_id: ClientId, order: msg.Deploy | msg.Profile, error: AdaptError) -> None:
         code, message, fields = error.to_wire()
-        self._around.to_client(client_id, msg.CallFailed(call=deploy.call, code=code, message=message, fields=fields))
+        self._around.to_client(client_id, msg.CallFailed(call=order.call, code=code, message=message, fields=fields))
 
-    async def _deploy(self, client_id: ClientId, deploy: msg.Deploy) -> msg.DeploymentRecord:
+    async def _deploy(self, client_id: ClientId, deploy: msg.Deploy) -> msg.Deployed:
         codec = check(deploy)
         program = await self._program(client_id, deploy)
         made = {program.digest}  # files that are of no use if this comes to nothing
@@ -144,7 +161,8 @@ class Deployer:
         self._progress(client_id, deploy, f"loading {counted(len(plan.stages), 'stage')} on {counted(workers, 'worker')}")
         await self._ready(version)
         log.info("deployed", extra={"deployment": deploy.name, "version": version.number, "stages": len(plan.stages)})
-        return self._deployments.record(self._around.version(version.deployment, version.number))
+        record = self._deployments.record(self._around.version(version.deployment, version.number))
+        return msg.Deployed(call=deploy.call, deployment=record)
 
     async def _plan(self, client_id: ClientId, deploy: msg.Deploy, codec: str, program: ProfiledProgram, made: set[Digest]) -> ev.Version:
         """Cut the program and place its stages. Adds to `made` what it writes."""
@@ -175,9 +193,15 @@ class Deployer:
             model = await asyncio.to_thread(cut, self._store, program, deploy.stages)
             made |= {need.artifact for need in model.stages}
             return model, first_plan(model, offers)
-        model, plan = await asyncio.to_thread(plan_freely, self._store, program, offers, name=deploy.name)
+        costs_s = await asyncio.to_thread(self._known_costs, program, self._around.device_kinds())
+        model, plan = await asyncio.to_thread(plan_freely, self._store, program, offers, name=deploy.name, costs_s=costs_s)
         made |= {need.artifact for need in model.stages}
         return model, plan
+
+    def _known_costs(self, program: ProfiledProgram, kinds: dict[WorkerId, DeviceKind]) -> dict[WorkerId, tuple[float, ...]]:
+        """Seconds of each operator on the workers whose kind was measured. Blocks."""
+        kept = self._profiles.read(form_of(self._store.path(program.digest)))
+        return known_costs(kept, kinds, len(program.operator_costs_s))
 
     async def _ready(self, version: ev.Version) -> None:
         """Hand the version to the scheduler and wait until every stage is resident, or raise what prevents it."""
@@ -192,7 +216,67 @@ class Deployer:
         finally:
             del self._waiting[key]
 
-    async def _program(self, client_id: ClientId, deploy: msg.Deploy) -> ProfiledProgram:
+    # ── profiles ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _profile(self, client_id: ClientId, order: msg.Profile) -> msg.Profiled:
+        if (order.named is None) == (order.uploaded is None):
+            raise ConfigError("profile: give either a named model or an uploaded program")
+        if not await self._around.offers(wait_s=FIRST_WORKER_S):
+            raise PlanError("no worker is connected; start one with: adapt-worker --dispatcher ADDRESS")
+        chosen(kinds_of(self._around.device_kinds()), order.device_class)  # refused before anything is exported
+        program = await self._program(client_id, order)
+        try:
+            found = await self._measured(client_id, order, program)
+            source = await asyncio.to_thread(read_program, self._store.path(program.digest))
+            model = await asyncio.to_thread(combined, order.name, source, found, program.operator_costs_s)
+        finally:
+            self._deployments.discard({program.digest})
+        return msg.Profiled(call=order.call, profile=model.to_json())
+
+    async def _measured(
+        self, client_id: ClientId, order: msg.Profile, program: ProfiledProgram
+    ) -> list[tuple[DeviceKind, Sequence[float | None]]]:
+        """Seconds of each operator on each kind of device that is wanted; raises PlanError if no kind could be measured."""
+        path = self._store.path(program.digest)
+        form = await asyncio.to_thread(form_of, path)
+        kept = {} if order.again else await asyncio.to_thread(self._profiles.read, form)
+        free = {offer.worker_id: offer.free_bytes for offer in await self._around.offers(wait_s=0.0)}
+        found: list[tuple[DeviceKind, Sequence[float | None]]] = []
+        failed: PlanError | None = None
+        for kind in chosen(kinds_of(self._around.device_kinds()), order.device_class):
+            known = kept.get(kind.name)
+            if known is not None and len(known.costs_s) == len(program.operator_costs_s):
+                found.append((kind, known.costs_s))
+                continue
+            roomy = sorted(kind.workers, key=lambda worker: (-free.get(worker, 0), worker))
+            try:
+                worker_id, costs_s = await self.profilers.measure(
+                    program.digest,
+                    path.stat().st_size,
+                    replace(kind, workers=tuple(roomy)),
+                    repetitions=order.repetitions,
+                    told=partial(self._progress, client_id, order),
+                )
+            except PlanError as error:
+                self._progress(client_id, order, str(error))
+                failed = error
+                continue
+            if len(costs_s) != len(program.operator_costs_s):
+                failed = PlanError(f"{worker_id} measured {len(costs_s)} operators, the program has {len(program.operator_costs_s)}")
+                continue
+            await self._keep(form, kind, worker_id, completed(costs_s, program.operator_costs_s))
+            found.append((replace(kind, workers=(worker_id, *(other for other in kind.workers if other != worker_id))), costs_s))
+        if not found:
+            raise failed or PlanError("no worker is left that could be measured")
+        return found
+
+    async def _keep(self, form: str, kind: DeviceKind, worker_id: WorkerId, costs_s: tuple[float, ...]) -> None:
+        profile = KeptProfile(device_class=kind.name, worker=worker_id, cores=kind.cores, costs_s=costs_s)
+        await asyncio.to_thread(self._profiles.write, form, profile)
+
+    # ── what both need ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _program(self, client_id: ClientId, deploy: msg.Deploy | msg.Profile) -> ProfiledProgram:
         """The program: built in a child process, or pulled from the client."""
         if deploy.named is not None:
             self._progress(client_id, deploy, f"exporting {deploy.named.model}")
@@ -216,5 +300,5 @@ class Deployer:
             await download.run()
         return ProfiledProgram(digest, deploy.uploaded.operator_costs_s)
 
-    def _progress(self, client_id: ClientId, deploy: msg.Deploy, step: str) -> None:
-        self._around.to_client(client_id, msg.Progress(call=deploy.call, step=step[:STEP_LENGTH]))
+    def _progress(self, client_id: ClientId, order: msg.Deploy | msg.Profile, step: str, share: float | None = None) -> None:
+        self._around.to_client(client_id, msg.Progress(call=order.call, step=step[:STEP_LENGTH], share=share))

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from adapt.errors import AdaptError, ConfigError, PlanError
 from adapt.models.cut import StageArtifact, legal_cuts, write_stages
 from adapt.models.forms import FormCheck
 from adapt.models.interface import Interface
-from adapt.models.layers import profile_model
+from adapt.models.layers import layer_costs_s, profile_model
 from adapt.models.program import Program, read_graph, read_program
 from adapt.planning import choose
 from adapt.planning.cost import Layout
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 HEADER_BYTES = 256 << 10  # of a stage's file, beside its weights, at most
 MANY_KINDS = 5  # of workers; with more, planning takes more than a second or two
+PROFILE_HOLDS = 1.5  # a worker that has proved to be slower, or faster, than its kind by more than this is taken as it is
 PROFILE_ERROR = 0.05  # stages that differ by less are alike, as far as the quick profile knows; then fewer bytes count
 NUMERICS = ("auto", "close", "exact")
 
@@ -252,16 +254,28 @@ def cut(store: ArtifactStore, program: ProfiledProgram, stages: int) -> CutModel
     return _cut_at(store, program, source, partition(costs_s, legal_cuts(source), stages, slack=PROFILE_ERROR))
 
 
-def plan_freely(store: ArtifactStore, program: ProfiledProgram, offers: Sequence[WorkerOffer], *, name: str) -> tuple[CutModel, Plan]:
+def plan_freely(
+    store: ArtifactStore,
+    program: ProfiledProgram,
+    offers: Sequence[WorkerOffer],
+    *,
+    name: str,
+    costs_s: Mapping[WorkerId, Sequence[float]] | None = None,
+) -> tuple[CutModel, Plan]:
     """Cut a program and place it as it should be fastest on these workers: in as many stages, with as many replicas, as is best. Blocks.
 
-    Links are taken to be no limit: nobody has measured them. A worker is as fast as it has proved to be, at first as fast as the others.
+    A worker without a profile is as fast as it has proved to be, at first as fast as who exported the model.
+
+    Args:
+        costs_s: seconds of each operator on the workers on whose kind of device the program was measured.
 
     Raises: as `cut`; PlanError: the workers' memory cannot hold the model; says what is missing.
     """
     source = read_program(store.path(program.digest))
     profile = profile_model(name, source, program.operator_costs_s)
-    layout = _best_layout(profile, ClusterProfile(tuple(_device(offer) for offer in offers)))
+    measured = {worker: layer_costs_s(profile, costs) for worker, costs in (costs_s or {}).items()}
+    devices = tuple(_device(offer, profile, measured.get(offer.worker_id)) for offer in offers)
+    layout = _best_layout(profile, ClusterProfile(devices))
     model = _cut_at(store, program, source, choose.positions(profile, layout))
     places = tuple(tuple(sorted(offers[device].worker_id for device in stage.devices)) for stage in layout.stages)
     return model, Plan(program=model.program, epoch=Epoch(1), stages=model.stages, places=places)
@@ -275,8 +289,17 @@ def _best_layout(model: ModelProfile, cluster: ClusterProfile) -> Layout:
     return choose.plan(model, cluster).layout
 
 
-def _device(offer: WorkerOffer) -> DeviceProfile:
-    return DeviceProfile(name=offer.worker_id, speed=1.0 / offer.slowness, budget_bytes=max(offer.free_bytes - HEADER_BYTES, 0))
+def _device(offer: WorkerOffer, model: ModelProfile, costs_s: tuple[float, ...] | None) -> DeviceProfile:
+    budget_bytes = max(offer.free_bytes - HEADER_BYTES, 0)
+    if costs_s is None:
+        return DeviceProfile(name=offer.worker_id, speed=1.0 / offer.slowness, budget_bytes=budget_bytes)
+    usual = sum(costs_s) / model.seconds_before[-1] if model.seconds_before[-1] > 0 else 1.0
+    drift = offer.slowness / usual if offer.slowness != 1.0 and usual > 0 else 1.0  # 1: it has done nothing yet
+    if 1 / PROFILE_HOLDS < drift < PROFILE_HOLDS:
+        drift = 1.0
+    drift = 2.0 ** (round(math.log2(drift) * 4) / 4)  # in steps, so that workers that are alike stay alike
+    costs_s = costs_s if drift == 1.0 else tuple(cost * drift for cost in costs_s)
+    return DeviceProfile(name=offer.worker_id, speed=1.0 / (usual * drift or 1.0), budget_bytes=budget_bytes, costs_s=costs_s)
 
 
 def _cut_at(store: ArtifactStore, program: ProfiledProgram, source: Program, positions: Sequence[int]) -> CutModel:

@@ -33,6 +33,7 @@ from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.deployer import Deployer
 from adapt.runtime.deployments import Deployments
 from adapt.runtime.endpoint import Arrival, Disconnected, Malformed, Received, RouterEndpoint, Undelivered
+from adapt.runtime.profiles import DeviceKind, ProfileStore
 from adapt.runtime.registry import Listener, Registry, open_registry
 from adapt.runtime.state import StateDirectory
 from adapt.runtime.status import LinkTally, counters, request_records, worker_records
@@ -94,7 +95,15 @@ class Dispatcher:
         self._last_hello: dict[WorkerId, msg.WorkerHello] = {}  # also of workers that are gone, while the roster remembers them
         self._inbox: deque[Arrival | ev.Event] = deque()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="artifacts")
-        self._deployer = Deployer(self._store, self._deployments, self, models_dir=config.models_dir, threads=self._threads, clock=clock)
+        self._deployer = Deployer(
+            self._store,
+            self._deployments,
+            self,
+            profiles=ProfileStore(self._state.profiles),
+            models_dir=config.models_dir,
+            threads=self._threads,
+            clock=clock,
+        )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._alarm = Alarm(self._drive, clock)
         self._is_driven = False
@@ -362,6 +371,8 @@ class Dispatcher:
             self._peers.pop(earlier.number, None)
             if role == "client":  # it asks for its deployments again
                 self._deployer.client_gone(ClientId(bytes.fromhex(name)))
+            else:
+                self._deployer.profilers.worker_gone(WorkerId(name))
         session = self._sessions.welcome(routing_id, role, name, hello.incarnation, self._clock())
         self._peers[session.number] = _Peer(hello)
         welcome = msg.Welcome(
@@ -455,6 +466,7 @@ class Dispatcher:
             return
         if isinstance(peer.hello, msg.WorkerHello):
             log.info("worker session ended", extra={"worker_id": session.name, "reason": reason})
+            self._deployer.profilers.worker_gone(WorkerId(session.name))
             self._note(ev.WorkerDisconnected(worker_id=WorkerId(session.name), reason=reason))
             self._wake()
             return
@@ -489,6 +501,8 @@ class Dispatcher:
                     self._note(ev.StageBegun(worker_id=worker_id, attempt=done.begun))
             case msg.Goodbye():
                 self._goodbye(session)
+            case msg.ProfileProgress() | msg.ProgramProfiled() | msg.ProfileFailed() as told:
+                self._deployer.profilers.heard(worker_id, told)
             case message:
                 self._from_worker_besides(session, worker_id, message)
 
@@ -519,8 +533,8 @@ class Dispatcher:
             case msg.CancelRequest(request_id=request_id):
                 if request_id.client == self._client_of(session):
                     self._handle(ev.RequestCancelled(request_id=request_id))
-            case msg.Deploy() as deploy:
-                self._deployer.begin(ClientId(self._client_of(session)), deploy)
+            case msg.Deploy() | msg.Profile() as order:
+                self._deployer.begin(ClientId(self._client_of(session)), order)
             case msg.CancelCall(call=call):
                 self._deployer.cancel(ClientId(self._client_of(session)), call)
             case msg.Undeploy() as undeploy:
@@ -570,7 +584,7 @@ class Dispatcher:
                 case ev.Answer() | ev.Fail() | ev.Accept():
                     self.to_client(ClientId(action.request_id.client), *translation.said_to_client(action))
                 case ev.Cancel():
-                    self._to_worker(action.worker_id, msg.CancelStage(attempt=action.attempt))
+                    self.to_worker(action.worker_id, msg.CancelStage(attempt=action.attempt))
                 case _:
                     self._act_on_plan(action)
 
@@ -578,12 +592,13 @@ class Dispatcher:
         match action:
             case ev.Load():
                 load = msg.LoadStage(artifact=action.artifact, file_bytes=self._deployments.file_bytes(action.artifact))
-                self._to_worker(action.worker_id, load)
+                self.to_worker(action.worker_id, load)
             case ev.Unload():
-                self._to_worker(action.worker_id, msg.UnloadStage(artifact=action.artifact))
+                self.to_worker(action.worker_id, msg.UnloadStage(artifact=action.artifact))
             case ev.Evict():
                 log.warning("worker evicted", extra={"worker_id": action.worker_id, "reason": action.reason})
                 self._registry.revoke(action.worker_id)
+                self._deployer.profilers.worker_gone(action.worker_id)
                 session = self._sessions.greeted("worker", action.worker_id)
                 if session is not None:
                     self._sessions.end(session.number)
@@ -615,13 +630,14 @@ class Dispatcher:
 
     def _flush_acks(self, *, is_last: bool = False) -> None:
         for worker_id, attempts in self._acks.end_turn(self._now, is_last=is_last):
-            self._to_worker(worker_id, msg.StageAck(attempts=attempts))
+            self.to_worker(worker_id, msg.StageAck(attempts=attempts))
 
-    def _to_worker(self, worker_id: WorkerId, message: msg.Message) -> None:
-        """What is lost with a session is said again after the next hello."""
+    def to_worker(self, worker_id: WorkerId, message: msg.Message) -> bool:
+        """False: it is not here. What is lost with a session is said again after the next hello."""
         session = self._sessions.named("worker", worker_id)
         if session is not None:
             self._send(session, message)
+        return session is not None
 
     def to_client(self, client_id: ClientId, message: msg.Message, blobs: tuple[Blob, ...] = ()) -> bool:
         """To wherever the client is now. If it is away, it asks again when it is back."""
@@ -639,6 +655,17 @@ class Dispatcher:
                 while not self._scheduler.offers():
                     await self._turn()
         return self._scheduler.offers(with_copies=with_copies)
+
+    def device_kinds(self) -> dict[WorkerId, DeviceKind]:
+        """What the ready workers run on."""
+        found: dict[WorkerId, DeviceKind] = {}
+        for member in self._scheduler.roster:
+            session = self._sessions.named("worker", member.worker_id)
+            if member.is_ready and session is not None and member.worker_id in self._last_hello:
+                heartbeat = self._peers[session.number].heartbeat
+                cores = 0.0 if heartbeat is None else heartbeat.cores
+                found[member.worker_id] = DeviceKind.of(self._last_hello[member.worker_id].device, cores)
+        return found
 
     def version(self, deployment: str, number: int) -> ev.Version:
         """A version that takes requests. Raises UnknownModelError: it was replaced or removed meanwhile."""
