@@ -107,7 +107,9 @@ class ModelProfile:
             raise ConfigError(f"{self.name}: seconds and bytes of a profile are finite and not negative")
         for kind in self.measured:
             if len(kind.costs_s) != len(self.layers) or not all(math.isfinite(cost) and cost >= 0 for cost in kind.costs_s):
-                raise ConfigError(f"{self.name}: {kind.device_class}: expected the seconds of {len(self.layers)} layers, finite, not negative")
+                raise ConfigError(
+                    f"{self.name}: {kind.device_class}: expected the seconds of {len(self.layers)} layers, finite, not negative"
+                )
         for codec in self.codecs:
             given = (codec.ratio, codec.encode_bytes_per_s, codec.decode_bytes_per_s, *codec.ratios)
             if not all(value > 0 for value in given) or len(codec.ratios) not in (0, len(self.layers) + 1):

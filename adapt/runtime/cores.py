@@ -13,7 +13,7 @@ def allowed_cores(process: Path = PROCESS) -> float:
     """The smallest quota of its group and those around it; 0 if nothing limits it, or nothing is known (as outside Linux)."""
     try:
         quotas = [cores for folder in _folders(process) if (cores := _quota(folder)) is not None]
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError, ZeroDivisionError):
         return 0.0
     return min(quotas, default=0.0)
 

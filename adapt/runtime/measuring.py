@@ -4,7 +4,7 @@
     CancelProfile   it ends at the next pause, and nothing more is said of it; so does a lost session
     LoadStage       goes first: a profile whose weights take the room that the stage needs is given up
 
-The program's file is removed from the cache afterwards: nothing else needs it.
+A program's file that was fetched for it is removed from the cache afterwards: nothing else needs it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from typing import Any, Protocol, TypeAlias
 from adapt.clock import Clock, monotonic
 from adapt.errors import AdaptError, OverloadedError, PlanError
 from adapt.protocol.ids import Digest
-from adapt.protocol.messages import ArtifactMissing, ArtifactPiece, CancelProfile, Fetch, ProfileFailed, ProfileProgram, ProfileProgress, ProgramProfiled
+from adapt.protocol.messages import (
+    ArtifactMissing,
+    ArtifactPiece,
+    CancelProfile,
+    Fetch,
+    ProfileFailed,
+    ProfileProgram,
+    ProfileProgress,
+    ProgramProfiled,
+)
 from adapt.protocol.wire import Blob
 from adapt.runtime.artifacts import ArtifactStore, Download, check_digest
 
@@ -79,6 +88,7 @@ class Measuring:
         self._task: asyncio.Task[None] | None = None
         self._download: Download | None = None
         self._profiler: Profiler | None = None
+        self._tell_at = 0.0  # moment from which on it may be said again how much has been fetched
 
     @property
     def held_bytes(self) -> int:
@@ -130,8 +140,12 @@ class Measuring:
         if after is not None:
             await asyncio.wait([after])
         thread = ThreadPoolExecutor(1, thread_name_prefix="adapt-profile")
+        is_ours = False
         try:
-            path = await self._file(program, order.file_bytes, thread)
+            if not await asyncio.get_running_loop().run_in_executor(thread, self._store.verify, program):
+                is_ours = True
+                await self._pull(program, order.file_bytes, thread)
+            path = self._store.path(program)
             self._profiler = await asyncio.get_running_loop().run_in_executor(thread, self._open_profiler, path, order.repetitions)
             costs_s = await self._costs_s(program, self._profiler)
         except (AdaptError, OSError) as error:
@@ -144,22 +158,22 @@ class Measuring:
         finally:
             thread.shutdown(wait=False, cancel_futures=True)
             self._profiler = None
-            with contextlib.suppress(OSError):
-                self._store.path(program).unlink(missing_ok=True)
+            if is_ours:
+                with contextlib.suppress(OSError):
+                    self._store.path(program).unlink(missing_ok=True)
 
-    async def _file(self, program: Digest, file_bytes: int, thread: ThreadPoolExecutor) -> Path:
-        """The verified file, from the cache or from the dispatcher."""
-        if not await asyncio.get_running_loop().run_in_executor(thread, self._store.verify, program):
-            self._download = Download(self._store, program, file_bytes, send=self._fetch, threads=thread, clock=self._clock)
-            try:
-                await self._download.run()
-            finally:
-                self._download = None
-        return self._store.path(program)
+    async def _pull(self, program: Digest, file_bytes: int, thread: ThreadPoolExecutor) -> None:
+        self._download = Download(self._store, program, file_bytes, send=self._fetch, threads=thread, clock=self._clock)
+        try:
+            await self._download.run()
+        finally:
+            self._download = None
 
     def _fetch(self, fetch: Fetch) -> bool:
-        if self._download is not None and self._download.file_bytes:
-            share = min(fetch.offset / self._download.file_bytes, 1.0)
+        now = self._clock()
+        if self._download is not None and now >= self._tell_at:
+            self._tell_at = now + TELL_S
+            share = min(fetch.offset / max(self._download.file_bytes, 1), 1.0)
             self._send(ProfileProgress(program=fetch.artifact, step="fetching the program", share=share))
         return self._send(fetch)
 
@@ -169,7 +183,9 @@ class Measuring:
         try:
             told = -1.0
             while not (await asyncio.wait([done], timeout=TELL_S))[0]:
-                if (share := min(profiler.share, 1.0)) > told:  # while others are served nothing is said, and the dispatcher draws its conclusion
+                if (
+                    share := min(profiler.share, 1.0)
+                ) > told:  # while others are served nothing is said, and the dispatcher draws its conclusion
                     told = share
                     self._send(ProfileProgress(program=program, step="measuring", share=share))
             try:

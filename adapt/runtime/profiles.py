@@ -198,7 +198,9 @@ class Profilers:
         self._waiting: dict[tuple[WorkerId, str], _Waiting] = {}
         self._turn = asyncio.Lock()
 
-    async def measure(self, program: Digest, file_bytes: int, kind: DeviceKind, *, repetitions: int, told: Told) -> tuple[WorkerId, list[float | None]]:
+    async def measure(
+        self, program: Digest, file_bytes: int, kind: DeviceKind, *, repetitions: int, told: Told
+    ) -> tuple[WorkerId, list[float | None]]:
         """Seconds of each operator on a worker of this kind: the first one that can.
 
         Raises:
@@ -235,9 +237,7 @@ class Profilers:
             if other == worker_id and not waiting.answer.done():
                 waiting.answer.set_exception(PlanError("it has left"))
 
-    async def _measured_by(
-        self, worker_id: WorkerId, program: Digest, file_bytes: int, repetitions: int, told: Told
-    ) -> list[float | None]:
+    async def _measured_by(self, worker_id: WorkerId, program: Digest, file_bytes: int, repetitions: int, told: Told) -> list[float | None]:
         waiting = _Waiting(asyncio.get_running_loop().create_future(), told, asyncio.Event())
         with self._registered((worker_id, program), waiting):
             if not self._to_worker(worker_id, msg.ProfileProgram(program=program, file_bytes=file_bytes, repetitions=repetitions)):
@@ -284,7 +284,9 @@ def combined(
     whole = [(kind, completed(costs_s, quick_s)) for kind, costs_s in profiles]
     kind, costs_s = min(whole, key=lambda item: (item[0].threads != 1, sum(item[1]) * (item[0].cores or 1.0)))
     reference_s = [cost * (kind.cores or 1.0) for cost in costs_s]
-    words = f"{kind.title}, measured on {kind.workers[0]}" + (f"; seconds of one core, {kind.cores:.2g} of what it took" if kind.cores else "")
+    words = f"{kind.title}, measured on {kind.workers[0]}" + (
+        f"; seconds of one core, {kind.cores:.2g} of what it took" if kind.cores else ""
+    )
     model = profile_model(name, program, reference_s, codecs=typical_codecs(), reference=words)
     measured = [
         MeasuredCosts(

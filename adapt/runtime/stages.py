@@ -93,7 +93,9 @@ class ResidentStages(Generic[StageT]):
     @property
     def room_bytes(self) -> int:
         """What is left of the budget. On any thread."""
-        taken = sum(entry.file_bytes for entry in list(self._resident.values())) + sum(entry.file_bytes for entry in list(self._loading.values()))
+        taken = sum(entry.file_bytes for entry in list(self._resident.values())) + sum(
+            entry.file_bytes for entry in list(self._loading.values())
+        )
         return max(self._budget_bytes - taken, 0)
 
     def acquire(self, digest: str) -> StageT | None:
