@@ -340,11 +340,13 @@ class Executor:
 
     def _next(self) -> Work | None:
         """The next work; what is unsaid is said before waiting for it. Chores fill the waiting."""
-        if self._queue.empty():
-            self._say_rest()
-        while isinstance(item := self._taken(), Chore):
+        while True:
+            if self._queue.empty():
+                self._say_rest()
+            item = self._taken()
+            if not isinstance(item, Chore):
+                return item
             self._chores.append(item)
-        return item
 
     def _taken(self) -> Work | Chore | None:
         while self._chores:
