@@ -31,26 +31,28 @@ def test_a_module_is_measured_once_and_planned_by_it(tmp_path):
     """The worker's stage budget is less than half of the model: it is measured window by window, and then cut."""
     module, x = Wide().eval(), torch.randn(2, 512)
     told = []
-    with adapt.LocalCluster(workers=2, directory=tmp_path / "here", worker={"memory_limit": "6MiB"}) as cluster:
-        with adapt.Client(cluster.address) as client:
-            model = client.profile(module, example_inputs=(x,), repetitions=3, progress=lambda words, share: told.append((words, share)))
-            (kind,) = model.measured
-            assert model.weights_before[-1] > 8 << 20 and set(kind.workers) == {"w1", "w2"}
-            assert len(kind.costs_s) == len(model.layers) and all(cost > 0 for cost in kind.costs_s)
-            assert any("fetching" in words and share is not None for words, share in told)
-            told.clear()
-            torch.nn.init.normal_(module.layers[0].weight)  # other weights: the same form
-            again = client.profile(module, example_inputs=(x,), progress=lambda words, share: told.append((words, share)))
-            assert again.measured[0].costs_s == kind.costs_s and not any("measuring" in words for words, _ in told)
-            with pytest.raises(adapt.ConfigError, match="device-class='abacus'"):
-                client.profile(module, example_inputs=(x,), device_class="abacus")
-            deployed = client.deploy(module, example_inputs=(x,))
-            assert len(deployed.record.stages) == 2
-            with torch.inference_mode():
-                assert torch.equal(deployed(x), module(x))
-            with pytest.raises(adapt.PlanError, match="no room to profile"):  # beside the stages that are resident now
-                client.profile(torch.nn.Linear(1100, 1100), example_inputs=(torch.zeros(1, 1100),))
-            assert deployed(x).shape == (2, 512)
+    with (
+        adapt.LocalCluster(workers=2, directory=tmp_path / "here", worker={"memory_limit": "6MiB"}) as cluster,
+        adapt.Client(cluster.address) as client,
+    ):
+        model = client.profile(module, example_inputs=(x,), repetitions=3, progress=lambda words, share: told.append((words, share)))
+        (kind,) = model.measured
+        assert model.weights_before[-1] > 8 << 20 and set(kind.workers) == {"w1", "w2"}
+        assert len(kind.costs_s) == len(model.layers) and all(cost > 0 for cost in kind.costs_s)
+        assert any("fetching" in words and share is not None for words, share in told)
+        told.clear()
+        torch.nn.init.normal_(module.layers[0].weight)  # other weights: the same form
+        again = client.profile(module, example_inputs=(x,), progress=lambda words, share: told.append((words, share)))
+        assert again.measured[0].costs_s == kind.costs_s and not any("measuring" in words for words, _ in told)
+        with pytest.raises(adapt.ConfigError, match="device-class='abacus'"):
+            client.profile(module, example_inputs=(x,), device_class="abacus")
+        deployed = client.deploy(module, example_inputs=(x,))
+        assert len(deployed.record.stages) == 2
+        with torch.inference_mode():
+            assert torch.equal(deployed(x), module(x))
+        with pytest.raises(adapt.PlanError, match="no room to profile"):  # beside the stages that are resident now
+            client.profile(torch.nn.Linear(1100, 1100), example_inputs=(torch.zeros(1, 1100),))
+        assert deployed(x).shape == (2, 512)
     kept = list((tmp_path / "here").rglob("profiles/*.json"))
     assert len(kept) == 1 and json.loads(kept[0].read_text())["version"] == 1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -65,7 +67,7 @@ def test_windows_compute_what_the_program_computes(branches):
     cuts = [None, *legal_cuts(program)[1::3], None]
     values = inputs = example_inputs(program.graph.input_specs, 1)
     seen: list[int] = []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         piece = window(program, begin, end)
         stage = Stage.of(piece.graph, program.path, device="cpu", digest=program.digest)
         assert len(piece.positions) == len(stage)

@@ -51,7 +51,7 @@ def test_kinds_are_chosen_by_a_part_of_their_name():
     kinds = kinds_of({W1: DeviceKind.of(PI, 0.0), W2: DeviceKind.of(PC, 0.0)})
     assert [kind.workers for kind in chosen(kinds, "cortex")] == [(W1,)]
     assert chosen(kinds, "") == kinds and chosen([], "cortex") == []
-    with pytest.raises(ConfigError, match="device-class='M2'.*Cortex-A72.*Xeon"):
+    with pytest.raises(ConfigError, match=r"device-class='M2'.*Cortex-A72.*Xeon"):
         chosen(kinds, "M2")
 
 
