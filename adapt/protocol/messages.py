@@ -348,6 +348,14 @@ class StatusQuery(Struct, frozen=True, kw_only=True):
     call: Natural
 
 
+class LinkRecord(Struct, frozen=True, kw_only=True):
+    """What was measured between the dispatcher and a worker; rates are bytes per second to the worker and from it."""
+
+    latency_s: Seconds  # of one direction
+    down_bytes_per_s: float
+    up_bytes_per_s: float
+
+
 class WorkerRecord(Struct, frozen=True, kw_only=True):
     """A worker as users see it."""
 
@@ -365,6 +373,7 @@ class WorkerRecord(Struct, frozen=True, kw_only=True):
     load: float = 0.0  # percent of memory in use: of its host, or of its stage budget if that is more
     penalty: float = 0.0  # for its failures
     breaker: Text = "closed"  # "open": it gets nothing for a while; "half-open": one task at a time
+    link: LinkRecord | None = None  # not measured yet
 
 
 class RequestRecord(Struct, frozen=True, kw_only=True):
@@ -488,6 +497,24 @@ class Draining(Struct, frozen=True, kw_only=True):
     handed_back: Attempts
 
 
+# ── links ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class LinkProbe(Struct, frozen=True, kw_only=True):
+    """Dispatcher -> worker: answer at once, with so many bytes. The bytes of the one payload frame mean nothing."""
+
+    KIND: ClassVar[bytes] = b"LP"
+    number: Natural
+    answer_bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+
+
+class LinkEcho(Struct, frozen=True, kw_only=True):
+    """Worker -> dispatcher: the answer to the `LinkProbe` of this number; so many bytes are the one payload frame."""
+
+    KIND: ClassVar[bytes] = b"LE"
+    number: Natural
+
+
 # ── profiles: dispatcher and worker ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -601,12 +628,12 @@ ToDispatcher: TypeAlias = (
     | InferRequest | ReplyAck | CancelRequest | Deploy | Profile | CancelCall | Undeploy | StatusQuery
     | Begun | StageDone | StageFailed | StageCancelled | Heartbeat | Draining
     | StageLoaded | LoadFailed | Fetch | ArtifactPiece | ArtifactMissing
-    | ProfileProgress | ProgramProfiled | ProfileFailed
+    | ProfileProgress | ProgramProfiled | ProfileFailed | LinkEcho
 )  # fmt: skip
 ToWorker: TypeAlias = (
     Welcome | Refused | SayHello | Goodbye
     | RunStage | CancelStage | StageAck | LoadStage | UnloadStage | ArtifactPiece | ArtifactMissing
-    | ProfileProgram | CancelProfile
+    | ProfileProgram | CancelProfile | LinkProbe
 )  # fmt: skip
 ToClient: TypeAlias = (
     Welcome | Refused | SayHello | Goodbye

@@ -29,6 +29,7 @@ from adapt.runtime.artifacts import ArtifactStore, Download
 from adapt.runtime.deployments import Blueprint, CutModel, Deployments, ProfiledProgram, check, cut, first_plan, plan_freely
 from adapt.runtime.profiles import DeviceKind, KeptProfile, Profilers, ProfileStore, chosen, combined, form_of, kinds_of, known_costs
 from adapt.scheduling import events as ev
+from adapt.scheduling.links import Link
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class Surroundings(Protocol):
     def device_kinds(self) -> dict[WorkerId, DeviceKind]: ...
 
     def to_worker(self, worker_id: WorkerId, message: msg.Message) -> bool: ...
+
+    def links(self) -> dict[WorkerId, Link]: ...
 
 
 @dataclass(slots=True)
@@ -194,7 +197,9 @@ class Deployer:
             made |= {need.artifact for need in model.stages}
             return model, first_plan(model, offers)
         costs_s = await asyncio.to_thread(self._known_costs, program, self._around.device_kinds())
-        model, plan = await asyncio.to_thread(plan_freely, self._store, program, offers, name=deploy.name, costs_s=costs_s)
+        model, plan = await asyncio.to_thread(
+            plan_freely, self._store, program, offers, name=deploy.name, costs_s=costs_s, links=self._around.links()
+        )
         made |= {need.artifact for need in model.stages}
         return model, plan
 

@@ -13,7 +13,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adapt.errors import AdaptError, ConfigError, PlanError
@@ -34,6 +34,7 @@ from adapt.protocol.messages import Deploy, DeploymentRecord, StagePlace
 from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.state import StateDirectory
 from adapt.scheduling.events import Version
+from adapt.scheduling.links import Link
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ HEADER_BYTES = 256 << 10  # of a stage's file, beside its weights, at most
 MANY_KINDS = 5  # of workers; with more, planning takes more than a second or two
 PROFILE_HOLDS = 1.5  # a worker that has proved to be slower, or faster, than its kind by more than this is taken as it is
 PROFILE_ERROR = 0.05  # stages that differ by less are alike, as far as the quick profile knows; then fewer bytes count
+NO_LIMIT_BYTES_PER_S = 200e6  # of a link; what is faster, as within one machine, costs processor time and no more
+NO_LATENCY_S = 2e-3  # what is less is the loops' own
 NUMERICS = ("auto", "close", "exact")
 
 
@@ -261,6 +264,7 @@ def plan_freely(
     *,
     name: str,
     costs_s: Mapping[WorkerId, Sequence[float]] | None = None,
+    links: Mapping[WorkerId, Link] | None = None,
 ) -> tuple[CutModel, Plan]:
     """Cut a program and place it as it should be fastest on these workers: in as many stages, with as many replicas, as is best. Blocks.
 
@@ -268,13 +272,14 @@ def plan_freely(
 
     Args:
         costs_s: seconds of each operator on the workers on whose kind of device the program was measured.
+        links: to the workers, where they have been measured; the others are no limit.
 
     Raises: as `cut`; PlanError: the workers' memory cannot hold the model; says what is missing.
     """
     source = read_program(store.path(program.digest))
     profile = profile_model(name, source, program.operator_costs_s)
     measured = {worker: layer_costs_s(profile, costs) for worker, costs in (costs_s or {}).items()}
-    devices = tuple(_device(offer, profile, measured.get(offer.worker_id)) for offer in offers)
+    devices = tuple(_linked(_device(offer, profile, measured.get(offer.worker_id)), (links or {}).get(offer.worker_id)) for offer in offers)
     layout = _best_layout(profile, ClusterProfile(devices))
     model = _cut_at(store, program, source, choose.positions(profile, layout))
     places = tuple(tuple(sorted(offers[device].worker_id for device in stage.devices)) for stage in layout.stages)
@@ -289,6 +294,20 @@ def _best_layout(model: ModelProfile, cluster: ClusterProfile) -> Layout:
     return choose.plan(model, cluster).layout
 
 
+def _linked(device: DeviceProfile, link: Link | None) -> DeviceProfile:
+    """In steps, so that links that are alike stay alike."""
+    if link is None:
+        return device
+    down, up = (math.inf if rate > NO_LIMIT_BYTES_PER_S else _stepped(rate) for rate in (link.down_bytes_per_s, link.up_bytes_per_s))
+    latency_s = _stepped(link.latency_s) if link.latency_s > NO_LATENCY_S else 0.0
+    return replace(device, down_bytes_per_s=down, up_bytes_per_s=up, latency_s=latency_s)
+
+
+def _stepped(value: float) -> float:
+    """The nearest of four steps between doublings."""
+    return 2.0 ** (round(math.log2(value) * 4) / 4)
+
+
 def _device(offer: WorkerOffer, model: ModelProfile, costs_s: tuple[float, ...] | None) -> DeviceProfile:
     budget_bytes = max(offer.free_bytes - HEADER_BYTES, 0)
     if costs_s is None:
@@ -297,7 +316,7 @@ def _device(offer: WorkerOffer, model: ModelProfile, costs_s: tuple[float, ...] 
     drift = offer.slowness / usual if offer.slowness != 1.0 and usual > 0 else 1.0  # 1: it has done nothing yet
     if 1 / PROFILE_HOLDS < drift < PROFILE_HOLDS:
         drift = 1.0
-    drift = 2.0 ** (round(math.log2(drift) * 4) / 4)  # in steps, so that workers that are alike stay alike
+    drift = _stepped(drift)  # so that workers that are alike stay alike
     costs_s = costs_s if drift == 1.0 else tuple(cost * drift for cost in costs_s)
     return DeviceProfile(name=offer.worker_id, speed=1.0 / (usual * drift or 1.0), budget_bytes=budget_bytes, costs_s=costs_s)
 

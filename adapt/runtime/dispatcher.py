@@ -33,6 +33,7 @@ from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.deployer import Deployer
 from adapt.runtime.deployments import Deployments
 from adapt.runtime.endpoint import Arrival, Disconnected, Malformed, Received, RouterEndpoint, Undelivered
+from adapt.runtime.probing import Probing
 from adapt.runtime.profiles import DeviceKind, ProfileStore
 from adapt.runtime.registry import Listener, Registry, open_registry
 from adapt.runtime.state import StateDirectory
@@ -41,6 +42,7 @@ from adapt.scheduling import events as ev
 from adapt.scheduling import translation
 from adapt.scheduling.acknowledgements import Acknowledgements
 from adapt.scheduling.deadlines import earliest
+from adapt.scheduling.links import Link
 from adapt.scheduling.liveness import LAG_S, Verdict
 from adapt.scheduling.qos import QosSettings
 from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
@@ -87,6 +89,7 @@ class Dispatcher:
         )
         self._scheduler = Scheduler(_settings(config), generation=secrets.randbelow(1 << 32))
         self._tally = LinkTally()
+        self._probing = Probing(self._scheduler.roster, self.to_worker)
         self._sessions = Sessions(1 + secrets.randbelow(1 << 32))
         self._reign = Reign()
         self._peers: dict[int, _Peer] = {}  # by session
@@ -423,6 +426,7 @@ class Dispatcher:
         self._last_hello = {known: old for known, old in self._last_hello.items() if known in self._scheduler.roster}
         self._last_hello[worker_id] = hello
         self._handle(translation.joined(hello))
+        self._probing.joined(worker_id, self._clock())
 
     def _malformed(self, arrival: Malformed) -> None:
         """One bad message never stops the others. A known sender starts afresh and sends again what was lost. A stubborn client is refused, lest its
@@ -496,11 +500,14 @@ class Dispatcher:
                 self._note(ev.StageBegun(worker_id=worker_id, attempt=attempt))
             case msg.StageDone() as done:
                 self._tally.count(done.leaves, envelope.blobs)
+                self._probing.done(worker_id, done, envelope.blobs, self._clock())
                 self._done(worker_id, done, envelope.blobs)
                 if done.begun is not None:
                     self._note(ev.StageBegun(worker_id=worker_id, attempt=done.begun))
             case msg.Goodbye():
                 self._goodbye(session)
+            case msg.LinkEcho(number=number):
+                self._probing.echoed(worker_id, number, self._clock())
             case msg.ProfileProgress() | msg.ProgramProfiled() | msg.ProfileFailed() as told:
                 self._deployer.profilers.heard(worker_id, told)
             case message:
@@ -516,6 +523,7 @@ class Dispatcher:
             case msg.Heartbeat():
                 self._peers[session.number].heartbeat = message
                 self._registry.refresh(worker_id, self._clock())
+                self._probing.heard(worker_id, self._clock())
             case msg.Fetch():
                 self._spawn(self._serve_piece(session, message), name=f"piece for {worker_id}")
             case msg.LoadFailed():
@@ -632,12 +640,16 @@ class Dispatcher:
         for worker_id, attempts in self._acks.end_turn(self._now, is_last=is_last):
             self.to_worker(worker_id, msg.StageAck(attempts=attempts))
 
-    def to_worker(self, worker_id: WorkerId, message: msg.Message) -> bool:
+    def to_worker(self, worker_id: WorkerId, message: msg.Message, blobs: tuple[Blob, ...] = ()) -> bool:
         """False: it is not here. What is lost with a session is said again after the next hello."""
         session = self._sessions.named("worker", worker_id)
         if session is not None:
-            self._send(session, message)
+            self._send(session, message, blobs)
         return session is not None
+
+    def links(self) -> dict[WorkerId, Link]:
+        """To the workers, as far as they have been measured."""
+        return self._probing.links()
 
     def to_client(self, client_id: ClientId, message: msg.Message, blobs: tuple[Blob, ...] = ()) -> bool:
         """To wherever the client is now. If it is away, it asks again when it is back."""
@@ -731,7 +743,7 @@ class Dispatcher:
             call=call,
             term=self._reign.term,
             uptime_s=self._clock() - self._began,
-            workers=worker_records(self._scheduler.roster, self._last_hello, heartbeats, self._clock()),
+            workers=worker_records(self._scheduler.roster, self._last_hello, heartbeats, self._probing.links(), self._clock()),
             deployments=[self._deployments.record(version) for version, _ in self._scheduler.versions()],
             counters=counters(self._scheduler) | self._tally.counters() | self._endpoint.counters() | dict(self._registry.counters()),
             requests=request_records(self._scheduler.oldest(REQUESTS_SHOWN), self._clock()),

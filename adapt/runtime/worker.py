@@ -43,6 +43,8 @@ from adapt.protocol.messages import (
     Draining,
     Goodbye,
     Heartbeat,
+    LinkEcho,
+    LinkProbe,
     LoadStage,
     Message,
     ProfileProgram,
@@ -60,6 +62,7 @@ from adapt.runtime.cores import allowed_cores
 from adapt.runtime.executor import Begun, Cancelled, Chore, Crashed, Done, Event, Executor, Failed, RunnableStage, State, Work
 from adapt.runtime.link import LinkEvent, LinkReceived, LinkRefused, PeerLink, SessionLost, SessionOpened
 from adapt.runtime.measuring import Measuring
+from adapt.runtime.probing import payload
 from adapt.runtime.registry import open_membership
 from adapt.runtime.stages import ResidentStages
 from adapt.runtime.watchdog import Watchdog
@@ -387,6 +390,8 @@ class Worker:
                 self._measuring.refuse(message, "the worker drains")
             case ProfileProgram():
                 self._measuring.measure(message)
+            case LinkProbe(number=number, answer_bytes=size):
+                self._send(LinkEcho(number=number), (payload(size),))
             case CancelProfile():
                 self._measuring.cancel(message)
             case Goodbye(reason=reason):

@@ -12,6 +12,7 @@ import torch
 from adapt.errors import AdaptError
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import routing_ids
+from adapt.protocol.wire import Blob
 from adapt.runtime import executor
 from tests.cluster.scripted import ANSWERS, BATCH, WAIT_S, Scene, attempt, export_net, output, run
 
@@ -608,5 +609,19 @@ def test_a_worker_that_drains_does_not_profile(scene):
             await dispatcher.take(msg.Draining)
             dispatcher.send(profile_order(scene))
             assert "drains" in (await dispatcher.take(msg.ProfileFailed)).message
+
+    run(test)
+
+
+# --- links ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_probe_is_echoed_with_as_many_bytes_as_it_asks_for(scene):
+    async def test():
+        async with scene.open(load=False) as dispatcher:
+            for number, (down, up) in enumerate([(0, 0), (16 << 10, 0), (256 << 10, 0), (0, 256 << 10)]):
+                dispatcher.send(msg.LinkProbe(number=number, answer_bytes=up), Blob.of(bytes(down)))
+                echo = await dispatcher.take(msg.LinkEcho)
+                assert echo.number == number and dispatcher.blobs[id(echo)][0].size == up
 
     run(test)

@@ -19,7 +19,20 @@ from adapt.protocol.messages import DeploymentRecord, RequestRecord, StatusRepor
 
 PLAIN_WIDTH = 120
 DIGEST_SHOWN = 12
-WORKER_COLUMNS = ("name", "state", "device", "stages", "running>", "memory>", "budget>", "tasks>", "failed>", "penalty>", "computing>")
+WORKER_COLUMNS = (
+    "name",
+    "state",
+    "device",
+    "stages",
+    "running>",
+    "memory>",
+    "budget>",
+    "link>",
+    "tasks>",
+    "failed>",
+    "penalty>",
+    "computing>",
+)
 REQUEST_COLUMNS = ("request", "stage", "age>", "left>", "with", "attempts>")
 SLOW_S = 1.0
 STATE_STYLES = {"ready": "green", "suspect": "yellow", "draining": "yellow", "lost": "red"}
@@ -82,6 +95,7 @@ def _worker(worker: WorkerRecord, deployments: list[DeploymentRecord]) -> tuple[
         f"{worker.running} of {worker.credit}",
         f"{worker.memory_percent:.0f} %",
         _megabytes(worker.stage_budget_bytes),
+        _link(worker),
         str(worker.tasks_done),
         str(worker.tasks_failed),
         _penalty(worker),
@@ -99,6 +113,14 @@ def _request(request: RequestRecord) -> tuple[str, ...]:
         escape("queued" if request.is_queued and not request.workers else where),
         str(request.attempts),
     )
+
+
+def _link(worker: WorkerRecord) -> str:
+    """Of the two directions the slower one."""
+    if worker.link is None:
+        return "-"
+    rate = min(worker.link.down_bytes_per_s, worker.link.up_bytes_per_s) * 8 / 1e6
+    return f"{rate:,.0f} Mbit/s" if rate >= 10 else f"{rate:.1f} Mbit/s"
 
 
 def _penalty(worker: WorkerRecord) -> str:

@@ -11,6 +11,7 @@ from adapt.planning.placement import WorkerOffer
 from adapt.protocol.ids import Digest, WorkerId
 from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.deployments import HEADER_BYTES, MANY_KINDS, ProfiledProgram, plan_freely
+from adapt.scheduling.links import Link
 
 WIDTH, LAYERS = 256, 8
 LAYER_BYTES = 4 * (WIDTH * WIDTH + WIDTH)
@@ -88,3 +89,15 @@ def test_a_worker_that_has_proved_to_be_slow_is_not_believed_its_profile(stored)
         model, plan = plan_freely(*stored, offers(6, 6, slowness=(slowness, 1.0)), name="m", costs_s=costs_s)
         assert sorted(layers_of(model), reverse=True) == layers
         assert layers == [4, 4] or plan.places[layers_of(model).index(2)] == ("w1",)
+
+
+def test_measured_links_count(stored):
+    """A model that neither worker can hold: who is on the slow link gets the end that sends least, or nothing helps; a fast link is no limit."""
+    fast, slow = Link(0.0001, 900e6, 900e6), Link(0.01, 1e4, 1e4)
+    same, plan = plan_freely(*stored, offers(6, 6), name="m", links={WorkerId("w1"): fast, WorkerId("w2"): fast})
+    unknown, other = plan_freely(*stored, offers(6, 6), name="m")
+    assert layers_of(same) == layers_of(unknown) and plan.places == other.places
+    _, plan = plan_freely(*stored, offers(9, 9), name="m", links={WorkerId("w1"): fast, WorkerId("w2"): slow})
+    assert plan.places == (("w1", "w2"),), "for what it can still take"
+    _, plan = plan_freely(*stored, offers(9, 5, 5), name="m", links={WorkerId("w1"): slow})
+    assert ("w1",) not in plan.places
