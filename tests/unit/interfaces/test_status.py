@@ -11,7 +11,7 @@ from rich.console import Console
 
 from adapt.errors import ConfigError
 from adapt.interfaces.cli import deploy, main, status
-from adapt.protocol.messages import DeploymentRecord, LinkRecord, DeviceFacts, RequestRecord, StagePlace, StatusReport, WorkerRecord
+from adapt.protocol.messages import DeploymentRecord, DeviceFacts, LinkRecord, RequestRecord, StagePlace, StatusReport, WorkerRecord
 
 DEVICE = DeviceFacts(device="cpu", device_name="a processor", threads=1, numeric_class="a class")
 
