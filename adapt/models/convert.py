@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from torch.export import ExportedProgram as TorchProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from adapt.errors import ExportError
+from adapt.models.compaction import compact
+from adapt.models.layouts import memory_order
 from adapt.models.operators import DTYPES, OPERATORS
 from adapt.models.program import (
     Affine,
@@ -36,7 +38,6 @@ from adapt.models.program import (
     ValueRef,
     ValueSpec,
     WeightRef,
-    map_references,
     operator_references,
 )
 from adapt.models.structure import KINDS, Constant, Leaf, Node, Structure, is_field_name
@@ -115,28 +116,6 @@ def convert(exported: TorchProgram, trained: Collection[str] = ()) -> Converted:
         ExportError: an operator is not supported, or the model is not a pure function of its inputs.
     """
     return _Converter(exported, trained).convert()
-
-
-def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """The dimensions from the outermost to the innermost, such that the tensor so permuted is contiguous; else None."""
-    strides = tensor.stride()
-    order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], tensor.shape[dim] == 1)))
-    return order if has_memory_order(tensor, order) else None
-
-
-def has_memory_order(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:
-    """Whether kernels cannot tell the tensor from a contiguous one that was permuted back from `order`.
-
-    The stride of a dimension of size 1 moves no data, but convolutions look at it when they choose between channels
-    first and last. So it counts in tensors of 4 and 5 dimensions, and in no others.
-    """
-    expected = 1
-    for dim in reversed(order):
-        is_looked_at = tensor.shape[dim] != 1 or tensor.dim() in (4, 5)
-        if is_looked_at and tensor.stride(dim) != expected:
-            return False
-        expected *= max(tensor.shape[dim], 1)
-    return True
 
 
 class _Converter:
@@ -510,36 +489,14 @@ def _structure(spec: Any, leaves: Iterator[Structure]) -> Structure:
 
 
 def _compacted(result: Converted) -> Converted:
-    """Drop operators, values and weights that no output depends on, and number the rest anew."""
-    needed = set(result.outputs)
-    kept = []
-    for op in reversed(result.operators):
-        if needed.intersection(op.outputs):
-            kept.append(op)
-            needed |= {ref.index for ref in operator_references(op) if isinstance(ref, ValueRef)}
-    kept.reverse()
-    values = sorted(needed | set(result.inputs))
-    value_of = {old: new for new, old in enumerate(values)}
-    used_weights = sorted({ref.index for op in kept for ref in operator_references(op) if isinstance(ref, WeightRef)})
-    weight_of = {old: new for new, old in enumerate(used_weights)}
-
-    def renumber(reference: ValueRef | WeightRef) -> Argument:
-        return ValueRef(value_of[reference.index]) if isinstance(reference, ValueRef) else WeightRef(weight_of[reference.index])
-
+    """Without operators, values and weights that no output depends on."""
+    left = compact(result.operators, result.inputs, result.outputs)
     return Converted(
-        operators=[
-            replace(
-                op,
-                args=tuple(map_references(argument, renumber) for argument in op.args),
-                kwargs={name: map_references(argument, renumber) for name, argument in op.kwargs.items()},
-                outputs=tuple(None if output is None else value_of.get(output) for output in op.outputs),
-            )
-            for op in kept
-        ],
-        values=[result.values[old] for old in values],
-        weights=[result.weights[old] for old in used_weights],
-        inputs=[value_of[old] for old in result.inputs],
-        outputs=[value_of[old] for old in result.outputs],
+        operators=left.operators,
+        values=[result.values[old] for old in left.values],
+        weights=[result.weights[old] for old in left.weights],
+        inputs=list(left.inputs),
+        outputs=list(left.outputs),
         input_structure=result.input_structure,
         output_structure=result.output_structure,
     )

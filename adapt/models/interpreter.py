@@ -94,7 +94,7 @@ class Stage:
         """
         file = read_graph(path, verify=verify)
         device = torch.device(device)
-        return cls(file.graph, _load_weights(file.path, file.graph.weights, device), device, file.digest)
+        return cls(file.graph, load_weights(file.path, file.graph.weights, device), device, file.digest)
 
     def run(self, inputs: Sequence[Leaf], *, observe: Callable[[int, Any], None] | None = None) -> list[Leaf]:
         """Run the stage once. The inputs are never written to.
@@ -161,7 +161,8 @@ def _model_error(operator: Operator, error: Exception) -> ModelError:
     return ModelError(f"{operator.name}{where}: {type(error).__name__}: {str(error)[:1000]}")
 
 
-def _load_weights(path: Path, weights: Sequence[Weight], device: torch.device) -> list[torch.Tensor]:
+def load_weights(path: Path, weights: Sequence[Weight], device: torch.device) -> list[torch.Tensor]:
+    """The weights that lie in a file, mapped on the CPU, copied to other devices."""
     if not weights:
         return []
     with open(path, "rb") as file:
