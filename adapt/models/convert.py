@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram as TorchProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from adapt.errors import ExportError
 from adapt.models.compaction import compact
 from adapt.models.layouts import memory_order
-from adapt.models.operators import DTYPES, OPERATORS
+from adapt.models.operators import DTYPES, IMPURE_IN_TRAINING, OPERATORS, TRAINING_FLAGS
 from adapt.models.program import (
     Affine,
     Argument,
@@ -58,11 +59,7 @@ _DROPOUTS = {
     for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
     for suffix in ("", "_")
 }  # (x, p, train)
-# Their schemas do not say so, but in training they write to their running statistics or drop out.
-_IMPURE_IN_TRAINING = {
-    "aten.batch_norm.default", "aten.instance_norm.default", "aten.scaled_dot_product_attention.default",
-    "aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input",
-}  # fmt: skip
+_NUMBERS = {"aten.item.default", "aten._local_scalar_dense.default"}
 _CREATIONS = {
     "aten.new_zeros.default": "aten.zeros.default",
     "aten.new_ones.default": "aten.ones.default",
@@ -216,6 +213,8 @@ class _Converter:
         self._argument_of[node] = self._emit(name, self._arguments(node), {}, node)
 
     def _call_on_tensors(self, node: torch.fx.Node, name: str, position: int) -> None:
+        if not name.startswith(("aten.", "operator.")):
+            self._check_supported(node, name)  # now: its arguments may be graphs
         kwargs = {key: self._argument(argument, node) for key, argument in node.kwargs.items()}
         args = self._arguments(node)
         mutated = _mutated(node)
@@ -251,7 +250,7 @@ class _Converter:
                 raise NeedsDecomposition(f"{node}: {alias} is still read")
 
     def _check_supported(self, node: torch.fx.Node, name: str) -> None:
-        if name in OPERATORS and not (name in _IMPURE_IN_TRAINING and _is_training(node)):
+        if name in OPERATORS and not (name in IMPURE_IN_TRAINING and _is_training(node)):
             return
         if name.startswith("higher_order") or not name.startswith("aten."):
             advice = "ADAPT runs plain operators only; replace control flow by torch.where and custom operators by those of torch"
@@ -290,6 +289,11 @@ class _Converter:
                 if argument in self._weight_names and argument not in self._argument_of:
                     self._argument_of[argument] = self._weight(argument)
                 found = self._argument_of[argument]
+                if isinstance(found, _Unusable) and found.name in _NUMBERS:
+                    raise ExportError(
+                        f"operator {found.name}, used in {_where(node)}, is not supported: it makes a plain number of a tensor, "
+                        "which depends on the input; keep it a tensor"
+                    )
                 if isinstance(found, _Unusable):
                     raise ExportError(f"{_where(node)} computes with {found.name} of the batch size, which is not an int")
                 return found
@@ -391,6 +395,11 @@ def references_values(arguments: tuple[Argument, ...]) -> bool:
 
 
 def _spec(value: Any, node: torch.fx.Node) -> ValueSpec:
+    if free_unbacked_symbols(value):
+        raise ExportError(
+            f"operator {_name_of(node)}, used in {_where(node)}, is not supported here: the size of its result depends on the values "
+            "of its input; use torch.where, or do this step outside of the model"
+        )
     if isinstance(value, torch.Tensor):
         # The layout is filled in when the operators have run: what export believes of it is not always true.
         return TensorSpec(_dtype_name(value.dtype), tuple(size_of(size) for size in value.shape), None)
@@ -422,7 +431,7 @@ def _is_training(node: torch.fx.Node) -> bool:
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     if "running_mean" in names and given.get("running_mean") is None:
         return False
-    return any(bool(given.get(flag, False)) for flag in ("train", "training", "use_input_stats", "dropout_p"))
+    return any(bool(given.get(flag, False)) for flag in TRAINING_FLAGS)
 
 
 def _mutated(node: torch.fx.Node) -> torch.fx.Node | None:
