@@ -24,7 +24,7 @@ def images(count):
     return [rng.standard_normal((1, 3, 224, 224), dtype=np.float32) for _ in range(count)]
 
 
-@pytest.mark.parametrize(("model", "workers", "budget_mib"), [("resnet50", 4, 40), ("vgg16", 2, 450)])
+@pytest.mark.parametrize(("model", "workers", "budget_mib"), [("resnet50", 4, 40), ("vgg16", 3, 450)])
 def test_a_model_larger_than_any_worker_runs(tmp_path, model, workers, budget_mib):
     inputs = images(3)
     truth = expected(tmp_path, model, inputs)
@@ -49,7 +49,7 @@ def test_what_no_worker_can_hold_is_named_with_its_size():
             client.deploy("torchvision/vgg16", seed=0, timeout_s=200)
         needed = float(re.search(r"one worker with ([\d.]+) MiB or more is needed", str(caught.value))[1])
         assert 392 < needed < 420
-        with pytest.raises(adapt.PlanError, match=r"stage .*4.\d\d.*MiB|classifier\.0"):
+        with pytest.raises(adapt.PlanError, match=r"no worker has memory for stage \d of 4: it needs 5\d\d\.\d MiB"):
             client.deploy("torchvision/vgg16", seed=0, stages=4, timeout_s=200)
         assert client.status().deployments == []
 
