@@ -143,16 +143,16 @@ class Profiler:
 
     def _timed_run(self, stage: Stage, inputs: Sequence[Leaf]) -> Generator[None, None, tuple[list[float], list[Leaf]]]:
         is_cuda = self._device.type == "cuda"
-        slots = stage.begin(inputs)
+        run = stage.begin(inputs)
         times = []
         for position in range(len(stage)):
             began = perf_counter()
-            stage.step(slots, position)
+            stage.step(run, position)
             if is_cuda:
                 torch.cuda.synchronize(self._device)
             times.append(perf_counter() - began)
             yield
-        return times, stage.finish(slots)
+        return times, stage.finish(run)
 
     def _keep(self, piece: Window, runs: Sequence[Sequence[float]]) -> None:
         prefixes = [median(moments) for moments in zip(*(accumulate(run) for run in runs), strict=True)]

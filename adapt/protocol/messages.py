@@ -224,6 +224,7 @@ class NamedSource(Struct, frozen=True, kw_only=True):
     seed: int | None = None
     model_args: Facts = field(default_factory=dict)
     input_shape: list[Natural] | None = None
+    optimize: Text = "none"  # or "fold": batch norms folded, convolutions channels last
 
 
 class ProgramSource(Struct, frozen=True, kw_only=True):
@@ -269,6 +270,7 @@ class DeploymentRecord(Struct, frozen=True, kw_only=True):
     numerics: Text
     stages: list[StagePlace]
     interface: Annotated[str, msgspec.Meta(max_length=1 << 20)]
+    arithmetic: Text = "contiguous"  # what its program adds to the numeric class of results: "contiguous", or what was changed to be faster
 
 
 class Deployed(Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from adapt.config import check_address, dispatcher_address
 from adapt.errors import ConfigError, ConnectError, ExportError, ExportUnavailableError, UnknownModelError
+from adapt.models.program import check_optimize
 from adapt.protocol import messages as msg
 from adapt.protocol.codecs import resolve_codec
 from adapt.protocol.ids import Digest, is_name
@@ -47,6 +48,7 @@ class DeployOrder:
     codec: str
     tolerance: float | None
     numerics: str | None
+    optimize: str
     weights: str | os.PathLike[str] | None
     seed: int | None
     model_args: Mapping[str, Any] | None
@@ -57,6 +59,7 @@ class DeployOrder:
         resolve_codec(self.codec, self.tolerance)
         if self.numerics not in (None, *NUMERICS):
             raise ConfigError(f"numerics={self.numerics!r}: expected one of {', '.join(NUMERICS)}, or None")
+        check_optimize(self.optimize)
         stage_count(self.stages)
         deployment_name(self.model, self.name)
         if not self.is_exported_here and self.example_inputs is not None:
@@ -97,6 +100,7 @@ class DeployOrder:
             seed=self.seed,
             model_args=dict(self.model_args or {}),
             input_shape=None if self.input_shape is None else [int(size) for size in self.input_shape],
+            optimize=self.optimize,
         )
 
     def _message(self, *, named: msg.NamedSource | None = None, uploaded: msg.ProgramSource | None = None) -> msg.Deploy:
@@ -199,7 +203,7 @@ def _export(model: Any, example_inputs: Sequence[Any] | None, source: msg.NamedS
         example_inputs = (torch.rand(source.input_shape, generator=torch.Generator().manual_seed(0)),)
     elif isinstance(example_inputs, torch.Tensor) or hasattr(example_inputs, "__array_interface__"):
         example_inputs = (example_inputs,)  # else its batch would be taken for the arguments
-    exported = export_module(model, tuple(example_inputs), directory=directory)
+    exported = export_module(model, tuple(example_inputs), directory=directory, optimize=source.optimize)
     uploaded = msg.ProgramSource(program=exported.digest, file_bytes=exported.file_bytes, operator_costs_s=list(exported.operator_costs_s))
     return uploaded, Path(exported.path)
 

@@ -184,6 +184,7 @@ class Deployer:
             tolerance=deploy.tolerance,
             exact=deploy.numerics == "exact",
             peak_ratio=model.peak_ratio,
+            arithmetic=model.arithmetic,
             plan=plan,
         )
         self._deployments.put(version, Blueprint(model.interface, deploy.numerics, model.file_bytes))

@@ -21,7 +21,7 @@ from adapt.models.cut import StageArtifact, legal_cuts, write_stages
 from adapt.models.forms import FormCheck
 from adapt.models.interface import Interface
 from adapt.models.layers import layer_costs_s, profile_model
-from adapt.models.program import Program, read_graph, read_program
+from adapt.models.program import Program, check_optimize, read_graph, read_program
 from adapt.planning import choose
 from adapt.planning.cost import Layout
 from adapt.planning.devices import ClusterProfile, DeviceProfile
@@ -64,6 +64,7 @@ class CutModel:
     stages: tuple[StageNeed, ...]
     file_bytes: tuple[int, ...]
     peak_ratio: float
+    arithmetic: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +210,7 @@ class Deployments:
             codec=version.codec,
             tolerance=version.tolerance,
             numerics=blueprint.numerics,
+            arithmetic=version.arithmetic,
             stages=places,
             interface=blueprint.interface,
         )
@@ -234,6 +236,8 @@ def check(message: Deploy) -> str:
     """
     if (message.named is None) == (message.uploaded is None):
         raise ConfigError("deploy: give either a named model or an uploaded program")
+    if message.named is not None:
+        check_optimize(message.named.optimize)
     if message.numerics not in NUMERICS:
         raise ConfigError(f"numerics={message.numerics!r}: expected one of {', '.join(NUMERICS)}")
     codec = resolve_codec(message.codec, message.tolerance)
@@ -334,6 +338,7 @@ def _cut_at(store: ArtifactStore, program: ProfiledProgram, source: Program, pos
         stages=tuple(needs),
         file_bytes=tuple(artifact.file_bytes for artifact in artifacts),
         peak_ratio=_peak_ratio(artifacts, source),
+        arithmetic=source.arithmetic,
     )
 
 
@@ -367,6 +372,7 @@ def _version_to_plain(version: Version, blueprint: Blueprint) -> dict[str, Any]:
         "tolerance": version.tolerance,
         "exact": version.exact,
         "peak_ratio": version.peak_ratio,
+        "arithmetic": version.arithmetic,
         "numerics": blueprint.numerics,
         "interface": blueprint.interface,
         "epoch": plan.epoch,
@@ -395,6 +401,7 @@ def _version_from_plain(plain: dict[str, Any]) -> tuple[Version, Blueprint]:
             tolerance=plain["tolerance"],
             exact=plain["exact"],
             peak_ratio=plain["peak_ratio"],
+            arithmetic=plain.get("arithmetic", ""),
             plan=plan,
         )
         return version, Blueprint(plain["interface"], plain["numerics"], tuple(s["file_bytes"] for s in stages))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -37,7 +37,12 @@ class Version:
     tolerance: float | None
     exact: bool  # each request stays within one numeric class
     peak_ratio: float = 1.0  # the most a request retains, in units of its input's bytes
+    arithmetic: str = ""  # what the program adds to the numeric class of its results
     plan: Plan = field(compare=False)
+
+    def classes(self, of_workers: Iterable[str]) -> tuple[str, ...]:
+        """The numeric classes of a result that workers of these have computed."""
+        return tuple(sorted(f"{name}/{self.arithmetic}" if self.arithmetic else name for name in of_workers))
 
 
 # ── events: workers ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,7 +17,7 @@ from adapt.emulation.description import ClusterSpec
 from adapt.emulation.facts import cluster_profile
 from adapt.emulation.parse import load
 from adapt.errors import ConfigError
-from adapt.interfaces.cli.deploy import add_model_options, read_arguments, read_shape
+from adapt.interfaces.cli.deploy import add_model_options, add_optimize, read_arguments, read_shape
 from adapt.interfaces.cli.doors import OK
 from adapt.interfaces.measure import measured
 from adapt.interfaces.profile_files import PROFILE_SUFFIX, read_profile, save_profile
@@ -62,6 +62,7 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--tolerance", type=float, help="allow lossy codecs, with this error as a share of the tensor's standard deviation")
     parser.add_argument("--save-profile", metavar="FILE", type=Path, help="keep the model's profile")
     parser.add_argument("--json", action="store_true", dest="is_json", help="print the plan for programs")
+    add_optimize(parser)
     add_model_options(parser)
     return parser
 
@@ -106,6 +107,7 @@ def _measured(options: argparse.Namespace) -> ModelProfile:
         seed=options.seed,
         model_args=read_arguments(options.model_args),
         input_shape=read_shape(options.input_shape),
+        optimize=options.optimize,
     )
     console = Console(stderr=True)
 

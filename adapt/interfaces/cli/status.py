@@ -15,6 +15,7 @@ from adapt.config import format_size
 from adapt.interfaces.cli import clients
 from adapt.interfaces.cli.doors import OK
 from adapt.interfaces.tables import print_table
+from adapt.models.program import UNCHANGED
 from adapt.protocol.messages import DeploymentRecord, RequestRecord, StatusReport, WorkerRecord
 
 PLAIN_WIDTH = 120
@@ -140,9 +141,10 @@ def _stages_of(resident: list[str], deployments: list[DeploymentRecord]) -> str:
 
 def _print_deployment(deployment: DeploymentRecord, console: Console) -> None:
     tolerance = "" if deployment.tolerance is None else f", tolerance {deployment.tolerance:g}"
+    changed = "" if deployment.arithmetic == UNCHANGED else f", {deployment.arithmetic}"
     title = (
         f"{deployment.name} version {deployment.version}: program {deployment.program[:DIGEST_SHOWN]}, plan {deployment.epoch}, "
-        f"codec {deployment.codec}{tolerance}, numerics {deployment.numerics}"
+        f"codec {deployment.codec}{tolerance}, numerics {deployment.numerics}{changed}"
     )
     rows = [
         (

@@ -75,10 +75,10 @@ def test_windows_compute_what_the_program_computes(branches):
         assert all(position < last for position in piece.positions)
         seen += [position for position in piece.positions if position >= first]
         with torch.inference_mode():
-            slots = stage.begin(values)
+            run = stage.begin(values)
             for position in range(len(stage)):
-                stage.step(slots, position)
-            values = stage.finish(slots)
+                stage.step(run, position)
+            values = stage.finish(run)
     expected = Stage.load(program.path).run(inputs)
     assert all(
         torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs
