@@ -167,6 +167,7 @@ class ProfileOrder:
             codec="auto",
             tolerance=None,
             numerics=None,
+            optimize="none",
             weights=weights,
             seed=seed,
             model_args=model_args,
