@@ -247,7 +247,7 @@ def _created(given: Given) -> int:
 
 
 def _stepped(given: Given) -> int:
-    return abs(math.ceil((given["end"] - given.get("start", 0)) / given.get("step", 1))) + 1
+    return int(abs(math.ceil((given["end"] - given.get("start", 0)) / given.get("step", 1))) + 1)
 
 
 def _one_hot(given: Given) -> int:
@@ -299,7 +299,7 @@ def _convolved(given: Given) -> int:
     if given.get("transposed") or ("output_padding" in given and "transposed" not in given):
         return _convolved_back(given, image, weight, dims, stride, dilation)
     items = image[0] if len(image) == len(weight) else 1
-    return max(items * weight[0] * out, math.prod(weight[1:]) * int(given["groups"]) * out)
+    return int(max(items * weight[0] * out, math.prod(weight[1:]) * int(given["groups"]) * out))
 
 
 def _convolved_back(
@@ -329,7 +329,7 @@ def _multiplied(given: Given) -> int:
 
 def _linear(given: Given) -> int:
     image, weight = given["input"], given["weight"]
-    return math.prod(image[:-1]) * (weight[0] if len(weight) == 2 else 1)
+    return int(math.prod(image[:-1]) * (weight[0] if len(weight) == 2 else 1))
 
 
 def _outer(given: Given) -> int:
@@ -337,7 +337,7 @@ def _outer(given: Given) -> int:
 
 
 def _bilinear(given: Given) -> int:
-    return math.prod(given["input1"][:-1]) * given["weight"][0] * max(given["weight"][1:])
+    return int(math.prod(given["input1"][:-1]) * given["weight"][0] * max(given["weight"][1:]))
 
 
 def _einsum(given: Given) -> int:
@@ -364,7 +364,7 @@ def _attended(given: Given) -> int:
     """The scores, which some kernels keep."""
     query, key = given["query"], given["key"]
     _require(min(len(query), len(key), len(given["value"])) >= 2, "keys")
-    return max(math.prod(query[:-1]) * key[-2], query.elements, _broadcast([query[:-1], key[:-1]]) * given["value"][-1])
+    return int(max(math.prod(query[:-1]) * key[-2], query.elements, _broadcast([query[:-1], key[:-1]]) * given["value"][-1]))
 
 
 def _attended_at_once(given: Given) -> int:
@@ -387,7 +387,7 @@ def _indexed(given: Given) -> int:
     shape, indices = given["self"], given["indices"]
     chosen = [index for index in indices if index is not None]
     kept = [side for place, side in enumerate(shape) if place >= len(indices) or indices[place] is None]
-    return _broadcast(chosen) * math.prod(kept)
+    return int(_broadcast(chosen) * math.prod(kept))
 
 
 def _selected(given: Given) -> int:
@@ -424,7 +424,7 @@ def _normalized(given: Given) -> int:
         _require(given["N"] * channels * given["HxW"] == image.elements and channels == image[1], "sizes")
     parts = [given[name] for name in ("weight", "bias", "running_mean", "running_var") if given.get(name) is not None]
     _require(all(part == (channels,) for part in parts), "weights")
-    return image.elements
+    return int(image.elements)
 
 
 def _parted(given: Given) -> int:
@@ -435,7 +435,7 @@ def _parted(given: Given) -> int:
         parts = -(-side // given["split_size"]) if given["split_size"] else 1
     else:
         parts = next((given[name] for name in ("chunks", "sections") if name in given), side)
-    return max(shape.elements, abs(int(parts)) * OBJECT_ELEMENTS)
+    return int(max(shape.elements, abs(int(parts)) * OBJECT_ELEMENTS))
 
 
 # By the name of the operator without its overload.
