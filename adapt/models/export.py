@@ -87,9 +87,9 @@ def export_module(
         ExportError: torch cannot trace the model, or it uses an operator that stages may not; the message says
             where and what to do.
     """
-    args, kwargs = _as_tensors((tuple(example_inputs), dict(example_kwargs or {})))
-    copied = _inference_copy(module)
-    with _deterministic_export(), single_thread():
+    args, kwargs = as_tensors((tuple(example_inputs), dict(example_kwargs or {})))
+    copied = inference_copy(module)
+    with deterministic(), single_thread():
         example = _Example(copied, args, kwargs)
         candidate = _first_that_fits(copied, example)
         costs_s = operator_costs_s(candidate.stage, example.leaves, profile_repetitions) if profile_repetitions else []
@@ -115,7 +115,7 @@ class _Example:
         self.args, self.kwargs = args, kwargs
         self.leaves = _tensors((args, kwargs))
         self.doubled_leaves = _doubled(self.leaves)
-        self.expected = _eager(module, args, kwargs)
+        self.expected = eager(module, args, kwargs)
         self._module = module
 
     def with_leaves(self, leaves: Sequence[torch.Tensor]) -> tuple[Any, Any]:
@@ -126,7 +126,7 @@ class _Example:
 
     @cached_property
     def doubled_expected(self) -> list[Any]:
-        return _eager(self._module, *self.with_leaves(self.doubled_leaves))
+        return eager(self._module, *self.with_leaves(self.doubled_leaves))
 
 
 def _first_that_fits(module: torch.nn.Module, example: _Example) -> _Candidate:
@@ -271,7 +271,7 @@ def _shortened(error: Exception) -> str:
     return " ".join(told.split())[:REASON_LIMIT].rstrip(". ")
 
 
-def _as_tensors(tree: Any) -> Any:
+def as_tensors(tree: Any) -> Any:
     """Arrays become tensors, tensors go to the CPU; the user's own are not touched."""
 
     def convert_leaf(leaf: Any) -> Any:
@@ -282,7 +282,7 @@ def _as_tensors(tree: Any) -> Any:
     return pytree.tree_map(convert_leaf, tree)
 
 
-def _inference_copy(module: torch.nn.Module) -> torch.nn.Module:
+def inference_copy(module: torch.nn.Module) -> torch.nn.Module:
     """The module's structure in eval mode around the same parameters (or, if they lie elsewhere, copies on the CPU).
 
     Buffers are copied: a forward that counts its calls must not count ours.
@@ -305,7 +305,7 @@ def _on_cpu(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     return torch.nn.Parameter(parameter.detach().cpu(), requires_grad=parameter.requires_grad)
 
 
-def _eager(module: torch.nn.Module, args: Any, kwargs: Any) -> list[Any]:
+def eager(module: torch.nn.Module, args: Any, kwargs: Any) -> list[Any]:
     """The module's own answer; its inputs are copies, as a module may write to them."""
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     try:
@@ -325,7 +325,7 @@ def _are_equal(actual: Sequence[Any], expected: Sequence[Any]) -> bool:
 
 
 @contextmanager
-def _deterministic_export() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """Without the fused attention kernel, which rounds differently, and without torch's talk about itself."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

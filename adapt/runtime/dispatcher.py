@@ -74,7 +74,7 @@ class Dispatcher:
         self._config, self._clock = config, clock
         self._state = StateDirectory(config.state_dir)
         self._store = ArtifactStore(self._state.artifacts)
-        self._deployments = Deployments(self._state, self._store)
+        self._deployments = Deployments(self._state, self._store, keep_versions=config.keep_versions)
         self._registry: Registry = open_registry(config, self._state, clock)
         self._registry.watch(
             Listener(
@@ -519,8 +519,8 @@ class Dispatcher:
             case msg.CancelRequest(request_id=request_id):
                 if request_id.client == self._client_of(session):
                     self._handle(ev.RequestCancelled(request_id=request_id))
-            case msg.Deploy() as deploy:
-                self._deployer.begin(ClientId(self._client_of(session)), deploy)
+            case msg.Deploy() | msg.Rollback() as order:
+                self._deployer.begin(ClientId(self._client_of(session)), order)
             case msg.CancelCall(call=call):
                 self._deployer.cancel(ClientId(self._client_of(session)), call)
             case msg.Undeploy() as undeploy:
@@ -594,6 +594,8 @@ class Dispatcher:
             case ev.VersionReady(version=version):
                 self._deployer.settled(version, None)
                 self._deployments.ready(version)
+            case ev.JudgeCanary():
+                self._deployer.judge(action)
             case ev.VersionFailed(version=version, error=error):
                 self._deployer.settled(version, error)
             case ev.VersionReleased(version=version):
@@ -653,6 +655,7 @@ class Dispatcher:
             code, message, fields = UnknownModelError(undeploy.name, suggestions=names[:5]).to_wire()
             self._send(session, msg.CallFailed(call=undeploy.call, code=code, message=message, fields=fields))
             return
+        self._deployments.removed(undeploy.name)
         self._handle(ev.Undeployed(deployment=undeploy.name))
         self._send(session, msg.CallDone(call=undeploy.call))
 
