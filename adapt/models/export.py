@@ -97,6 +97,58 @@ def export_module(
     return ExportedProgram(path, digest, file_bytes, costs_s, candidate.is_batched, candidate.is_exact)
 
 
+def export_file(
+    path: Path | str, *, directory: Path | str, profile_repetitions: int = 3
+) -> tuple[ExportedProgram, Any, tuple[Any, ...] | None]:
+    """Write the model in a `.pt2` file, which `torch.export.save` made, as a program into `directory`. To read such a file may run code in it.
+
+    Returns:
+        The program; what computes as the model does, in torch alone; and positional arguments for it, if a call takes no others.
+
+    Raises:
+        ExportError: the file is broken, has no example inputs, or holds what cannot be turned into stages.
+    """
+    name = Path(path).name
+    try:
+        saved = torch.export.load(path)
+        module = saved.module(check_guards=False)
+    except Exception as error:  # whatever a foreign file makes the reader raise
+        raise ExportError(f"{name} is no model that torch.export.save has written, or a broken one: {_shortened(error)}") from None
+    if saved.example_inputs is None:
+        raise ExportError(f"{name} has no example inputs; save what torch.export.export gives, with all that it has")
+    args, kwargs = as_tensors(saved.example_inputs)
+    is_batched = any(not isinstance(size, int) for size in _input_sizes(saved))
+    with deterministic(), single_thread():
+        example = _Example(module, args, kwargs)
+        candidate = _converted(saved, module, example, is_batched)
+        if not candidate.is_exact:
+            log.warning("the exported program differs from the model", extra={"file": name})
+        costs_s = operator_costs_s(candidate.stage, example.leaves, profile_repetitions) if profile_repetitions else []
+        written, digest, file_bytes = _write(candidate, module, directory)
+    exported = ExportedProgram(written, digest, file_bytes, costs_s, candidate.is_batched, candidate.is_exact)
+    return exported, module, None if kwargs else tuple(args)
+
+
+def _input_sizes(saved: Any) -> Iterator[Any]:
+    inputs = set(saved.graph_signature.user_inputs)
+    for node in saved.graph.nodes:
+        if node.op == "placeholder" and node.name in inputs:
+            yield from getattr(node.meta.get("val"), "shape", ())
+
+
+def _converted(saved: Any, module: Any, example: _Example, is_batched: bool) -> _Candidate:
+    try:
+        return _candidate(saved, module, example, is_batched)
+    except NeedsDecomposition:
+        pass
+    except NotAffine as error:
+        raise ExportError(f"its sizes are no multiples of the batch: {error}; export it with fixed shapes") from None
+    try:
+        return _candidate(saved.run_decompositions({}), module, example, is_batched)
+    except NeedsDecomposition as error:
+        raise ExportError(f"the model writes into a tensor that it still reads: {error}") from None
+
+
 @dataclass(slots=True)
 class _Candidate:
     """One way to trace the model, converted and run."""

@@ -12,7 +12,7 @@ import xxhash
 from adapt.errors import ConfigError, ExportError
 from adapt.models.canaries import COUNT_LIMIT, FILE_LIMIT_BYTES, KnownCanaries, KnownCanary, Leaf, deviation, write_canaries
 from adapt.models.devices import device_facts
-from adapt.models.export import as_tensors, deterministic, eager, inference_copy
+from adapt.models.export import as_tensors, deterministic, eager
 from adapt.models.interface import Interface
 from adapt.models.interpreter import Stage
 from adapt.models.profiler import single_thread
@@ -22,12 +22,12 @@ from adapt.protocol.digests import plain_mark, tensor_mark
 
 
 def rehearse(
-    module: torch.nn.Module, program: Path | str, canaries: Sequence[Any], *, directory: Path | str, tolerance: float
+    module: Any, program: Path | str, canaries: Sequence[Any], *, directory: Path | str, tolerance: float
 ) -> tuple[Path, str, int]:
     """Run a module and its program on canaries, at one thread, and write a file of them into `directory`.
 
     Args:
-        module: whose program lies at `program`.
+        module: whose program lies at `program`; as it computes when it is called, so in eval mode, and it may write to itself.
         canaries: inputs; for a module with several, tuples of them.
         tolerance: how much the program may deviate from the module, see `deviation`.
 
@@ -43,9 +43,8 @@ def rehearse(
         raise ConfigError(f"canaries: {len(canaries)} were given; 1 to {COUNT_LIMIT} are allowed")
     source = read_program(program, verify=False)
     stage = Stage.load(program, verify=False)
-    copied = inference_copy(module)
     with deterministic(), single_thread():
-        known = tuple(_rehearse(copied, source, stage, given, number, tolerance) for number, given in enumerate(canaries))
+        known = tuple(_rehearse(module, source, stage, given, number, tolerance) for number, given in enumerate(canaries))
         numeric_class = device_facts("cpu", threads=1).numeric_class
     path, digest, file_bytes = write_canaries(directory, KnownCanaries(source.digest, numeric_class, known))
     if file_bytes > FILE_LIMIT_BYTES:
@@ -53,7 +52,7 @@ def rehearse(
     return path, digest, file_bytes
 
 
-def _rehearse(module: torch.nn.Module, program: Program, stage: Stage, given: Any, number: int, tolerance: float) -> KnownCanary:
+def _rehearse(module: Any, program: Program, stage: Stage, given: Any, number: int, tolerance: float) -> KnownCanary:
     args = as_tensors(given if isinstance(given, tuple) else (given,))
     leaves = Interface.of(program).match(args, {})
     marks = _Marks(program)

@@ -133,7 +133,7 @@ def _export(
     try:
         import torch
 
-        from adapt.models.export import export_module
+        from adapt.models.export import export_module, inference_copy
         from adapt.models.rehearsal import rehearse
         from adapt.models.sources import build_named_model
     except ImportError as error:
@@ -159,7 +159,9 @@ def _export(
         return uploaded, None, files
     if told is not None:
         told("running the canaries in this process")
-    path, digest, file_bytes = rehearse(model, exported.path, order.canaries, directory=directory, tolerance=order.canary_tolerance)
+    path, digest, file_bytes = rehearse(
+        inference_copy(model), exported.path, order.canaries, directory=directory, tolerance=order.canary_tolerance
+    )
     files[Digest(digest)] = path
     return uploaded, msg.CanarySource(file=digest, file_bytes=file_bytes, tolerance=order.canary_tolerance), files
 

@@ -33,6 +33,7 @@ from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.deployer import Deployer
 from adapt.runtime.deployments import Deployments
 from adapt.runtime.endpoint import Arrival, Disconnected, Malformed, Received, RouterEndpoint, Undelivered
+from adapt.runtime.models_dir import ModelsDir
 from adapt.runtime.registry import Listener, Registry, open_registry
 from adapt.runtime.state import StateDirectory
 from adapt.runtime.status import LinkTally, counters, request_records, worker_records
@@ -95,6 +96,9 @@ class Dispatcher:
         self._inbox: deque[Arrival | ev.Event] = deque()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="artifacts")
         self._deployer = Deployer(self._store, self._deployments, self, models_dir=config.models_dir, threads=self._threads, clock=clock)
+        self._models: ModelsDir | None = None
+        if config.models_dir is not None:
+            self._models = ModelsDir(config.models_dir, self._store, self._deployments, self._deployer.bring_up, clock=clock)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._alarm = Alarm(self._drive, clock)
         self._is_driven = False
@@ -123,6 +127,8 @@ class Dispatcher:
             return 0
         try:
             self._restore()
+            if self._models is not None:
+                self._spawn(self._models.run(), name="models-dir")
             print(f"adapt-dispatcher ready listen={self._endpoint.address} term={self._reign.term} pid={os.getpid()}", flush=True)
             await self._stopping.wait()
             status = await self._drain()
@@ -711,6 +717,7 @@ class Dispatcher:
             deployments=[self._deployments.record(version) for version, _ in self._scheduler.versions()],
             counters=counters(self._scheduler) | self._tally.counters() | self._endpoint.counters() | dict(self._registry.counters()),
             requests=request_records(self._scheduler.oldest(REQUESTS_SHOWN), self._clock()),
+            files=self._models.records() if self._models is not None else [],
         )
 
 

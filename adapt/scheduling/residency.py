@@ -135,14 +135,22 @@ class Residency:
 
     def _check_ready(self, live: LiveVersion) -> None:
         """When every stage is resident somewhere, the version is tried, and then takes over its deployment."""
-        if live.is_ready or live.is_retired or live.trial or not all(self._holders(live, stage) for stage in range(len(live.plan.stages))):
+        if live.is_ready or live.is_retired or live.trial is not None:
+            return
+        stages = range(len(live.plan.stages))
+        if not all(self._holders(live, stage) for stage in stages):
+            return
+        if live.canaries and any(self._is_awaited(live, stage) for stage in stages):  # all that shall have it are to be tried
             return
         if live.canaries:
             live.trial = Trial(live.version, live.canaries)
-            holders = [self._holders(live, stage) for stage in range(len(live.plan.stages))]
-            self._runs += [(live, run) for run in live.trial.begin(holders)]
+            self._runs += [(live, run) for run in live.trial.begin([self._holders(live, stage) for stage in stages])]
         else:
             self._take_over(live)
+
+    def _check_all(self) -> None:
+        for live in list(self._versions.values()):
+            self._check_ready(live)
 
     def take_runs(self) -> list[tuple[LiveVersion, Run]]:
         """Runs of canaries that are to begin now."""
@@ -268,12 +276,14 @@ class Residency:
         for artifact in list(member.loading):
             member.loading.discard(artifact)
             self._due.clear((member.worker_id, artifact))
+        self._check_all()
 
     def left(self, member: Member, now: float) -> None:
         """The worker is out of every plan. A version that was not ready yet needs another in its place at once."""
         member.resident.clear()
         for live in list(self._versions.values()):
             self._left_version(live, member, now)
+        self._check_all()
         self._woken()
 
     def _left_version(self, live: LiveVersion, member: Member, now: float) -> None:
@@ -387,8 +397,7 @@ class Residency:
         member.loading.discard(artifact)
         member.resident.add(artifact)
         member.refused.pop(artifact, None)  # it was given up, and came after all
-        for live in list(self._versions.values()):
-            self._check_ready(live)
+        self._check_all()
         self._woken()
 
     def progressed(self, member: Member, artifact: Digest, now: float) -> None:
@@ -411,6 +420,7 @@ class Residency:
                 self._replan(live, live.plan.dropped(stage, member.worker_id))
                 if not live.is_ready:
                     self._replace_or_fail(live, stage, error, now)
+        self._check_all()
         self._woken()
 
     def distrust(self, member: Member, artifact: Digest, now: float) -> None:
