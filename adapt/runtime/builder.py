@@ -108,7 +108,7 @@ async def build_file(file: Path, *, directory: Path, timeout_s: float) -> BuiltP
         WireError: it should be a program, and is broken.
     """
     staging = _staging(directory)
-    return await _ask({"file": os.path.abspath(file), "directory": str(staging)}, staging, directory, file.name, timeout_s, None)
+    return await _ask({"file": str(file), "directory": str(staging)}, staging, directory, file.name, timeout_s, None)
 
 
 async def _ask(
