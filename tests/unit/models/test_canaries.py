@@ -136,5 +136,5 @@ def test_a_file_of_torch_becomes_the_program_of_its_model(made, tmp_path):
 
 def test_a_broken_file_of_torch_is_refused_by_name(tmp_path):
     (tmp_path / "m.pt2").write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(ExportError, match="is no model that torch.export.save"):
+    with pytest.raises(ExportError, match="is no model that torch"):
         export_file(tmp_path / "m.pt2", directory=tmp_path)
