@@ -152,6 +152,10 @@ class Residency:
         for live in list(self._versions.values()):
             self._check_ready(live)
 
+    @property
+    def has_trials_to_tend(self) -> bool:
+        return bool(self._runs or self._abandoned)
+
     def take_runs(self) -> list[tuple[LiveVersion, Run]]:
         """Runs of canaries that are to begin now."""
         runs, self._runs = self._runs, []

@@ -146,7 +146,8 @@ class Scheduler:
 
     def decide(self, now: float) -> list[ev.Action]:
         """What follows from all that was noted since."""
-        self._tend_trials(now)
+        if self._residency.has_trials_to_tend:
+            self._tend_trials(now)
         self._pump(now)
         actions = self._actions.copy()
         self._actions.clear()
@@ -459,6 +460,8 @@ class Scheduler:
 
     def _request_cancelled(self, request_id: RequestId, now: float) -> None:
         request = self._requests.get(request_id)
+        if request is not None and request.run is not None:  # it is nobody's to cancel
+            return
         if request is not None:
             self.counters["requests_cancelled"] += 1
             self._release(request, now)
@@ -484,6 +487,8 @@ class Scheduler:
         """A request of our own, which nobody refuses."""
         given, version = live.canaries[run.canary].input, live.version
         self._arrivals += 1
+        while RequestId(OWN_CLIENT, self._arrivals) in self._requests:  # a client that calls itself so
+            self._arrivals += 1
         request = Request(
             request_id=RequestId(OWN_CLIENT, self._arrivals),
             version=version,
