@@ -16,15 +16,18 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram as TorchProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from adapt.errors import ExportError
-from adapt.models.operators import DTYPES, OPERATORS
+from adapt.models.compaction import compact
+from adapt.models.layouts import memory_order
+from adapt.models.operators import DTYPES, IMPURE_IN_TRAINING, OPERATORS, TRAINING_FLAGS
 from adapt.models.program import (
     Affine,
     Argument,
@@ -36,7 +39,6 @@ from adapt.models.program import (
     ValueRef,
     ValueSpec,
     WeightRef,
-    map_references,
     operator_references,
 )
 from adapt.models.structure import KINDS, Constant, Leaf, Node, Structure, is_field_name
@@ -57,11 +59,7 @@ _DROPOUTS = {
     for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
     for suffix in ("", "_")
 }  # (x, p, train)
-# Their schemas do not say so, but in training they write to their running statistics or drop out.
-_IMPURE_IN_TRAINING = {
-    "aten.batch_norm.default", "aten.instance_norm.default", "aten.scaled_dot_product_attention.default",
-    "aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input",
-}  # fmt: skip
+_NUMBERS = {"aten.item.default", "aten._local_scalar_dense.default"}
 _CREATIONS = {
     "aten.new_zeros.default": "aten.zeros.default",
     "aten.new_ones.default": "aten.ones.default",
@@ -115,28 +113,6 @@ def convert(exported: TorchProgram, trained: Collection[str] = ()) -> Converted:
         ExportError: an operator is not supported, or the model is not a pure function of its inputs.
     """
     return _Converter(exported, trained).convert()
-
-
-def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """The dimensions from the outermost to the innermost, such that the tensor so permuted is contiguous; else None."""
-    strides = tensor.stride()
-    order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], tensor.shape[dim] == 1)))
-    return order if has_memory_order(tensor, order) else None
-
-
-def has_memory_order(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:
-    """Whether kernels cannot tell the tensor from a contiguous one that was permuted back from `order`.
-
-    The stride of a dimension of size 1 moves no data, but convolutions look at it when they choose between channels
-    first and last. So it counts in tensors of 4 and 5 dimensions, and in no others.
-    """
-    expected = 1
-    for dim in reversed(order):
-        is_looked_at = tensor.shape[dim] != 1 or tensor.dim() in (4, 5)
-        if is_looked_at and tensor.stride(dim) != expected:
-            return False
-        expected *= max(tensor.shape[dim], 1)
-    return True
 
 
 class _Converter:
@@ -237,6 +213,8 @@ class _Converter:
         self._argument_of[node] = self._emit(name, self._arguments(node), {}, node)
 
     def _call_on_tensors(self, node: torch.fx.Node, name: str, position: int) -> None:
+        if not name.startswith(("aten.", "operator.")):
+            self._check_supported(node, name)  # now: its arguments may be graphs
         kwargs = {key: self._argument(argument, node) for key, argument in node.kwargs.items()}
         args = self._arguments(node)
         mutated = _mutated(node)
@@ -272,7 +250,7 @@ class _Converter:
                 raise NeedsDecomposition(f"{node}: {alias} is still read")
 
     def _check_supported(self, node: torch.fx.Node, name: str) -> None:
-        if name in OPERATORS and not (name in _IMPURE_IN_TRAINING and _is_training(node)):
+        if name in OPERATORS and not (name in IMPURE_IN_TRAINING and _is_training(node)):
             return
         if name.startswith("higher_order") or not name.startswith("aten."):
             advice = "ADAPT runs plain operators only; replace control flow by torch.where and custom operators by those of torch"
@@ -311,6 +289,11 @@ class _Converter:
                 if argument in self._weight_names and argument not in self._argument_of:
                     self._argument_of[argument] = self._weight(argument)
                 found = self._argument_of[argument]
+                if isinstance(found, _Unusable) and found.name in _NUMBERS:
+                    raise ExportError(
+                        f"operator {found.name}, used in {_where(node)}, is not supported: it makes a plain number of a tensor, "
+                        "which depends on the input; keep it a tensor"
+                    )
                 if isinstance(found, _Unusable):
                     raise ExportError(f"{_where(node)} computes with {found.name} of the batch size, which is not an int")
                 return found
@@ -412,6 +395,11 @@ def references_values(arguments: tuple[Argument, ...]) -> bool:
 
 
 def _spec(value: Any, node: torch.fx.Node) -> ValueSpec:
+    if free_unbacked_symbols(value):
+        raise ExportError(
+            f"operator {_name_of(node)}, used in {_where(node)}, is not supported here: the size of its result depends on the values "
+            "of its input; use torch.where, or do this step outside of the model"
+        )
     if isinstance(value, torch.Tensor):
         # The layout is filled in when the operators have run: what export believes of it is not always true.
         return TensorSpec(_dtype_name(value.dtype), tuple(size_of(size) for size in value.shape), None)
@@ -443,7 +431,7 @@ def _is_training(node: torch.fx.Node) -> bool:
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     if "running_mean" in names and given.get("running_mean") is None:
         return False
-    return any(bool(given.get(flag, False)) for flag in ("train", "training", "use_input_stats", "dropout_p"))
+    return any(bool(given.get(flag, False)) for flag in TRAINING_FLAGS)
 
 
 def _mutated(node: torch.fx.Node) -> torch.fx.Node | None:
@@ -510,36 +498,14 @@ def _structure(spec: Any, leaves: Iterator[Structure]) -> Structure:
 
 
 def _compacted(result: Converted) -> Converted:
-    """Drop operators, values and weights that no output depends on, and number the rest anew."""
-    needed = set(result.outputs)
-    kept = []
-    for op in reversed(result.operators):
-        if needed.intersection(op.outputs):
-            kept.append(op)
-            needed |= {ref.index for ref in operator_references(op) if isinstance(ref, ValueRef)}
-    kept.reverse()
-    values = sorted(needed | set(result.inputs))
-    value_of = {old: new for new, old in enumerate(values)}
-    used_weights = sorted({ref.index for op in kept for ref in operator_references(op) if isinstance(ref, WeightRef)})
-    weight_of = {old: new for new, old in enumerate(used_weights)}
-
-    def renumber(reference: ValueRef | WeightRef) -> Argument:
-        return ValueRef(value_of[reference.index]) if isinstance(reference, ValueRef) else WeightRef(weight_of[reference.index])
-
+    """Without operators, values and weights that no output depends on."""
+    left = compact(result.operators, result.inputs, result.outputs)
     return Converted(
-        operators=[
-            replace(
-                op,
-                args=tuple(map_references(argument, renumber) for argument in op.args),
-                kwargs={name: map_references(argument, renumber) for name, argument in op.kwargs.items()},
-                outputs=tuple(None if output is None else value_of.get(output) for output in op.outputs),
-            )
-            for op in kept
-        ],
-        values=[result.values[old] for old in values],
-        weights=[result.weights[old] for old in used_weights],
-        inputs=[value_of[old] for old in result.inputs],
-        outputs=[value_of[old] for old in result.outputs],
+        operators=left.operators,
+        values=[result.values[old] for old in left.values],
+        weights=[result.weights[old] for old in left.weights],
+        inputs=list(left.inputs),
+        outputs=list(left.outputs),
         input_structure=result.input_structure,
         output_structure=result.output_structure,
     )

@@ -62,6 +62,17 @@ class StageArtifact:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A stage that is not written: its weights stay in the program's file.
+
+    `positions`: of each of its operators in the program; -1 for what only the cuts bring along.
+    """
+
+    graph: Graph
+    positions: tuple[int, ...]
+
+
 def legal_cuts(program: Program) -> list[Cut]:
     """Every legal cut, positions rising. Cuts between which nothing but constants is computed count once, as the first."""
     graph = program.graph
@@ -99,6 +110,15 @@ def write_stages(program: Program, positions: Sequence[int], directory: Path | s
         artifacts.append(_write_stage(program, graph, begin, end, directory))
         begin, entering = end, leaving
     return artifacts
+
+
+def window(program: Program, begin: Cut | None, end: Cut | None) -> Window:
+    """What a stage between these two legal cuts would run; None is the beginning, and the end, of the program."""
+    first = begin.position if begin is not None else 0
+    last = end.position if end is not None else len(program.graph.operators)
+    entering, leaving = (cut.crossing if cut is not None else None for cut in (begin, end))
+    builder = _StageBuilder(program.graph, first, last, entering, leaving)
+    return Window(builder.build(), tuple(builder.positions))
 
 
 def constant_values(graph: Graph) -> set[int]:
@@ -153,20 +173,23 @@ class _StageBuilder:
         self._value_of: dict[int, int] = {}  # the program's number -> the stage's
         self._weight_of: dict[int, int] = {}
         self._arrived: dict[int, int] = {}  # the program's number -> the stage's, as it arrived
+        self.positions: list[int] = []  # in the program, of each operator of the stage; -1 for those of the cuts
 
     def build(self) -> Graph:
         needed = self._needed_operators()
-        used = {ref.index for operator in needed for ref in operator_references(operator) if isinstance(ref, ValueRef)}
+        references = (ref for position in needed for ref in operator_references(self._graph.operators[position]))
+        used = {ref.index for ref in references if isinstance(ref, ValueRef)}
         for index in self._entering:
             self._enter(index, is_used=index in used or not self._leaves_permuted)
         inputs = tuple(self._arrived[index] for index in self._entering)
-        for operator in needed:
-            self._copy(operator)
+        for position in needed:
+            self._copy(self._graph.operators[position])
+            self.positions.append(position)
         outputs = tuple(self._leave(index) for index in self._leaving)
         return Graph(tuple(self._operators), tuple(self._values), tuple(self._weights), inputs, outputs)
 
-    def _needed_operators(self) -> list[Operator]:
-        """The stage's own operators, and before them the constants that they or the results depend on."""
+    def _needed_operators(self) -> list[int]:
+        """Positions of the stage's own operators, and before them of the constants that they or the results depend on."""
         constant = constant_values(self._graph)
         needed = {index for index in self._leaving if index in constant}
         chosen = []
@@ -174,7 +197,7 @@ class _StageBuilder:
             operator = self._graph.operators[position]
             defined = {output for output in operator.outputs if output is not None}
             if defined & needed or (position >= self._begin and not defined <= constant):
-                chosen.append(operator)
+                chosen.append(position)
                 needed |= {r.index for r in operator_references(operator) if isinstance(r, ValueRef) and r.index in constant}
         return chosen[::-1]
 
@@ -200,6 +223,7 @@ class _StageBuilder:
     def _permute(self, source: int, spec: TensorSpec, order: Iterable[int]) -> int:
         target = self._define(spec)
         self._operators.append(Operator("aten.permute.default", (ValueRef(source), tuple(order)), {}, (target,), place="cut"))
+        self.positions.append(-1)
         return target
 
     def _copy(self, operator: Operator) -> None:

@@ -19,7 +19,6 @@ _M_ARENA_MAX = -8  # of mallopt, in glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 1 << 30
 _MAPPED_BYTES = 32 << 20  # the most that glibc takes
-MEMORY_FORMAT = "contiguous"  # channels_last would be a class of its own
 
 
 def choose_device(setting: str) -> str:
@@ -49,7 +48,8 @@ def choose_device(setting: str) -> str:
 
 
 def device_facts(device: str, *, threads: int) -> DeviceFacts:
-    """What the bits of a result depend on besides the model and its input, as far as this worker decides it.
+    """What the bits of a result depend on besides the model and its input, as far as this worker decides it; the rest
+    (layout, folding) is said by the program.
 
     The name of the processor is part of the numeric class: the libraries below torch choose kernels and block sizes by
     maker and cache, not by instruction set alone.
@@ -66,7 +66,7 @@ def device_facts(device: str, *, threads: int) -> DeviceFacts:
     # What remains on the CPU, and host threads: a GPU's kernels do not depend on them.
     else:
         parts += [torch.backends.cpu.get_cpu_capability(), f"threads={threads}"]
-    numeric_class = "/".join([*parts, MEMORY_FORMAT])
+    numeric_class = "/".join(parts)
     return DeviceFacts(device=device, device_name=name, threads=threads, numeric_class=numeric_class)
 
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,12 +30,12 @@ from adapt.models.convert import (
     NeedsDecomposition,
     NotAffine,
     convert,
-    has_memory_order,
-    memory_order,
 )
 from adapt.models.interpreter import Stage
+from adapt.models.layouts import Layouts
+from adapt.models.optimize import optimize_program
 from adapt.models.profiler import operator_costs_s, single_thread
-from adapt.models.program import Graph, TensorSpec, Weight, program_to_metadata
+from adapt.models.program import FOLD, Graph, TensorSpec, Weight, check_optimize, program_to_metadata
 from adapt.models.tensorfile import StoredTensor, TensorSource, write_tensor_file
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class ExportedProgram:
         operator_costs_s: seconds of each operator here, at one thread, for the example's batch.
         is_batched: whether any batch size can be run; otherwise only the example's shapes.
         is_exact: whether its results were the module's own, bit for bit, on the example.
+        deviation: what `optimize` changed in an output on the example, as a share of the largest number in that output.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class ExportedProgram:
     operator_costs_s: list[float]
     is_batched: bool
     is_exact: bool
+    deviation: float = 0.0
 
 
 def export_module(
@@ -69,6 +72,7 @@ def export_module(
     *,
     directory: Path | str,
     profile_repetitions: int = 3,
+    optimize: str = "none",
 ) -> ExportedProgram:
     """Write `module`, as it computes in eval mode, as a program into `directory`.
 
@@ -82,19 +86,34 @@ def export_module(
         example_kwargs: arguments by name.
         directory: where the file `<sha256>.safetensors` is written.
         profile_repetitions: how many runs are timed; 0 leaves the costs empty.
+        optimize: "none", or "fold": see `optimize.optimize_program`.
 
     Raises:
+        ConfigError: `optimize` is neither.
         ExportError: torch cannot trace the model, or it uses an operator that stages may not; the message says
             where and what to do.
     """
+    check_optimize(optimize)
     args, kwargs = as_tensors((tuple(example_inputs), dict(example_kwargs or {})))
     copied = inference_copy(module)
     with deterministic(), single_thread():
         example = _Example(copied, args, kwargs)
         candidate = _first_that_fits(copied, example)
+        if optimize == FOLD:
+            return _optimized(candidate, module, example, Path(directory), profile_repetitions)
         costs_s = operator_costs_s(candidate.stage, example.leaves, profile_repetitions) if profile_repetitions else []
         path, digest, file_bytes = _write(candidate, module, directory)
     return ExportedProgram(path, digest, file_bytes, costs_s, candidate.is_batched, candidate.is_exact)
+
+
+def _optimized(candidate: _Candidate, module: torch.nn.Module, example: _Example, directory: Path, repetitions: int) -> ExportedProgram:
+    """The program as it was exported is written beside the other, and goes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".plain-", dir=directory) as beside:
+        path, _, _ = _write(candidate, module, beside)
+        made = optimize_program(path, directory, leaves=example.leaves, profile_repetitions=repetitions)
+    is_exact = candidate.is_exact and made.deviation == 0
+    return ExportedProgram(made.path, made.digest, made.file_bytes, made.operator_costs_s, candidate.is_batched, is_exact, made.deviation)
 
 
 def export_file(
@@ -218,40 +237,12 @@ def _candidate(exported: Any, module: torch.nn.Module, example: _Example, is_bat
     weights = tuple(_weight(weight) for weight in converted.weights)
     graph = Graph(tuple(converted.operators), values, weights, tuple(converted.inputs), tuple(converted.outputs))
     stage = Stage(graph, [weight.tensor for weight in converted.weights], torch.device("cpu"), "")
-    layouts, is_exact = _Layouts(graph), True
+    layouts, is_exact = Layouts(graph), True
     if is_batched:
         is_exact = _are_equal(stage.run(example.doubled_leaves, observe=layouts.record), example.doubled_expected)
     observe = layouts.confirm if is_batched else layouts.record
     is_exact &= _are_equal(stage.run(example.leaves, observe=observe), example.expected)
     return _Candidate(replace(graph, values=tuple(layouts.values)), converted, stage, is_batched, is_exact)
-
-
-class _Layouts:
-    """Learns the layout of every value from runs. Export's own idea of it is not always what kernels do.
-
-    A layout has to hold for every batch size, and a batch of 1 is where strides are told apart last; so the first
-    run, of 2 or more, sets it and the second, of the example, has to confirm it.
-    """
-
-    def __init__(self, graph: Graph) -> None:
-        self.values = list(graph.values)
-        self._operators = graph.operators
-
-    def record(self, position: int, result: Any) -> None:
-        for index, spec, tensor in self._tensors(position, result):
-            self.values[index] = replace(spec, order=memory_order(tensor))
-
-    def confirm(self, position: int, result: Any) -> None:
-        for index, spec, tensor in self._tensors(position, result):
-            if spec.order is not None and not has_memory_order(tensor, spec.order):
-                self.values[index] = replace(spec, order=None)
-
-    def _tensors(self, position: int, result: Any) -> Iterator[tuple[int, TensorSpec, torch.Tensor]]:
-        operator = self._operators[position]
-        for index, item in zip(operator.outputs, result if operator.unpacks else [result], strict=True):
-            spec = None if index is None else self.values[index]
-            if index is not None and isinstance(spec, TensorSpec):
-                yield index, spec, item
 
 
 class _TraceRefused(Exception):

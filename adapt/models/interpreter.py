@@ -22,12 +22,14 @@ from typing import Any, Self
 import torch
 
 from adapt.errors import ModelError, WireError
-from adapt.models.forms import InputCheck
+from adapt.models.forms import FITTED_LIMIT, InputCheck, batch_size_of, dtype_name
+from adapt.models.needs import check_call, check_graph, memory_limit_bytes
 from adapt.models.operators import DTYPES, LAYOUTS, MEMORY_FORMATS, OPERATORS
 from adapt.models.program import (
     Argument,
     Graph,
     Operator,
+    SizeSpec,
     Symbol,
     ValueRef,
     ValueSpec,
@@ -36,6 +38,7 @@ from adapt.models.program import (
     operator_references,
     read_graph,
     references,
+    size_at,
 )
 from adapt.models.tensorfile import ALIGNMENT_BYTES
 
@@ -67,7 +70,9 @@ class Stage:
         weight_bytes: size of its weights; on the CPU they stay in the mapped file.
     """
 
-    def __init__(self, graph: Graph, weights: Sequence[torch.Tensor], device: torch.device, digest: str) -> None:
+    def __init__(
+        self, graph: Graph, weights: Sequence[torch.Tensor], device: torch.device, digest: str, *, limit_bytes: int | None = None
+    ) -> None:
         self.digest, self.device = digest, device
         self.inputs: tuple[ValueSpec, ...] = graph.input_specs
         self.outputs: tuple[ValueSpec, ...] = graph.output_specs
@@ -78,23 +83,33 @@ class Stage:
         self._output_slots = [self._first_slot + index for index in graph.outputs]
         self._check_inputs = InputCheck(self.inputs)
         self._steps = _compile(graph, self._first_slot, device)
+        self._values, self._limit_bytes = graph.values, limit_bytes or memory_limit_bytes()
+        check_graph(graph, self._limit_bytes)
+        self._known: set[tuple[Any, ...]] = set()  # shapes of inputs for which every operator has been watched
 
     @classmethod
-    def load(cls, path: Path | str, *, device: torch.device | str = "cpu", verify: bool = True) -> Self:
+    def load(cls, path: Path | str, *, device: torch.device | str = "cpu", verify: bool = True, limit_bytes: int | None = None) -> Self:
         """Load a stage, or a whole program as its only stage.
 
         Args:
             path: the file.
             device: where to run; weights are copied there unless it is the CPU.
             verify: hash the file first; leave out only for a file whose digest has just been checked.
+            limit_bytes: the most that one value may take; by default half of this machine's memory.
 
         Raises:
-            WireError: the file is malformed, has another digest than its name, or names an operator that is not allowed.
+            WireError: the file is malformed, has another digest than its name, names an operator that is not allowed, or asks for more than
+                `limit_bytes`. Nothing of it has run then.
             OSError: the file cannot be read.
         """
         file = read_graph(path, verify=verify)
+        return cls.of(file.graph, file.path, device=device, digest=file.digest, limit_bytes=limit_bytes)
+
+    @classmethod
+    def of(cls, graph: Graph, path: Path, *, device: torch.device | str, digest: str, limit_bytes: int | None = None) -> Self:
+        """A stage whose weights lie in the file at `path`, which may hold others besides. Raises as `load`."""
         device = torch.device(device)
-        return cls(file.graph, _load_weights(file.path, file.graph.weights, device), device, file.digest)
+        return cls(graph, load_weights(path, graph.weights, device), device, digest, limit_bytes=limit_bytes)
 
     def run(self, inputs: Sequence[Leaf], *, observe: Callable[[int, Any], None] | None = None) -> list[Leaf]:
         """Run the stage once. The inputs are never written to.
@@ -108,40 +123,81 @@ class Stage:
 
         Raises:
             InputMismatchError: number, dtype or shape of the inputs do not fit.
-            ModelError: an operator raised; the message names it and its place in the model.
+            ModelError: an operator raised; the message names it and its place in the model. Or it would take more than the limit, or gives
+                another shape than the file claims.
         """
         self._check_inputs(inputs)
+        signature = tuple([leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in inputs])
+        watch = None if signature in self._known else self._watch(inputs)
         with torch.inference_mode():
-            slots = self._initial.copy()
-            for slot, value in zip(self._input_slots, inputs, strict=True):
-                slots[slot] = self._placed(value) if isinstance(value, torch.Tensor) else value
+            slots = self._filled(inputs)
             del inputs  # so that an input can be freed after its last use, if the caller lets go of it too
-            self._run_steps(slots, observe)
+            self._run_steps(slots, observe, watch)
+            if watch is not None and len(self._known) < FITTED_LIMIT:
+                self._known.add(signature)
             return [self._delivered(slots[slot]) for slot in self._output_slots]
 
-    def _run_steps(self, slots: list[Any], observe: Callable[[int, Any], None] | None) -> None:
-        for position, step in enumerate(self._steps):
-            args = step.args.copy()
-            for place, slot in step.slots_of:
-                args[place] = slots[slot]
-            for place, make in step.lists_of:
-                args[place] = make(slots)
-            kwargs = step.kwargs
-            if step.named:
-                kwargs = kwargs | {name: make(slots) for name, make in step.named}
-            try:
-                result = step.call(*args, **kwargs)
-                if step.output >= 0:
-                    slots[step.output] = result
-                for place, slot in step.items:
-                    slots[slot] = result[place]
-            except Exception as error:  # the model's own
-                raise _model_error(step.operator, error) from error
-            if observe is not None:
-                observe(position, result)
-            del args, result
-            for slot in step.emptied:
-                slots[slot] = None
+    def __len__(self) -> int:
+        """How many operators it runs."""
+        return len(self._steps)
+
+    def begin(self, inputs: Sequence[Leaf]) -> PausedRun:
+        """A run that pauses before every operator; it keeps the inputs. Call all of it under `torch.inference_mode`.
+
+        Raises:
+            InputMismatchError: as `run`.
+        """
+        self._check_inputs(inputs)
+        return PausedRun(self._filled(inputs), self._watch(inputs))
+
+    def step(self, run: PausedRun, position: int) -> None:
+        """Run the operator of that position, after all before it. Raises ModelError."""
+        self._run_step(position, run.slots, None, run.watch)
+
+    def finish(self, run: PausedRun) -> list[Leaf]:
+        """The outputs, after the last step, as `run` returns them."""
+        return [self._delivered(run.slots[slot]) for slot in self._output_slots]
+
+    def _watch(self, inputs: Sequence[Leaf]) -> _Watch:
+        return _Watch(self.inputs, self._values, inputs, self._limit_bytes)
+
+    def _filled(self, inputs: Sequence[Leaf]) -> list[Any]:
+        slots = self._initial.copy()
+        for slot, value in zip(self._input_slots, inputs, strict=True):
+            slots[slot] = self._placed(value) if isinstance(value, torch.Tensor) else value
+        return slots
+
+    def _run_steps(self, slots: list[Any], observe: Callable[[int, Any], None] | None, watch: _Watch | None) -> None:
+        for position in range(len(self._steps)):
+            self._run_step(position, slots, observe, watch)
+
+    def _run_step(self, position: int, slots: list[Any], observe: Callable[[int, Any], None] | None, watch: _Watch | None) -> None:
+        step = self._steps[position]
+        args = step.args.copy()
+        for place, slot in step.slots_of:
+            args[place] = slots[slot]
+        for place, make in step.lists_of:
+            args[place] = make(slots)
+        kwargs = step.kwargs
+        if step.named:
+            kwargs = kwargs | {name: make(slots) for name, make in step.named}
+        if watch is not None:
+            watch.look(position, step, args, kwargs)
+        try:
+            result = step.call(*args, **kwargs)
+            if step.output >= 0:
+                slots[step.output] = result
+            for place, slot in step.items:
+                slots[slot] = result[place]
+        except Exception as error:  # the model's own
+            raise _model_error(step.operator, error) from error
+        if watch is not None:
+            watch.made(position, step.operator, result)
+        if observe is not None:
+            observe(position, result)
+        del args, result
+        for slot in step.emptied:
+            slots[slot] = None
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         """The input where and as eager torch would have it: contiguous, on the device, aligned like torch's own memory."""
@@ -156,12 +212,55 @@ class Stage:
         return value.detach().contiguous().cpu()
 
 
+class _Watch:
+    """Looks at every operator of one run: see `needs.py`. Of a batch of one, which may be a case of its own (`squeeze`), shapes may differ."""
+
+    def __init__(self, specs: Sequence[ValueSpec], values: Sequence[ValueSpec], inputs: Sequence[Leaf], limit_bytes: int) -> None:
+        self._values, self._limit_bytes = values, limit_bytes
+        self._batch = batch_size_of(specs, inputs) or 0
+
+    def look(self, position: int, step: _Step, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raises ModelError before an operator that would take too much."""
+        try:
+            check_call(step.call, step.operator.name, args, kwargs, self._limit_bytes)
+        except WireError as error:
+            raise ModelError(f"operators[{position}]: {error}") from None
+
+    def made(self, position: int, operator: Operator, result: Any) -> None:
+        """Raises ModelError unless it is what the file claims."""
+        for index, item in zip(operator.outputs, result if operator.unpacks else [result], strict=False):
+            spec = None if index is None else self._values[index]
+            if spec is not None and not self._fits(spec, item):
+                got = (
+                    f"{dtype_name(item)} {tuple(item.shape)}"
+                    if isinstance(item, torch.Tensor)
+                    else f"{type(item).__name__} {str(item)[:40]}"
+                )
+                raise ModelError(f"operators[{position}]: {operator.name}: gives {got}, the file claims {spec}")
+
+    def _fits(self, spec: ValueSpec, item: Any) -> bool:
+        if isinstance(spec, SizeSpec):
+            return type(item) is int and item == size_at(spec.size, self._batch)
+        if not isinstance(item, torch.Tensor) or item.dtype != DTYPES[spec.dtype]:
+            return False
+        return self._batch == 1 or tuple(item.shape) == spec.shape_at(self._batch)
+
+
+@dataclass(frozen=True, slots=True)
+class PausedRun:
+    """A run of a stage between two of its operators."""
+
+    slots: list[Any]
+    watch: _Watch
+
+
 def _model_error(operator: Operator, error: Exception) -> ModelError:
     where = f" in {operator.place}" if operator.place else ""
     return ModelError(f"{operator.name}{where}: {type(error).__name__}: {str(error)[:1000]}")
 
 
-def _load_weights(path: Path, weights: Sequence[Weight], device: torch.device) -> list[torch.Tensor]:
+def load_weights(path: Path, weights: Sequence[Weight], device: torch.device) -> list[torch.Tensor]:
+    """The weights that lie in a file, mapped on the CPU, copied to other devices."""
     if not weights:
         return []
     with open(path, "rb") as file:

@@ -55,6 +55,19 @@ def profile_model(
     return ModelProfile(name, input_bytes, layers, tuple(codecs), reference)
 
 
+def layer_costs_s(model: ModelProfile, costs_s: Sequence[float]) -> tuple[float, ...]:
+    """Seconds of each layer of a profile, from those of the program's operators."""
+    return tuple(sum(costs_s[begin:end]) for begin, end in pairwise([0, *(layer.end for layer in model.layers)]))
+
+
+def completed(costs_s: Sequence[float | None], quick_s: Sequence[float]) -> tuple[float, ...]:
+    """Seconds of all operators, where some could not be measured: these as in another profile of the program, at the ratio of the two."""
+    measured = [(cost, quick) for cost, quick in zip(costs_s, quick_s, strict=True) if cost is not None]
+    there_s, here_s = sum(quick for _, quick in measured), sum(cost for cost, _ in measured)
+    ratio = here_s / there_s if there_s > 0 else 1.0
+    return tuple(quick * ratio if cost is None else cost for cost, quick in zip(costs_s, quick_s, strict=True))
+
+
 def _layer(graph: Graph, costs_s: Sequence[float], alive: Sequence[int], begin: int, end: int, output_bytes: int) -> LayerProfile:
     operators = graph.operators[begin:end]
     sizes = [_weight_bytes(graph, _weights(operator)) for operator in operators]

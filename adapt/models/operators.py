@@ -59,7 +59,7 @@ _LAYERS = """
 _SHAPES = """
     _to_copy.default _unsafe_view.default alias.default broadcast_to.default cat.default chunk.default clone.default concat.default
     contiguous.default diagonal.default expand.default expand_as.default flatten.using_ints flip.default
-    index.Tensor index_select.default masked_select.default movedim.int movedim.intlist permute.default
+    index.Tensor index_select.default movedim.int movedim.intlist permute.default
     repeat.default repeat_interleave.self_int reshape.default reshape_as.default roll.default select.int select_scatter.default
     slice.Tensor slice_scatter.default split.Tensor split.sizes split_with_sizes.default squeeze.default squeeze.dim squeeze.dims
     stack.default swapaxes.default swapdims.default t.default tensor_split.sections tile.default transpose.int tril.default
@@ -77,6 +77,16 @@ _CREATION = """
 def _size_of(tensor: torch.Tensor, dim: int) -> int:
     return tensor.size(dim)
 
+
+# Their schemas do not say so, but in training they write to their running statistics, which are weights, or draw random numbers.
+IMPURE_IN_TRAINING = frozenset(
+    f"aten.{name}"
+    for name in (
+        "batch_norm.default", "instance_norm.default", "scaled_dot_product_attention.default",
+        "_scaled_dot_product_flash_attention_for_cpu.default", "lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input",
+    )
+)  # fmt: skip
+TRAINING_FLAGS = ("train", "training", "use_input_stats", "dropout_p")
 
 # Sizes are Python ints; a plain function is all they need.
 _ON_SIZES: dict[str, Callable[..., Any]] = {
@@ -102,6 +112,7 @@ def _table() -> dict[str, Callable[..., Any]]:
     return {name: overload for name, overload in overloads.items() if overload is not None} | _ON_SIZES
 
 
+ELEMENTWISE = frozenset(f"aten.{name}" for name in _ELEMENTWISE.split())
 OPERATORS: MappingProxyType[str, Callable[..., Any]] = MappingProxyType(_table())
 
 DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(

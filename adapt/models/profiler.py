@@ -2,13 +2,16 @@
 
 Stamps after every operator of one run agree with the time of a stage to within 5 % where it takes 10 ms or more;
 hooks on modules miss what is not a module, and floating point operations do not predict time.
+
+`operator_costs_s` is the quick profile of who exports a model. `Profiler` measures a program for a plan: on a worker, beside its work and
+within its memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -16,9 +19,18 @@ from typing import Any
 
 import torch
 
+from adapt.config import counted
+from adapt.errors import PlanError
+from adapt.models.cut import Window, legal_cuts, window
 from adapt.models.interpreter import Leaf, Stage
+from adapt.models.layers import profile_model
 from adapt.models.operators import DTYPES
-from adapt.models.program import SizeSpec, ValueSpec, size_at
+from adapt.models.program import Program, SizeSpec, ValueSpec, size_at
+from adapt.planning.model import MEBIBYTE
+
+SLICE_S = 0.01  # as long as a task that comes may have to wait; one operator may take longer
+LEAST_RUNS = 3
+ENOUGH_S = 20.0  # of timed runs of one window; a slow device makes fewer
 
 
 def operator_costs_s(stage: Stage, inputs: Sequence[Leaf], repetitions: int) -> list[float]:
@@ -37,6 +49,125 @@ def profile_file(
     """Seconds per operator of the program or stage in a file, on made-up inputs; errors as `Stage.load` and `Stage.run`."""
     stage = Stage.load(path, device=device, verify=verify)
     return operator_costs_s(stage, example_inputs(stage.inputs, batch), repetitions)
+
+
+class Profiler:
+    """Measures a program on this device, a slice at a time, and never holds more than it is given room for.
+
+    A *window* is a run of layers, between two legal cuts, whose weights and activations fit into the room: all of the program, if it does.
+    It runs as the stage that it could be, once to warm up and then `repetitions` times on inputs of batch 1: made-up ones for the first
+    window, after that what the window before has computed. Then its weights go. Times are differences of medians of prefix times, and so add
+    up to what a run takes, also on a device whose share of the CPU is cut off and given back every few milliseconds.
+
+    Args:
+        device: where stages run.
+        room_bytes: what may be held now; asked before each window.
+
+    Attributes:
+        costs_s: median seconds of each operator; None where the room did not suffice for its layer.
+        held_bytes: the most that the present window needs.
+    """
+
+    def __init__(
+        self, program: Program, *, device: torch.device | str = "cpu", repetitions: int = 9, room_bytes: Callable[[], int] = lambda: 1 << 62
+    ) -> None:
+        self._program, self._device, self._room_bytes = program, torch.device(device), room_bytes
+        self._repetitions = repetitions
+        self._operators = len(program.graph.operators)
+        self._model = profile_model("", program, [0.0] * self._operators)
+        self._cuts = legal_cuts(program)
+        self.costs_s: list[float | None] = [None] * self._operators
+        self.held_bytes = 0
+        self._done = 0.0  # operators, those of the present window in part
+        self._work = self._measure()
+
+    @property
+    def share(self) -> float:
+        """How much is done, 0 to 1."""
+        return self._done / self._operators if self._operators else 1.0
+
+    def step(self) -> bool:
+        """Work for about `SLICE_S`, on any thread that computes; not on two at a time. Whether there is more to do.
+
+        Raises:
+            PlanError: there is not even room for one layer; says for which and how much.
+            WireError, ModelError: the program cannot be run.
+            OSError: its file cannot be read.
+        """
+        until = perf_counter() + SLICE_S
+        with torch.inference_mode():
+            for _ in self._work:
+                if perf_counter() >= until:
+                    return True
+        return False
+
+    def _measure(self) -> Iterator[None]:
+        """Pauses after each operator."""
+        begin, count = 0, len(self._model.layers)
+        values: list[Leaf] | None = None  # at the beginning of the window; None: to be made up
+        while begin < count:
+            end = self._window_end(begin)
+            if end > begin:
+                values = yield from self._measure_window(begin, end, values)
+            else:  # no worker of so little memory will run this layer; what follows may still fit
+                end, values = begin + 1, None
+            begin, self._done = end, float(self._model.layers[end - 1].end)
+        self.held_bytes = 0
+        if count and all(cost is None for cost in self.costs_s):
+            raise PlanError(self._what_is_missing())
+
+    def _window_end(self, begin: int) -> int:
+        room_bytes, end = self._room_bytes(), begin
+        while end < len(self._model.layers) and self._model.memory_bytes(begin, end + 1) <= room_bytes:
+            end += 1
+        self.held_bytes = self._model.memory_bytes(begin, end) if end > begin else 0
+        return end
+
+    def _measure_window(self, begin: int, end: int, values: list[Leaf] | None) -> Generator[None, None, list[Leaf]]:
+        """Returns what crosses at its end."""
+        before, after = (self._cuts[number - 1] if 0 < number < len(self._model.layers) else None for number in (begin, end))
+        piece = window(self._program, before, after)
+        stage = Stage.of(piece.graph, self._program.path, device=self._device, digest=self._program.digest)
+        yield
+        inputs = example_inputs(stage.inputs, 1) if values is None else values
+        first = self._model.layers[begin - 1].end if begin else 0
+        operators = self._model.layers[end - 1].end - first
+        runs: list[list[float]] = []
+        outputs: list[Leaf] = []
+        while len(runs) <= LEAST_RUNS or (len(runs) <= self._repetitions and sum(map(sum, runs)) < ENOUGH_S):
+            times, outputs = yield from self._timed_run(stage, inputs)
+            runs.append(times)
+            self._done = first + operators * min(len(runs) / (self._repetitions + 1), 1.0)
+        self._keep(piece, runs[1:])
+        return outputs
+
+    def _timed_run(self, stage: Stage, inputs: Sequence[Leaf]) -> Generator[None, None, tuple[list[float], list[Leaf]]]:
+        is_cuda = self._device.type == "cuda"
+        run = stage.begin(inputs)
+        times = []
+        for position in range(len(stage)):
+            began = perf_counter()
+            stage.step(run, position)
+            if is_cuda:
+                torch.cuda.synchronize(self._device)
+            times.append(perf_counter() - began)
+            yield
+        return times, stage.finish(run)
+
+    def _keep(self, piece: Window, runs: Sequence[Sequence[float]]) -> None:
+        prefixes = [median(moments) for moments in zip(*(accumulate(run) for run in runs), strict=True)]
+        grown = list(accumulate(prefixes, max, initial=0.0))  # medians of two places may come from two runs
+        for position, (before, after) in zip(piece.positions, pairwise(grown), strict=True):
+            if position >= 0 and self.costs_s[position] is None:  # a constant is computed in each window that needs it
+                self.costs_s[position] = after - before
+
+    def _what_is_missing(self) -> str:
+        sizes = [self._model.memory_bytes(number, number + 1) for number in range(len(self._model.layers))]
+        least = min(range(len(sizes)), key=sizes.__getitem__)
+        return (
+            f"no room to profile any of {counted(len(sizes), 'layer')}: the smallest, {self._model.layers[least].place}, needs "
+            f"{sizes[least] / MEBIBYTE:.1f} MiB, and of the stage budget {self._room_bytes() / MEBIBYTE:.1f} MiB are free"
+        )
 
 
 def example_inputs(specs: Sequence[ValueSpec], batch: int) -> list[Leaf]:

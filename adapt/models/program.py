@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from adapt.errors import WireError
+from adapt.errors import ConfigError, WireError
 from adapt.models.structure import Node, Structure, count_leaves, from_plain, to_plain
 from adapt.models.structure import unflatten as unflatten  # for who puts a result together
 from adapt.models.tensorfile import (
@@ -50,6 +50,11 @@ ARGUMENT_DEPTH_LIMIT = 4
 INT_LIMIT = 2**63  # what torch's integers hold
 TEXT_LIMIT = 1_000
 OPERATOR_NAME = re.compile(r"[a-z]+(\.[A-Za-z0-9_]{1,80}){1,2}")
+# What may have been done to a program that changes the last bits of its results; see `fold.py`.
+CHANNELS_LAST, FOLD = "channels_last", "fold"
+CHANGES = (CHANNELS_LAST, FOLD)
+UNCHANGED = "contiguous"  # what a model is that nobody laid out anew
+OPTIMIZE = ("none", FOLD)  # what a user may ask for
 SYMBOL_KINDS = ("dtype", "memory_format", "layout", "device")
 
 
@@ -197,6 +202,7 @@ class Program:
     """A whole model. `input_structure` is the tuple (args, kwargs) of a call; `parameters` names the args.
 
     `batch_limit`: the largest batch; None when all shapes are fixed.
+    `changes`: how it differs from the module in its last bits, of `CHANGES`; none in a program as it was exported.
     """
 
     path: Path
@@ -207,10 +213,16 @@ class Program:
     input_structure: Structure
     output_structure: Structure
     batch_limit: int | None
+    changes: tuple[str, ...] = ()
 
     @property
     def is_batched(self) -> bool:
         return self.batch_limit is not None
+
+    @property
+    def arithmetic(self) -> str:
+        """The part of a result's numeric class that the program decides."""
+        return "/".join(self.changes) or UNCHANGED
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +233,12 @@ class StageFile:
     digest: str
     file_bytes: int
     graph: Graph
+
+
+def check_optimize(optimize: str) -> None:
+    """Raises ConfigError unless it is one of `OPTIMIZE`."""
+    if optimize not in OPTIMIZE:
+        raise ConfigError(f"optimize={str(optimize)[:32]!r}: expected one of {', '.join(OPTIMIZE)}")
 
 
 def references(argument: Argument) -> list[ValueRef | WeightRef]:
@@ -274,6 +292,7 @@ def program_to_metadata(
     input_structure: Structure,
     output_structure: Structure,
     batch_limit: int | None,
+    changes: Sequence[str] = (),
 ) -> dict[str, str]:
     """The metadata of a program's file."""
     document = graph_to_plain(graph) | {
@@ -282,6 +301,8 @@ def program_to_metadata(
         "output_structure": to_plain(output_structure),
         "batch_limit": batch_limit,
     }
+    if changes:
+        document["changes"] = list(changes)
     return {PROGRAM_KEY: canonical_json(document)}
 
 
@@ -356,8 +377,11 @@ def read_program(path: Path | str, *, verify: bool = True) -> Program:
         if count_leaves(structure) != len(indices):
             raise WireError(f"{name}: {count_leaves(structure)} leaves for {len(indices)} {kind}")
     parameters = tuple(_text(item, f"{name}: parameters") for item in _list(document.get("parameters"), f"{name}: parameters"))
+    changes = tuple(_text(item, f"{name}: changes") for item in _list(document.get("changes", []), f"{name}: changes", len(CHANGES)))
+    if changes != tuple(change for change in CHANGES if change in changes):
+        raise WireError(f"{name}: changes {str(changes)[:80]} are not, in this order, of {', '.join(CHANGES)}")
     digest = _checked_digest(file, verify)
-    return Program(file.path, digest, file.file_bytes, graph, parameters, input_structure, output_structure, batch_limit)
+    return Program(file.path, digest, file.file_bytes, graph, parameters, input_structure, output_structure, batch_limit, changes)
 
 
 def read_stage(path: Path | str, *, verify: bool = True) -> StageFile:

@@ -45,7 +45,7 @@ def rehearse(
     stage = Stage.load(program, verify=False)
     with deterministic(), single_thread():
         known = tuple(_rehearse(module, source, stage, given, number, tolerance) for number, given in enumerate(canaries))
-        numeric_class = device_facts("cpu", threads=1).numeric_class
+        numeric_class = f"{device_facts('cpu', threads=1).numeric_class}/{source.arithmetic}"
     path, digest, file_bytes = write_canaries(directory, KnownCanaries(source.digest, numeric_class, known))
     if file_bytes > FILE_LIMIT_BYTES:
         raise ConfigError(f"canaries: their inputs and outputs take {file_bytes} bytes; {FILE_LIMIT_BYTES} are allowed: give fewer")

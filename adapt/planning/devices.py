@@ -110,8 +110,9 @@ class ClusterProfile:
         return replace(self, devices=(*self.devices, *new))
 
     def coarse(self, whole_bytes: int) -> ClusterProfile:
-        """The same devices, those nearly alike made alike: speeds to the nearest of four steps between doublings, budgets down to a sixteenth of
-        what the whole model needs, and without limit from there on. A plan that fits this one fits the devices as they are."""
+        """The same devices, those nearly alike made alike: speeds to the nearest of four steps between doublings, rates and latencies to
+        doublings, budgets down to a sixteenth of what the whole model needs, and without limit from there on. A plan that fits this one fits
+        the devices as they are."""
         return replace(self, devices=tuple(_coarse(device, whole_bytes) for device in self.devices))
 
     def without(self, name: str) -> ClusterProfile:
@@ -127,7 +128,18 @@ def _coarse(device: DeviceProfile, whole_bytes: int) -> DeviceProfile:
     if budget_bytes is not None:
         step = max(whole_bytes // 16, 1)
         budget_bytes = None if budget_bytes >= whole_bytes else budget_bytes // step * step
-    return replace(device, speed=speed, budget_bytes=budget_bytes)
+    return replace(
+        device,
+        speed=speed,
+        budget_bytes=budget_bytes,
+        down_bytes_per_s=_doubling(device.down_bytes_per_s),
+        up_bytes_per_s=_doubling(device.up_bytes_per_s),
+        latency_s=_doubling(device.latency_s),
+    )
+
+
+def _doubling(value: float) -> float:
+    return 2.0 ** round(math.log2(value)) if 0 < value < math.inf else value
 
 
 def between_ports(devices: Sequence[DeviceProfile]) -> tuple[tuple[float, ...], ...]:

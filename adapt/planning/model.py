@@ -64,12 +64,32 @@ class CodecProfile:
 RAW = CodecProfile(name="raw")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredCosts:
+    """What a model takes on one kind of device.
+
+    Attributes:
+        device_class: all that the seconds depend on, in words.
+        workers: of this kind; the first one was measured.
+        threads: that one operator uses.
+        cores: that its control group allows a worker; 0: no limit.
+        costs_s: seconds of each layer.
+    """
+
+    device_class: str
+    workers: tuple[str, ...]
+    threads: int
+    cores: float
+    costs_s: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class ModelProfile:
     """A model as the planner sees it.
 
     Attributes:
         codecs: what may be used; the first one is what plans use that do not choose.
+        measured: on kinds of devices, where that has been done.
     """
 
     name: str
@@ -77,6 +97,7 @@ class ModelProfile:
     layers: tuple[LayerProfile, ...]
     codecs: tuple[CodecProfile, ...] = (RAW,)
     reference: str = field(default="", compare=False)  # the device that was measured, in words
+    measured: tuple[MeasuredCosts, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers or not self.codecs:
@@ -84,6 +105,11 @@ class ModelProfile:
         numbers = [value for layer in self.layers for value in (layer.cost_s, layer.weight_bytes, layer.peak_bytes, layer.output_bytes)]
         if not all(math.isfinite(value) and value >= 0 for value in [self.input_bytes, *numbers]):
             raise ConfigError(f"{self.name}: seconds and bytes of a profile are finite and not negative")
+        for kind in self.measured:
+            if len(kind.costs_s) != len(self.layers) or not all(math.isfinite(cost) and cost >= 0 for cost in kind.costs_s):
+                raise ConfigError(
+                    f"{self.name}: {kind.device_class}: expected the seconds of {len(self.layers)} layers, finite, not negative"
+                )
         for codec in self.codecs:
             given = (codec.ratio, codec.encode_bytes_per_s, codec.decode_bytes_per_s, *codec.ratios)
             if not all(value > 0 for value in given) or len(codec.ratios) not in (0, len(self.layers) + 1):
@@ -121,6 +147,10 @@ class ModelProfile:
     def decode_s(self, boundary: int, codec: int) -> float:
         return self.crossing_bytes[boundary] / self.codecs[codec].decode_bytes_per_s
 
+    def costs_of(self, worker: str) -> tuple[float, ...] | None:
+        """Seconds of each layer on a worker whose kind was measured."""
+        return next((kind.costs_s for kind in self.measured if worker in kind.workers), None)
+
     def with_codecs(self, *codecs: CodecProfile) -> ModelProfile:
         return replace(self, codecs=codecs)
 
@@ -144,9 +174,20 @@ class ModelProfile:
                 layers=tuple(LayerProfile(**layer) for layer in content["layers"]),
                 codecs=tuple(_codec(codec) for codec in content["codecs"]),
                 reference=str(content.get("reference", "")),
+                measured=tuple(_measured(kind) for kind in content.get("measured", ())),
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{name}: not the profile of a model: {type(error).__name__}: {error}") from None
+
+
+def _measured(plain: Mapping[str, Any]) -> MeasuredCosts:
+    return MeasuredCosts(
+        device_class=str(plain["device_class"]),
+        workers=tuple(str(worker) for worker in plain["workers"]),
+        threads=int(plain["threads"]),
+        cores=float(plain["cores"]),
+        costs_s=tuple(float(cost) for cost in plain["costs_s"]),
+    )
 
 
 def _codec(plain: Mapping[str, Any]) -> CodecProfile:

@@ -23,8 +23,12 @@
     ReplyAck ────────────────────────────────▶   (it keeps the result until then)
     CancelRequest ───────────────────────────▶   CancelStage ──────────────────────────────────▶
 
+    Profile ─────────────────────────────────▶   ProfileProgram ───────────────────────────────▶   (on one worker of each kind)
+                 ◀──────────────────── Progress           ◀──────────────────────── ProfileProgress
+                 ◀──────────────────── Profiled           ◀──────────────────────── ProgramProfiled | ProfileFailed
+
     Artifacts are pulled, two pieces in flight: whoever lacks a file says `Fetch`, whoever has it answers `ArtifactPiece`
-    (worker from dispatcher: stages; dispatcher from client: programs).
+    (worker from dispatcher: stages, and programs to profile; dispatcher from client: programs).
 
 Messages whose frames exceed `CONTROL_BYTES` travel on bulk, cut into `Piece`s; see pieces.py. Times are budgets in
 seconds, never moments: the clocks of two devices do not agree.
@@ -52,6 +56,7 @@ Named = Annotated[str, msgspec.Meta(max_length=64)]  # a name or digest that is 
 Address = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 PieceBytes = Annotated[int, msgspec.Meta(ge=4096, le=1 << 20)]
 Facts: TypeAlias = dict[str, Any]  # plain values, of which msgpack has no others; an error's attributes, a constructor's arguments
+Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Attempts = Annotated[list[AttemptId], msgspec.Meta(max_length=4096)]
 
 # One leaf of a model's or stage's inputs or outputs: a tensor (its bytes are the next payload frame) or a plain number.
@@ -220,6 +225,7 @@ class NamedSource(Struct, frozen=True, kw_only=True):
     seed: int | None = None
     model_args: Facts = field(default_factory=dict)
     input_shape: list[Natural] | None = None
+    optimize: Text = "none"  # or "fold": batch norms folded, convolutions channels last
 
 
 class ProgramSource(Struct, frozen=True, kw_only=True):
@@ -286,6 +292,7 @@ class DeploymentRecord(Struct, frozen=True, kw_only=True):
     interface: Annotated[str, msgspec.Meta(max_length=1 << 20)]
     again: Natural = 0  # the earlier version that this one repeats; 0: none
     earlier: list[Natural] = []  # versions that can be rolled back to, newest last
+    arithmetic: Text = "contiguous"  # what its program adds to the numeric class of results: "contiguous", or what was changed to be faster
 
 
 class Deployed(Struct, frozen=True, kw_only=True):
@@ -317,6 +324,28 @@ class Progress(Struct, frozen=True, kw_only=True):
     KIND: ClassVar[bytes] = b"PG"
     call: Natural
     step: Text
+    share: Share | None = None  # that is done of this step, if that is known
+
+
+class Profile(Struct, frozen=True, kw_only=True):
+    """Client -> dispatcher: have a model measured on a worker of each kind. Exactly one of `named` and `uploaded` is given."""
+
+    KIND: ClassVar[bytes] = b"PR"
+    call: Natural
+    name: Name  # what it is called in the answer
+    device_class: Text  # part of the names of the kinds to measure; empty: all
+    repetitions: Annotated[int, msgspec.Meta(ge=1, le=1000)]
+    again: bool  # also where there is a profile already
+    named: NamedSource | None = None
+    uploaded: ProgramSource | None = None
+
+
+class Profiled(Struct, frozen=True, kw_only=True):
+    """Dispatcher -> client: the model as planning sees it, with the seconds on each kind of device (see planning/model.py), as JSON."""
+
+    KIND: ClassVar[bytes] = b"PF"
+    call: Natural
+    profile: Annotated[str, msgspec.Meta(max_length=4 << 20)]
 
 
 class CallDone(Struct, frozen=True, kw_only=True):
@@ -343,6 +372,14 @@ class StatusQuery(Struct, frozen=True, kw_only=True):
     call: Natural
 
 
+class LinkRecord(Struct, frozen=True, kw_only=True):
+    """What was measured between the dispatcher and a worker; rates are bytes per second to the worker and from it."""
+
+    latency_s: Seconds  # of one direction
+    down_bytes_per_s: float
+    up_bytes_per_s: float
+
+
 class WorkerRecord(Struct, frozen=True, kw_only=True):
     """A worker as users see it."""
 
@@ -360,6 +397,7 @@ class WorkerRecord(Struct, frozen=True, kw_only=True):
     load: float = 0.0  # percent of memory in use: of its host, or of its stage budget if that is more
     penalty: float = 0.0  # for its failures
     breaker: Text = "closed"  # "open": it gets nothing for a while; "half-open": one task at a time
+    link: LinkRecord | None = None  # not measured yet
 
 
 class RequestRecord(Struct, frozen=True, kw_only=True):
@@ -484,6 +522,7 @@ class Heartbeat(Struct, frozen=True, kw_only=True):
     progress: Natural
     memory_percent: float  # of the host
     resident_bytes: Natural  # of stages
+    cores: Annotated[float, msgspec.Meta(ge=0.0, le=1e6)] = 0.0  # that its control group allows it; 0: no limit
 
 
 class Draining(Struct, frozen=True, kw_only=True):
@@ -491,6 +530,70 @@ class Draining(Struct, frozen=True, kw_only=True):
 
     KIND: ClassVar[bytes] = b"DR"
     handed_back: Attempts
+
+
+# ── links ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class LinkProbe(Struct, frozen=True, kw_only=True):
+    """Dispatcher -> worker: answer at once, with so many bytes. The bytes of the one payload frame mean nothing."""
+
+    KIND: ClassVar[bytes] = b"LP"
+    number: Natural
+    answer_bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+
+
+class LinkEcho(Struct, frozen=True, kw_only=True):
+    """Worker -> dispatcher: the answer to the `LinkProbe` of this number; so many bytes are the one payload frame."""
+
+    KIND: ClassVar[bytes] = b"LE"
+    number: Natural
+
+
+# ── profiles: dispatcher and worker ──────────────────────────────────────────────────────────────────────────────────
+
+
+class ProfileProgram(Struct, frozen=True, kw_only=True):
+    """Dispatcher -> worker: measure this program when you have nothing else to do; fetch it unless it is in your cache."""
+
+    KIND: ClassVar[bytes] = b"PP"
+    program: Sha256
+    file_bytes: Natural
+    repetitions: Annotated[int, msgspec.Meta(ge=1, le=1000)]
+
+
+class CancelProfile(Struct, frozen=True, kw_only=True):
+    """Dispatcher -> worker: nobody waits for this profile any more."""
+
+    KIND: ClassVar[bytes] = b"CP"
+    program: Sha256
+
+
+class ProfileProgress(Struct, frozen=True, kw_only=True):
+    """Worker -> dispatcher: so far this profile has come."""
+
+    KIND: ClassVar[bytes] = b"PS"
+    program: Sha256
+    step: Text
+    share: Share
+
+
+class ProgramProfiled(Struct, frozen=True, kw_only=True):
+    """Worker -> dispatcher: seconds of each operator for a batch of 1; None where the stage budget had no room for its layer."""
+
+    KIND: ClassVar[bytes] = b"PD"
+    program: Sha256
+    costs_s: Annotated[list[Seconds | None], msgspec.Meta(max_length=1 << 20)]
+
+
+class ProfileFailed(Struct, frozen=True, kw_only=True):
+    """Worker -> dispatcher: this program is not profiled here."""
+
+    KIND: ClassVar[bytes] = b"PX"
+    program: Sha256
+    code: Text
+    message: Text
+    fields: Facts
 
 
 # ── artifacts ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -557,17 +660,19 @@ class ArtifactMissing(Struct, frozen=True, kw_only=True):
 
 ToDispatcher: TypeAlias = (
     WorkerHello | ClientHello | Attach | Goodbye
-    | InferRequest | ReplyAck | CancelRequest | Deploy | Rollback | CancelCall | Undeploy | StatusQuery
+    | InferRequest | ReplyAck | CancelRequest | Deploy | Rollback | Profile | CancelCall | Undeploy | StatusQuery
     | Begun | StageDone | StageFailed | StageCancelled | Heartbeat | Draining
     | StageLoaded | LoadFailed | Fetch | ArtifactPiece | ArtifactMissing
+    | ProfileProgress | ProgramProfiled | ProfileFailed | LinkEcho
 )  # fmt: skip
 ToWorker: TypeAlias = (
     Welcome | Refused | SayHello | Goodbye
     | RunStage | CancelStage | StageAck | LoadStage | UnloadStage | ArtifactPiece | ArtifactMissing
+    | ProfileProgram | CancelProfile | LinkProbe
 )  # fmt: skip
 ToClient: TypeAlias = (
     Welcome | Refused | SayHello | Goodbye
-    | Accepted | Reply | RequestFailed | Deployed | Progress | CallDone | CallFailed | StatusReport | Fetch
+    | Accepted | Reply | RequestFailed | Deployed | Profiled | Progress | CallDone | CallFailed | StatusReport | Fetch
 )  # fmt: skip
 Message: TypeAlias = ToDispatcher | ToWorker | ToClient | Piece
 

@@ -32,7 +32,20 @@ from msgspec import Struct
 from adapt.errors import VersionError, WireError
 from adapt.protocol.codecs import TensorHeader
 from adapt.protocol.ids import Natural
-from adapt.protocol.messages import BY_KIND, HELLOS, PROTOCOL_VERSION, ArtifactPiece, Attach, Message, Piece, Refused, SayHello, Welcome
+from adapt.protocol.messages import (
+    BY_KIND,
+    HELLOS,
+    PROTOCOL_VERSION,
+    ArtifactPiece,
+    Attach,
+    LinkEcho,
+    LinkProbe,
+    Message,
+    Piece,
+    Refused,
+    SayHello,
+    Welcome,
+)
 
 Buffer: TypeAlias = bytes | bytearray | memoryview  # a view is one-dimensional, of bytes
 M = TypeVar("M")
@@ -376,8 +389,8 @@ def _check_blobs(head: Head[Message]) -> None:
         sizes = [leaf.payload_bytes for leaf in message.leaves if type(leaf) is TensorHeader]  # type: ignore[union-attr]
         if sizes != [size for size, _ in blobs]:
             raise WireError(f"{kind.__name__}: its tensors are of {sizes[:8]} bytes, its payload frames of {[s for s, _ in blobs][:8]}")
-    elif len(blobs) != (kind is ArtifactPiece):
-        raise WireError(f"{kind.__name__}: expected {int(kind is ArtifactPiece)} payload frames, the header names {len(blobs)}")
+    elif len(blobs) != (kind in _WITH_ONE_BLOB):
+        raise WireError(f"{kind.__name__}: expected {int(kind in _WITH_ONE_BLOB)} payload frames, the header names {len(blobs)}")
 
 
 # ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -391,6 +404,7 @@ def _is_free_form(declared: Any) -> bool:
     return any(_is_free_form(one) for one in inner)
 
 
+_WITH_ONE_BLOB = frozenset((ArtifactPiece, LinkProbe, LinkEcho))
 _WITH_LEAVES = frozenset(kind for kind in BY_KIND.values() if "leaves" in get_type_hints(kind))
 _HEADS: dict[type[Message], Any] = {kind: Head[kind] for kind in BY_KIND.values()}  # type: ignore[valid-type]
 _DECODERS: dict[type[Message], msgspec.msgpack.Decoder[Head[Message]]] = {

@@ -22,10 +22,22 @@ from typing import TYPE_CHECKING, Any, Self
 
 from adapt.errors import ConnectError
 from adapt.models.canaries import TOLERANCE as CANARY_TOLERANCE
+from adapt.planning.model import ModelProfile
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import RequestId
 from adapt.runtime import calls
-from adapt.runtime.calls import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, DEPLOY_TIMEOUT_S, DeployOrder, Told, check_seconds
+from adapt.runtime.calls import (
+    CALL_TIMEOUT_S,
+    CONNECT_TIMEOUT_S,
+    DEPLOY_TIMEOUT_S,
+    PROFILE_TIMEOUT_S,
+    REPETITIONS,
+    DeployOrder,
+    ProfileOrder,
+    Told,
+    ToldShare,
+    check_seconds,
+)
 from adapt.runtime.conversation import Call, Conversation, InferFuture, Outcome
 from adapt.runtime.handle import DEADLINE_S, Asking, Handle, Stream, check_in_flight, progress_bar
 
@@ -116,6 +128,7 @@ class AsyncClient:
         codec: str = "auto",
         tolerance: float | None = None,
         numerics: str | None = None,
+        optimize: str = "none",
         weights: str | os.PathLike[str] | None = None,
         seed: int | None = None,
         model_args: Mapping[str, Any] | None = None,
@@ -145,6 +158,7 @@ class AsyncClient:
             codec=codec,
             tolerance=tolerance,
             numerics=numerics,
+            optimize=optimize,
             weights=weights,
             seed=seed,
             model_args=model_args,
@@ -158,6 +172,35 @@ class AsyncClient:
         call = await asyncio.to_thread(order.call, told) if order.is_exported_here else order.call(told)
         return AsyncModel(self, (await self._answer(call, timeout_s)).deployment)
 
+    async def profile(
+        self,
+        model: str | Module,
+        *,
+        example_inputs: Sequence[Any] | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        seed: int | None = None,
+        model_args: Mapping[str, Any] | None = None,
+        input_shape: Sequence[int] | None = None,
+        device_class: str = "",
+        repetitions: int = REPETITIONS,
+        again: bool = False,
+        timeout_s: float = PROFILE_TIMEOUT_S,
+        progress: ToldShare | None = None,
+    ) -> ModelProfile:
+        """Measure a model on the cluster's own devices; arguments, answer and errors are those of `Client.profile`.
+
+        Args:
+            progress: called on the loop.
+        """
+        check_seconds("timeout_s", timeout_s)
+        self._usable()
+        order = ProfileOrder.of(
+            model, example_inputs, weights, seed, model_args, input_shape, device_class=device_class, repetitions=repetitions, again=again
+        )
+        told = None if progress is None else _on_loop(progress)
+        call = await asyncio.to_thread(order.call, told) if order.model.is_exported_here else order.call(told)
+        return ModelProfile.from_json((await self._answer(call, timeout_s)).profile)
+
     async def model(self, name: str) -> AsyncModel:
         """A model that somebody has deployed under this name. Raises UnknownModelError, with the names there are."""
         return AsyncModel(self, calls.record_of(name, await self.status()))
@@ -168,7 +211,7 @@ class AsyncClient:
         """Deploy an earlier version again, as the next one. Arguments and errors are those of `Client.rollback`."""
         check_seconds("timeout_s", timeout_s)
         told = calls.teller(_on_loop(progress) if callable(progress) else progress)
-        call = Call(calls.rollback_to(name, await self.status(), version), progress=told)
+        call = Call(calls.rollback_to(name, await self.status(), version), progress=calls.without_share(told))
         return AsyncModel(self, (await self._answer(call, timeout_s)).deployment)
 
     async def undeploy(self, name: str) -> None:
@@ -211,13 +254,13 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-def _on_loop(progress: Told) -> Told:
+def _on_loop(progress: Callable[..., None]) -> Callable[..., None]:
     """`progress`, to be called from any thread."""
     loop = asyncio.get_running_loop()
 
-    def tell(words: str) -> None:
+    def tell(*told: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(progress, words)
+            loop.call_soon_threadsafe(progress, *told)
 
     return tell
 

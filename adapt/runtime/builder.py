@@ -91,6 +91,7 @@ async def build(
         "seed": source.seed,
         "model_args": source.model_args,
         "input_shape": source.input_shape,
+        "optimize": source.optimize,
         "directory": str(staging),
     }
     return await _ask(request, staging, directory, source.model, timeout_s, progress)
@@ -210,7 +211,9 @@ def _export(request: dict[str, Any], say: Progress) -> dict[str, Any]:
         input_shape=request["input_shape"],
     )
     say(f"exporting and profiling {request['model']}", None)
-    exported = export_module(named.module, [named.example_input], directory=request["directory"])
+    exported = export_module(named.module, [named.example_input], directory=request["directory"], optimize=request["optimize"])
+    if exported.deviation:
+        say(f"optimized {request['model']}: answers deviate by {exported.deviation:.1e} of the largest number in them", None)
     return {"digest": exported.digest, "file_bytes": exported.file_bytes, "operator_costs_s": exported.operator_costs_s}
 
 

@@ -12,10 +12,12 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from adapt.config import check_address, dispatcher_address
 from adapt.errors import ConfigError, ConnectError, ExportError, ExportUnavailableError, UnknownModelError
+from adapt.models.canaries import TOLERANCE as CANARY_TOLERANCE
+from adapt.models.program import check_optimize
 from adapt.protocol import messages as msg
 from adapt.protocol.codecs import resolve_codec
 from adapt.protocol.ids import Digest, is_name
@@ -27,9 +29,12 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_S = 5.0
 DEPLOY_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 10.0
+PROFILE_TIMEOUT_S = 3600.0
+REPETITIONS, MOST_REPETITIONS = 9, 1000  # of a profile
 NUMERICS = ("close", "exact")
 
 Told: TypeAlias = Callable[[str], None]
+ToldShare: TypeAlias = Callable[[str, float | None], None]  # words, and the share that is done of what they say, if that is known
 
 _exporting = threading.Lock()  # torch.export changes settings of the whole process while it works
 
@@ -44,6 +49,7 @@ class DeployOrder:
     codec: str
     tolerance: float | None
     numerics: str | None
+    optimize: str
     weights: str | os.PathLike[str] | None
     seed: int | None
     model_args: Mapping[str, Any] | None
@@ -57,6 +63,7 @@ class DeployOrder:
         resolve_codec(self.codec, self.tolerance)
         if self.numerics not in (None, *NUMERICS):
             raise ConfigError(f"numerics={self.numerics!r}: expected one of {', '.join(NUMERICS)}, or None")
+        check_optimize(self.optimize)
         stage_count(self.stages)
         deployment_name(self.model, self.name)
         version_number(self.version)
@@ -77,14 +84,14 @@ class DeployOrder:
         """
         source = self._source()
         if not self.is_exported_here:
-            return Call(self._message(named=source), progress=told)
+            return Call(self._message(named=source), progress=without_share(told))
         if told is not None:
             told("exporting the model in this process")
         directory = tempfile.mkdtemp(prefix="adapt-export-")
         try:
             with _exporting:
                 uploaded, canaries, files = _export(self, source, Path(directory), told)
-            call = Call(self._message(uploaded=uploaded, canaries=canaries), progress=told, offered=files)
+            call = Call(self._message(uploaded=uploaded, canaries=canaries), progress=without_share(told), offered=files)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -99,6 +106,7 @@ class DeployOrder:
             seed=self.seed,
             model_args=dict(self.model_args or {}),
             input_shape=None if self.input_shape is None else [int(size) for size in self.input_shape],
+            optimize=self.optimize,
         )
 
     def _message(
@@ -120,6 +128,74 @@ class DeployOrder:
             version=self.version or 0,
             canaries=canaries,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ProfileOrder:
+    """The options of `Client.profile`, where they are explained. Raises ConfigError or UnknownModelError for impossible ones."""
+
+    model: DeployOrder  # it is found, and exported if need be, as for a deployment
+    device_class: str
+    repetitions: int
+    again: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.repetitions, int) or isinstance(self.repetitions, bool) or not 1 <= self.repetitions <= MOST_REPETITIONS:
+            raise ConfigError(f"repetitions={self.repetitions!r}: expected 1 to {MOST_REPETITIONS}")
+
+    def call(self, told: ToldShare | None) -> Call:
+        """The question to the dispatcher; see `DeployOrder.call`."""
+        call = self.model.call(None if told is None else lambda words: told(words, None))
+        asked = call.message
+        assert isinstance(asked, msg.Deploy)
+        call.progress = told
+        call.message = msg.Profile(
+            call=0,
+            name=asked.name,
+            device_class=self.device_class,
+            repetitions=self.repetitions,
+            again=self.again,
+            named=asked.named,
+            uploaded=asked.uploaded,
+        )
+        return call
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Module,
+        example_inputs: Sequence[Any] | None,
+        weights: str | os.PathLike[str] | None,
+        seed: int | None,
+        model_args: Mapping[str, Any] | None,
+        input_shape: Sequence[int] | None,
+        *,
+        device_class: str,
+        repetitions: int,
+        again: bool,
+    ) -> Self:
+        order = DeployOrder(
+            model=model,
+            example_inputs=example_inputs,
+            stages="auto",
+            codec="auto",
+            tolerance=None,
+            numerics=None,
+            optimize="none",
+            weights=weights,
+            seed=seed,
+            model_args=model_args,
+            input_shape=input_shape,
+            name=None,
+            version=None,
+            canaries=None,
+            canary_tolerance=CANARY_TOLERANCE,
+        )
+        return cls(model=order, device_class=device_class, repetitions=repetitions, again=again)
+
+
+def without_share(told: Told | None) -> ToldShare | None:
+    return None if told is None else lambda words, share: told(words)
 
 
 def _export(
@@ -152,7 +228,7 @@ def _export(
         example_inputs = (torch.rand(source.input_shape, generator=torch.Generator().manual_seed(0)),)
     elif isinstance(example_inputs, torch.Tensor) or hasattr(example_inputs, "__array_interface__"):
         example_inputs = (example_inputs,)  # else its batch would be taken for the arguments
-    exported = export_module(model, tuple(example_inputs), directory=directory)
+    exported = export_module(model, tuple(example_inputs), directory=directory, optimize=source.optimize)
     uploaded = msg.ProgramSource(program=exported.digest, file_bytes=exported.file_bytes, operator_costs_s=list(exported.operator_costs_s))
     files = {Digest(exported.digest): Path(exported.path)}
     if order.canaries is None:

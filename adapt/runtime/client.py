@@ -14,9 +14,21 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from adapt.models.canaries import TOLERANCE as CANARY_TOLERANCE
+from adapt.planning.model import ModelProfile
 from adapt.protocol import messages as msg
 from adapt.runtime import calls
-from adapt.runtime.calls import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, DEPLOY_TIMEOUT_S, DeployOrder, Told, check_seconds
+from adapt.runtime.calls import (
+    CALL_TIMEOUT_S,
+    CONNECT_TIMEOUT_S,
+    DEPLOY_TIMEOUT_S,
+    PROFILE_TIMEOUT_S,
+    REPETITIONS,
+    DeployOrder,
+    ProfileOrder,
+    Told,
+    ToldShare,
+    check_seconds,
+)
 from adapt.runtime.conversation import Call, Conversation, InferFuture
 from adapt.runtime.handle import DEADLINE_S, Handle, Stream, check_in_flight, progress_bar
 from adapt.runtime.threads import LoopThread
@@ -77,6 +89,7 @@ class Client:
         codec: str = "auto",
         tolerance: float | None = None,
         numerics: str | None = None,
+        optimize: str = "none",
         weights: str | os.PathLike[str] | None = None,
         seed: int | None = None,
         model_args: Mapping[str, Any] | None = None,
@@ -99,6 +112,8 @@ class Client:
             codec: of what travels between stages: "raw", "lz4", "zfp", "zfp+lz4", or "auto": lossless while no tolerance is given.
             tolerance: largest error on each link, as a share of the tensor's standard deviation; for zfp.
             numerics: "exact" keeps each request within one numeric class; "close" allows mixtures; None: "close".
+            optimize: "none": the module's own bits; "fold": batch norms are folded into convolutions, and convolutional models are laid out
+                channels last. Faster; results differ by about 1e-6 of the largest number in them, and name a numeric class of their own.
             weights: None for random ones, "DEFAULT" or a name for torchvision's own, or a file: safetensors or a state dict. A path that
                 exists here is read here, and the model exported here; any other is looked for under the dispatcher's --models-dir.
             seed: of random weights, as `torch.manual_seed(seed)` before the constructor.
@@ -132,6 +147,7 @@ class Client:
             codec=codec,
             tolerance=tolerance,
             numerics=numerics,
+            optimize=optimize,
             weights=weights,
             seed=seed,
             model_args=model_args,
@@ -143,6 +159,48 @@ class Client:
         )
         call = order.call(calls.teller(progress))
         return Model(self, self._answer(call, timeout_s).deployment)
+
+    def profile(
+        self,
+        model: str | Module,
+        *,
+        example_inputs: Sequence[Any] | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        seed: int | None = None,
+        model_args: Mapping[str, Any] | None = None,
+        input_shape: Sequence[int] | None = None,
+        device_class: str = "",
+        repetitions: int = REPETITIONS,
+        again: bool = False,
+        timeout_s: float = PROFILE_TIMEOUT_S,
+        progress: ToldShare | None = None,
+    ) -> ModelProfile:
+        """Measure a model on the cluster's own devices, on one worker of each kind, while these have nothing else to do.
+
+        The dispatcher keeps what was measured, and plans deployments with `stages="auto"` by it. A kind is measured once; weights may change.
+
+        Args:
+            model, example_inputs, weights, seed, model_args, input_shape: as for `deploy`.
+            device_class: part of the names of the kinds to measure; "": all. See `MeasuredCosts.device_class` in the answer.
+            repetitions: runs of which the median counts, after one to warm up.
+            again: measure also where there is a profile already.
+            timeout_s: the longest wait.
+            progress: called with a few words and the share that is done, or None where it is not known,
+                on a thread of the client's own.
+
+        Returns:
+            Layers between all legal cuts, with their seconds on each kind, bytes of weights and activations, and what crosses each cut; for
+            `adapt plan` as JSON: `to_json()`.
+
+        Raises:
+            PlanError: no worker is there, or none of them could measure it.
+            ConfigError, ConnectError, UnknownModelError, ExportError, ExportUnavailableError: as for `deploy`.
+        """
+        check_seconds("timeout_s", timeout_s)
+        order = ProfileOrder.of(
+            model, example_inputs, weights, seed, model_args, input_shape, device_class=device_class, repetitions=repetitions, again=again
+        )
+        return ModelProfile.from_json(self._answer(order.call(progress), timeout_s).profile)
 
     def model(self, name: str) -> Model:
         """A model that somebody has deployed under this name. Raises UnknownModelError, with the names there are."""
@@ -163,7 +221,7 @@ class Client:
             PlanError, CanaryError, ConnectError: as for `deploy`.
         """
         check_seconds("timeout_s", timeout_s)
-        call = Call(calls.rollback_to(name, self.status(), version), progress=calls.teller(progress))
+        call = Call(calls.rollback_to(name, self.status(), version), progress=calls.without_share(calls.teller(progress)))
         return Model(self, self._answer(call, timeout_s).deployment)
 
     def undeploy(self, name: str) -> None:

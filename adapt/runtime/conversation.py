@@ -117,12 +117,15 @@ class Call:
 
     def __init__(
         self,
-        message: msg.Deploy | msg.Rollback | msg.Undeploy | msg.StatusQuery,
+        message: msg.Deploy | msg.Rollback | msg.Profile | msg.Undeploy | msg.StatusQuery,
         *,
-        progress: Callable[[str], None] | None = None,
+        progress: Callable[[str, float | None], None] | None = None,
         offered: Mapping[Digest, Path] | None = None,
     ) -> None:
-        """`offered`: files that the dispatcher may fetch until the answer has come."""
+        """Args:
+        progress: is told what is being done, and the share of it that is done, if that is known.
+        offered: files that the dispatcher may fetch until the answer has come.
+        """
         self.message, self.progress, self.offered = message, progress, dict(offered or {})
         self.future: Future[Any] = Future()
         self.times_asked = 0
@@ -335,7 +338,7 @@ class Conversation:
             call.times_asked += 1
 
     def _forget_call(self, call: Call) -> None:
-        if self._calls.pop(call.message.call, None) is not None and isinstance(call.message, msg.Deploy):
+        if self._calls.pop(call.message.call, None) is not None and isinstance(call.message, (msg.Deploy, msg.Profile)):
             self._link.send(msg.CancelCall(call=call.message.call))
 
     # ── what the dispatcher says ─────────────────────────────────────────────────────────────────────────────────────
@@ -372,8 +375,8 @@ class Conversation:
                 call = self._calls.get(message.call)
                 if call is not None and call.progress is not None:
                     told = call.progress
-                    self._callbacks.post(lambda: told(message.step))
-            case msg.Deployed() | msg.StatusReport() | msg.CallDone():
+                    self._callbacks.post(lambda: told(message.step, message.share))
+            case msg.Deployed() | msg.Profiled() | msg.StatusReport() | msg.CallDone():
                 if (call := self._calls.pop(message.call, None)) is not None:
                     self._after_progress(call, partial(_settle, call.future, message))
             case msg.CallFailed():

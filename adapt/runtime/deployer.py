@@ -1,4 +1,5 @@
 """Deployments under way: get the program, cut it, place it, wait until its stages are resident and its canaries have come out right, say so.
+And clients' profiles: get the program, have it measured on a worker of each kind.
 
 A client's runs as a background task that talks to the rest of the dispatcher by events alone; it ends with its client's session.
 """
@@ -19,18 +20,21 @@ from adapt.config import counted
 from adapt.errors import AdaptError, CanaryError, ConfigError, PlanError
 from adapt.models.canaries import FILE_LIMIT_BYTES, TOLERANCE, KnownCanaries, check_fits, deviation, read_canaries
 from adapt.models.interface import interface_digest
+from adapt.models.layers import completed
 from adapt.models.program import read_program
 from adapt.planning.placement import Plan, WorkerOffer
 from adapt.protocol import codecs
 from adapt.protocol import messages as msg
 from adapt.protocol.codecs import TensorHeader
-from adapt.protocol.ids import ClientId, Digest
+from adapt.protocol.ids import ClientId, Digest, WorkerId
 from adapt.protocol.wire import Blob
 from adapt.runtime import builder
 from adapt.runtime.artifacts import ArtifactStore, Download
 from adapt.runtime.deployments import Blueprint, CutModel, Deployments, check, cut, first_plan, plan_freely
+from adapt.runtime.profiles import DeviceKind, KeptProfile, Profilers, ProfileStore, chosen, combined, form_of, kinds_of, known_costs
 from adapt.runtime.recipes import CanaryFile, ProfiledProgram, Recipe
 from adapt.scheduling import events as ev
+from adapt.scheduling.links import Link
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +54,12 @@ class Surroundings(Protocol):
     async def offers(self, *, wait_s: float, with_copies: bool = False) -> Sequence[WorkerOffer]: ...
 
     def version(self, deployment: str, number: int) -> ev.Version: ...
+
+    def device_kinds(self) -> dict[WorkerId, DeviceKind]: ...
+
+    def to_worker(self, worker_id: WorkerId, message: msg.Message) -> bool: ...
+
+    def links(self) -> dict[WorkerId, Link]: ...
 
 
 @dataclass(slots=True)
@@ -76,20 +86,24 @@ class Deployer:
         deployments: Deployments,
         surroundings: Surroundings,
         *,
+        profiles: ProfileStore,
         models_dir: Path | None,
         threads: Executor,
         clock: Clock,
     ) -> None:
         self._store, self._deployments, self._around = store, deployments, surroundings
+        self._profiles, self.profilers = profiles, Profilers(surroundings.to_worker)
         self._models_dir, self._threads, self._clock = models_dir, threads, clock
         self._calls: dict[tuple[ClientId, int], _Call] = {}
         self._loading: dict[tuple[str, int], _Loading] = {}
         self._judging: set[asyncio.Task[None]] = set()
+        self._planning = asyncio.Lock()  # from reading what workers offer until the scheduler knows what was planned with that
 
-    def begin(self, client_id: ClientId, message: msg.Deploy | msg.Rollback) -> None:
-        """Start work on a `Deploy` or `Rollback`; its answer goes to the client."""
-        task = asyncio.get_running_loop().create_task(self._answer(client_id, message), name=f"deploy {message.name}")
-        key = (client_id, message.call)
+    def begin(self, client_id: ClientId, order: msg.Deploy | msg.Rollback | msg.Profile) -> None:
+        """Start work; its answer goes to the client."""
+        name = f"{type(order).__name__.lower()} {order.name}"
+        task = asyncio.get_running_loop().create_task(self._answer(client_id, order), name=name)
+        key = (client_id, order.call)
         self._calls[key] = _Call(task)
         task.add_done_callback(lambda done: self._calls.pop(key, None))
 
@@ -145,24 +159,28 @@ class Deployer:
         downloads = [call.download for key, call in self._calls.items() if key[0] == client_id]
         return [download for download in downloads if download is not None and download.digest == artifact]
 
-    async def _answer(self, client_id: ClientId, message: msg.Deploy | msg.Rollback) -> None:
+    async def _answer(self, client_id: ClientId, order: msg.Deploy | msg.Rollback | msg.Profile) -> None:
+        what = "profile" if isinstance(order, msg.Profile) else "deployment"
+        answer: msg.Deployed | msg.Profiled
         try:
             with self._deployments.under_way():
-                record = await (
-                    self._deploy(client_id, message) if isinstance(message, msg.Deploy) else self._roll_back(client_id, message)
-                )
+                if isinstance(order, msg.Profile):
+                    answer = await self._profile(client_id, order)
+                else:
+                    bring_up = self._deploy(client_id, order) if isinstance(order, msg.Deploy) else self._roll_back(client_id, order)
+                    answer = msg.Deployed(call=order.call, deployment=await bring_up)
         except AdaptError as error:
-            log.warning("deployment failed", extra={"deployment": message.name, "reason": str(error)})
-            self._fail(client_id, message, error)
+            log.warning("%s failed", what, extra={"deployment": order.name, "reason": str(error)})
+            self._fail(client_id, order, error)
         except Exception as error:  # a bug of ours must not leave the client waiting
-            log.exception("deployment failed", extra={"deployment": message.name})
-            self._fail(client_id, message, AdaptError(f"deployment failed in the dispatcher: {type(error).__name__}: {error}"))
+            log.exception("%s failed", what, extra={"deployment": order.name})
+            self._fail(client_id, order, AdaptError(f"{what} failed in the dispatcher: {type(error).__name__}: {error}"))
         else:
-            self._around.to_client(client_id, msg.Deployed(call=message.call, deployment=record))
+            self._around.to_client(client_id, answer)
 
-    def _fail(self, client_id: ClientId, message: msg.Deploy | msg.Rollback, error: AdaptError) -> None:
-        code, text, fields = error.to_wire()
-        self._around.to_client(client_id, msg.CallFailed(call=message.call, code=code, message=text, fields=fields))
+    def _fail(self, client_id: ClientId, order: msg.Deploy | msg.Rollback | msg.Profile, error: AdaptError) -> None:
+        code, message, fields = error.to_wire()
+        self._around.to_client(client_id, msg.CallFailed(call=order.call, code=code, message=message, fields=fields))
 
     async def _deploy(self, client_id: ClientId, deploy: msg.Deploy) -> msg.DeploymentRecord:
         codec = check(deploy)
@@ -216,6 +234,23 @@ class Deployer:
         """
         made = set(recipe.files)  # files that are of no use if this comes to nothing
         try:
+            if not await self._around.offers(wait_s=FIRST_WORKER_S):
+                raise PlanError("no worker is connected; start one with: adapt-worker --dispatcher ADDRESS")
+            await self._planning.acquire()
+        except BaseException:
+            self._deployments.discard(made)
+            raise
+        try:
+            version, loading = await self._begin(name, recipe, say, made)
+        finally:
+            self._planning.release()
+        await self._settled(version, loading)
+        log.info("deployed", extra={"deployment": name, "version": version.number, "stages": len(version.plan.stages)})
+        return self._deployments.record(self._around.version(version.deployment, version.number))
+
+    async def _begin(self, name: str, recipe: Recipe, say: Callable[[str], None], made: set[Digest]) -> tuple[ev.Version, _Loading]:
+        """Plan a version and hand it to the scheduler; or leave nothing behind."""
+        try:
             version, model = await self._plan(name, recipe, say, made)
         except BaseException:
             self._deployments.discard(made)
@@ -229,9 +264,10 @@ class Deployer:
         workers = len({worker for place in plan.places for worker in place})
         tried = f", to be tried on {counted(len(canaries), 'input')}" if canaries else ""
         say(f"loading {counted(len(plan.stages), 'stage')} on {counted(workers, 'worker')}{tried}")
-        await self._ready(version, _Loading(asyncio.get_running_loop().create_future(), known, _tolerance(recipe)), canaries)
-        log.info("deployed", extra={"deployment": name, "version": version.number, "stages": len(plan.stages)})
-        return self._deployments.record(self._around.version(version.deployment, version.number))
+        loading = _Loading(asyncio.get_running_loop().create_future(), known, _tolerance(recipe))
+        self._loading[version.deployment, version.number] = loading
+        self._around.tell(ev.VersionDeployed(version=version, canaries=canaries))
+        return version, loading
 
     def _known(self, recipe: Recipe, model: CutModel) -> tuple[KnownCanaries | None, tuple[ev.Canary, ...]]:
         """The canaries of a recipe, and what has to come of them stage by stage. Blocks. Raises WireError: they are not for this program."""
@@ -245,10 +281,8 @@ class Deployer:
     async def _plan(self, name: str, recipe: Recipe, say: Callable[[str], None], made: set[Digest]) -> tuple[ev.Version, CutModel]:
         """Cut the program and place its stages. Adds to `made` what it writes."""
         say("cutting the model into stages")
-        if not (offers := await self._around.offers(wait_s=FIRST_WORKER_S)):
-            raise PlanError("no worker is connected; start one with: adapt-worker --dispatcher ADDRESS")
         try:
-            model, plan = await self._placed(name, recipe, offers, made)
+            model, plan = await self._placed(name, recipe, await self._around.offers(wait_s=0.0), made)
         except PlanError:  # then copies of other stages give way
             model, plan = await self._placed(name, recipe, await self._around.offers(wait_s=0.0, with_copies=True), made)
         number = self._deployments.next_number(name, recipe.number)
@@ -261,6 +295,7 @@ class Deployer:
             exact=recipe.numerics == "exact",
             peak_ratio=model.peak_ratio,
             interface=interface_digest(model.interface),
+            arithmetic=model.arithmetic,
             plan=plan,
         )
         blueprint = Blueprint(model.interface, recipe.numerics, model.file_bytes, replace(recipe, number=number))
@@ -272,48 +307,113 @@ class Deployer:
             model = await asyncio.to_thread(cut, self._store, recipe.program, recipe.stages)
             made |= {need.artifact for need in model.stages}
             return model, first_plan(model, offers)
-        model, plan = await asyncio.to_thread(plan_freely, self._store, recipe.program, offers, name=name)
+        costs_s = await asyncio.to_thread(self._known_costs, recipe.program, self._around.device_kinds())
+        model, plan = await asyncio.to_thread(
+            plan_freely, self._store, recipe.program, offers, name=name, costs_s=costs_s, links=self._around.links()
+        )
         made |= {need.artifact for need in model.stages}
         return model, plan
 
-    async def _ready(self, version: ev.Version, loading: _Loading, canaries: tuple[ev.Canary, ...]) -> None:
-        """Hand the version to the scheduler and wait until it is ready, or raise what prevents it."""
-        key = (version.deployment, version.number)
-        self._loading[key] = loading
-        self._around.tell(ev.VersionDeployed(version=version, canaries=canaries))
+    def _known_costs(self, program: ProfiledProgram, kinds: dict[WorkerId, DeviceKind]) -> dict[WorkerId, tuple[float, ...]]:
+        """Seconds of each operator on the workers whose kind was measured. Blocks."""
+        kept = self._profiles.read(form_of(self._store.path(program.digest)))
+        return known_costs(kept, kinds, len(program.operator_costs_s))
+
+    async def _settled(self, version: ev.Version, loading: _Loading) -> None:
+        """Wait until the version is ready, or raise what prevents it."""
         try:
             await loading.settled
         except asyncio.CancelledError:
             self._around.tell(ev.VersionWithdrawn(deployment=version.deployment, number=version.number))
             raise
         finally:
-            del self._loading[key]
+            del self._loading[version.deployment, version.number]
 
-    async def _program(self, client_id: ClientId, deploy: msg.Deploy) -> ProfiledProgram:
+    # ── profiles ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _profile(self, client_id: ClientId, order: msg.Profile) -> msg.Profiled:
+        if (order.named is None) == (order.uploaded is None):
+            raise ConfigError("profile: give either a named model or an uploaded program")
+        if not await self._around.offers(wait_s=FIRST_WORKER_S):
+            raise PlanError("no worker is connected; start one with: adapt-worker --dispatcher ADDRESS")
+        chosen(kinds_of(self._around.device_kinds()), order.device_class)  # refused before anything is exported
+        program = await self._program(client_id, order)
+        try:
+            found = await self._measured(client_id, order, program)
+            source = await asyncio.to_thread(read_program, self._store.path(program.digest))
+            model = await asyncio.to_thread(combined, order.name, source, found, program.operator_costs_s)
+        finally:
+            self._deployments.discard({program.digest})
+        return msg.Profiled(call=order.call, profile=model.to_json())
+
+    async def _measured(
+        self, client_id: ClientId, order: msg.Profile, program: ProfiledProgram
+    ) -> list[tuple[DeviceKind, Sequence[float | None]]]:
+        """Seconds of each operator on each kind of device that is wanted; raises PlanError if no kind could be measured."""
+        path = self._store.path(program.digest)
+        form = await asyncio.to_thread(form_of, path)
+        kept = {} if order.again else await asyncio.to_thread(self._profiles.read, form)
+        free = {offer.worker_id: offer.free_bytes for offer in await self._around.offers(wait_s=0.0)}
+        found: list[tuple[DeviceKind, Sequence[float | None]]] = []
+        failed: PlanError | None = None
+        for kind in chosen(kinds_of(self._around.device_kinds()), order.device_class):
+            known = kept.get(kind.name)
+            if known is not None and len(known.costs_s) == len(program.operator_costs_s):
+                found.append((kind, known.costs_s))
+                continue
+            roomy = sorted(kind.workers, key=lambda worker: (-free.get(worker, 0), worker))
+            try:
+                worker_id, costs_s = await self.profilers.measure(
+                    program.digest,
+                    path.stat().st_size,
+                    replace(kind, workers=tuple(roomy)),
+                    repetitions=order.repetitions,
+                    told=partial(self._progress, client_id, order.call),
+                )
+            except PlanError as error:
+                self._progress(client_id, order.call, str(error))
+                failed = error
+                continue
+            if len(costs_s) != len(program.operator_costs_s):
+                failed = PlanError(f"{worker_id} measured {len(costs_s)} operators, the program has {len(program.operator_costs_s)}")
+                continue
+            await self._keep(form, kind, worker_id, completed(costs_s, program.operator_costs_s))
+            found.append((replace(kind, workers=(worker_id, *(other for other in kind.workers if other != worker_id))), costs_s))
+        if not found:
+            raise failed or PlanError("no worker is left that could be measured")
+        return found
+
+    async def _keep(self, form: str, kind: DeviceKind, worker_id: WorkerId, costs_s: tuple[float, ...]) -> None:
+        profile = KeptProfile(device_class=kind.name, worker=worker_id, cores=kind.cores, costs_s=costs_s)
+        await asyncio.to_thread(self._profiles.write, form, profile)
+
+    # ── what both need ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _program(self, client_id: ClientId, order: msg.Deploy | msg.Profile) -> ProfiledProgram:
         """The program: built in a child process, or pulled from the client."""
-        if deploy.named is not None:
-            self._progress(client_id, deploy.call, f"exporting {deploy.named.model}")
+        if order.named is not None:
+            self._progress(client_id, order.call, f"exporting {order.named.model}")
             built = await builder.build(
-                deploy.named, directory=self._store.directory, models_dir=self._models_dir, timeout_s=BUILD_TIMEOUT_S
+                order.named, directory=self._store.directory, models_dir=self._models_dir, timeout_s=BUILD_TIMEOUT_S
             )
             return ProfiledProgram(Digest(built.digest), built.operator_costs_s)
-        assert deploy.uploaded is not None, "checked before"
-        digest, file_bytes = Digest(deploy.uploaded.program), deploy.uploaded.file_bytes
-        await self._pull(client_id, deploy, digest, file_bytes, f"receiving the program, {file_bytes / 1e6:.1f} MB")
-        return ProfiledProgram(digest, deploy.uploaded.operator_costs_s)
+        assert order.uploaded is not None, "checked before"
+        digest, file_bytes = Digest(order.uploaded.program), order.uploaded.file_bytes
+        await self._pull(client_id, order.call, digest, file_bytes, f"receiving the program, {file_bytes / 1e6:.1f} MB")
+        return ProfiledProgram(digest, order.uploaded.operator_costs_s)
 
     async def _canaries(self, client_id: ClientId, deploy: msg.Deploy) -> CanaryFile | None:
         if (source := deploy.canaries) is None:
             return None
         if source.file_bytes > FILE_LIMIT_BYTES:
             raise ConfigError(f"canaries of {source.file_bytes} bytes; {FILE_LIMIT_BYTES} are allowed: give fewer, or smaller ones")
-        await self._pull(client_id, deploy, Digest(source.file), source.file_bytes, "receiving the canaries")
+        await self._pull(client_id, deploy.call, Digest(source.file), source.file_bytes, "receiving the canaries")
         return CanaryFile(Digest(source.file), source.tolerance)
 
-    async def _pull(self, client_id: ClientId, deploy: msg.Deploy, digest: Digest, file_bytes: int, words: str) -> None:
+    async def _pull(self, client_id: ClientId, call: int, digest: Digest, file_bytes: int, words: str) -> None:
         if self._store.has(digest):
             return
-        self._progress(client_id, deploy.call, words)
+        self._progress(client_id, call, words)
         download = Download(
             self._store,
             digest,
@@ -322,11 +422,11 @@ class Deployer:
             threads=self._threads,
             clock=self._clock,
         )
-        self._calls[client_id, deploy.call].download = download
+        self._calls[client_id, call].download = download
         await download.run()
 
-    def _progress(self, client_id: ClientId, call: int, step: str) -> None:
-        self._around.to_client(client_id, msg.Progress(call=call, step=step[:STEP_LENGTH]))
+    def _progress(self, client_id: ClientId, call: int, step: str, share: float | None = None) -> None:
+        self._around.to_client(client_id, msg.Progress(call=call, step=step[:STEP_LENGTH], share=share))
 
 
 def _tolerance(recipe: Recipe) -> float:

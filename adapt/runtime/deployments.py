@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adapt.errors import AdaptError, ConfigError, PlanError
 from adapt.models.cut import StageArtifact, legal_cuts, write_stages
 from adapt.models.forms import FormCheck
 from adapt.models.interface import Interface, interface_digest
-from adapt.models.layers import profile_model
-from adapt.models.program import Program, read_graph, read_program
+from adapt.models.layers import layer_costs_s, profile_model
+from adapt.models.program import Program, check_optimize, read_graph, read_program
 from adapt.planning import choose
 from adapt.planning.cost import Layout
 from adapt.planning.devices import ClusterProfile, DeviceProfile
@@ -34,12 +35,16 @@ from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.recipes import KEPT, Earlier, ProfiledProgram, Recipe
 from adapt.runtime.state import StateDirectory
 from adapt.scheduling.events import Version
+from adapt.scheduling.links import Link
 
 log = logging.getLogger(__name__)
 
 HEADER_BYTES = 256 << 10  # of a stage's file, beside its weights, at most
 MANY_KINDS = 5  # of workers; with more, planning takes more than a second or two
+PROFILE_HOLDS = 1.5  # a worker that has proved to be slower, or faster, than its kind by more than this is taken as it is
 PROFILE_ERROR = 0.05  # stages that differ by less are alike, as far as the quick profile knows; then fewer bytes count
+NO_LIMIT_BYTES_PER_S = 200e6  # of a link; what is faster, as within one machine, costs processor time and no more
+NO_LATENCY_S = 2e-3  # what is less is the loops' own
 NUMERICS = ("auto", "close", "exact")
 
 
@@ -54,6 +59,7 @@ class CutModel:
     peak_ratio: float
     leaving: tuple[tuple[int, ...], ...]  # for each stage but the last: the program's values that leave it, in order
     value_count: int  # of the program
+    arithmetic: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +260,7 @@ class Deployments:
             codec=version.codec,
             tolerance=version.tolerance,
             numerics=blueprint.numerics,
+            arithmetic=version.arithmetic,
             stages=places,
             interface=blueprint.interface,
             again=0 if blueprint.recipe is None else blueprint.recipe.again,
@@ -283,6 +290,8 @@ def check(message: Deploy) -> str:
     """
     if (message.named is None) == (message.uploaded is None):
         raise ConfigError("deploy: give either a named model or an uploaded program")
+    if message.named is not None:
+        check_optimize(message.named.optimize)
     if message.numerics not in NUMERICS:
         raise ConfigError(f"numerics={message.numerics!r}: expected one of {', '.join(NUMERICS)}")
     codec = resolve_codec(message.codec, message.tolerance)
@@ -308,16 +317,30 @@ def cut(store: ArtifactStore, program: ProfiledProgram, stages: int) -> CutModel
     return _cut_at(store, program, source, partition(costs_s, legal_cuts(source), stages, slack=PROFILE_ERROR))
 
 
-def plan_freely(store: ArtifactStore, program: ProfiledProgram, offers: Sequence[WorkerOffer], *, name: str) -> tuple[CutModel, Plan]:
+def plan_freely(
+    store: ArtifactStore,
+    program: ProfiledProgram,
+    offers: Sequence[WorkerOffer],
+    *,
+    name: str,
+    costs_s: Mapping[WorkerId, Sequence[float]] | None = None,
+    links: Mapping[WorkerId, Link] | None = None,
+) -> tuple[CutModel, Plan]:
     """Cut a program and place it as it should be fastest on these workers: in as many stages, with as many replicas, as is best. Blocks.
 
-    Links are taken to be no limit: nobody has measured them. A worker is as fast as it has proved to be, at first as fast as the others.
+    A worker without a profile is as fast as it has proved to be, at first as fast as who exported the model.
+
+    Args:
+        costs_s: seconds of each operator on the workers on whose kind of device the program was measured.
+        links: to the workers, where they have been measured; the others are no limit.
 
     Raises: as `cut`; PlanError: the workers' memory cannot hold the model; says what is missing.
     """
     source = read_program(store.path(program.digest))
     profile = profile_model(name, source, program.operator_costs_s)
-    layout = _best_layout(profile, ClusterProfile(tuple(_device(offer) for offer in offers)))
+    measured = {worker: layer_costs_s(profile, costs) for worker, costs in (costs_s or {}).items()}
+    devices = tuple(_linked(_device(offer, profile, measured.get(offer.worker_id)), (links or {}).get(offer.worker_id)) for offer in offers)
+    layout = _best_layout(profile, ClusterProfile(devices))
     model = _cut_at(store, program, source, choose.positions(profile, layout))
     places = tuple(tuple(sorted(offers[device].worker_id for device in stage.devices)) for stage in layout.stages)
     return model, Plan(program=model.program, epoch=Epoch(1), stages=model.stages, places=places)
@@ -331,8 +354,31 @@ def _best_layout(model: ModelProfile, cluster: ClusterProfile) -> Layout:
     return choose.plan(model, cluster).layout
 
 
-def _device(offer: WorkerOffer) -> DeviceProfile:
-    return DeviceProfile(name=offer.worker_id, speed=1.0 / offer.slowness, budget_bytes=max(offer.free_bytes - HEADER_BYTES, 0))
+def _linked(device: DeviceProfile, link: Link | None) -> DeviceProfile:
+    """In steps, so that links that are alike stay alike."""
+    if link is None:
+        return device
+    down, up = (math.inf if rate > NO_LIMIT_BYTES_PER_S else _stepped(rate) for rate in (link.down_bytes_per_s, link.up_bytes_per_s))
+    latency_s = _stepped(link.latency_s) if link.latency_s > NO_LATENCY_S else 0.0
+    return replace(device, down_bytes_per_s=down, up_bytes_per_s=up, latency_s=latency_s)
+
+
+def _stepped(value: float) -> float:
+    """The nearest of four steps between doublings."""
+    return 2.0 ** (round(math.log2(value) * 4) / 4)
+
+
+def _device(offer: WorkerOffer, model: ModelProfile, costs_s: tuple[float, ...] | None) -> DeviceProfile:
+    budget_bytes = max(offer.free_bytes - HEADER_BYTES, 0)
+    if costs_s is None:
+        return DeviceProfile(name=offer.worker_id, speed=1.0 / offer.slowness, budget_bytes=budget_bytes)
+    usual = sum(costs_s) / model.seconds_before[-1] if model.seconds_before[-1] > 0 else 1.0
+    drift = offer.slowness / usual if offer.slowness != 1.0 and usual > 0 else 1.0  # 1: it has done nothing yet
+    if 1 / PROFILE_HOLDS < drift < PROFILE_HOLDS:
+        drift = 1.0
+    drift = _stepped(drift)  # so that workers that are alike stay alike
+    costs_s = costs_s if drift == 1.0 else tuple(cost * drift for cost in costs_s)
+    return DeviceProfile(name=offer.worker_id, speed=1.0 / (usual * drift or 1.0), budget_bytes=budget_bytes, costs_s=costs_s)
 
 
 def _cut_at(store: ArtifactStore, program: ProfiledProgram, source: Program, positions: Sequence[int]) -> CutModel:
@@ -351,6 +397,7 @@ def _cut_at(store: ArtifactStore, program: ProfiledProgram, source: Program, pos
         peak_ratio=_peak_ratio(artifacts, source),
         leaving=tuple(crossing[position] for position in positions),
         value_count=len(source.graph.values),
+        arithmetic=source.arithmetic,
     )
 
 
@@ -384,6 +431,7 @@ def _version_to_plain(version: Version, blueprint: Blueprint) -> dict[str, Any]:
         "tolerance": version.tolerance,
         "exact": version.exact,
         "peak_ratio": version.peak_ratio,
+        "arithmetic": version.arithmetic,
         "numerics": blueprint.numerics,
         "interface": blueprint.interface,
         "recipe": None if blueprint.recipe is None else blueprint.recipe.to_plain(),
@@ -414,6 +462,7 @@ def _version_from_plain(plain: dict[str, Any]) -> tuple[Version, Blueprint]:
             exact=plain["exact"],
             peak_ratio=plain["peak_ratio"],
             interface=interface_digest(plain["interface"]),
+            arithmetic=plain.get("arithmetic", ""),
             plan=plan,
         )
         recipe = None if plain.get("recipe") is None else Recipe.from_plain(plain["recipe"])

@@ -34,6 +34,8 @@ from adapt.runtime.deployer import Deployer
 from adapt.runtime.deployments import Deployments
 from adapt.runtime.endpoint import Arrival, Disconnected, Malformed, Received, RouterEndpoint, Undelivered
 from adapt.runtime.models_dir import ModelsDir
+from adapt.runtime.probing import Probing
+from adapt.runtime.profiles import DeviceKind, ProfileStore
 from adapt.runtime.registry import Listener, Registry, open_registry
 from adapt.runtime.state import StateDirectory
 from adapt.runtime.status import LinkTally, counters, request_records, worker_records
@@ -41,6 +43,7 @@ from adapt.scheduling import events as ev
 from adapt.scheduling import translation
 from adapt.scheduling.acknowledgements import Acknowledgements
 from adapt.scheduling.deadlines import earliest
+from adapt.scheduling.links import Link
 from adapt.scheduling.liveness import LAG_S, Verdict
 from adapt.scheduling.qos import QosSettings
 from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
@@ -87,6 +90,7 @@ class Dispatcher:
         )
         self._scheduler = Scheduler(_settings(config), generation=secrets.randbelow(1 << 32))
         self._tally = LinkTally()
+        self._probing = Probing(self._scheduler.roster, self.to_worker)
         self._sessions = Sessions(1 + secrets.randbelow(1 << 32))
         self._reign = Reign()
         self._peers: dict[int, _Peer] = {}  # by session
@@ -95,7 +99,15 @@ class Dispatcher:
         self._last_hello: dict[WorkerId, msg.WorkerHello] = {}  # also of workers that are gone, while the roster remembers them
         self._inbox: deque[Arrival | ev.Event] = deque()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="artifacts")
-        self._deployer = Deployer(self._store, self._deployments, self, models_dir=config.models_dir, threads=self._threads, clock=clock)
+        self._deployer = Deployer(
+            self._store,
+            self._deployments,
+            self,
+            profiles=ProfileStore(self._state.profiles),
+            models_dir=config.models_dir,
+            threads=self._threads,
+            clock=clock,
+        )
         self._models: ModelsDir | None = None
         if config.models_dir is not None:
             self._models = ModelsDir(config.models_dir, self._store, self._deployments, self._deployer.bring_up, clock=clock)
@@ -368,6 +380,8 @@ class Dispatcher:
             self._peers.pop(earlier.number, None)
             if role == "client":  # it asks for its deployments again
                 self._deployer.client_gone(ClientId(bytes.fromhex(name)))
+            else:
+                self._deployer.profilers.worker_gone(WorkerId(name))
         session = self._sessions.welcome(routing_id, role, name, hello.incarnation, self._clock())
         self._peers[session.number] = _Peer(hello)
         welcome = msg.Welcome(
@@ -418,6 +432,7 @@ class Dispatcher:
         self._last_hello = {known: old for known, old in self._last_hello.items() if known in self._scheduler.roster}
         self._last_hello[worker_id] = hello
         self._handle(translation.joined(hello))
+        self._probing.joined(worker_id, self._clock())
 
     def _malformed(self, arrival: Malformed) -> None:
         """One bad message never stops the others. A known sender starts afresh and sends again what was lost. A stubborn client is refused, lest its
@@ -461,6 +476,7 @@ class Dispatcher:
             return
         if isinstance(peer.hello, msg.WorkerHello):
             log.info("worker session ended", extra={"worker_id": session.name, "reason": reason})
+            self._deployer.profilers.worker_gone(WorkerId(session.name))
             self._note(ev.WorkerDisconnected(worker_id=WorkerId(session.name), reason=reason))
             self._wake()
             return
@@ -490,11 +506,16 @@ class Dispatcher:
                 self._note(ev.StageBegun(worker_id=worker_id, attempt=attempt))
             case msg.StageDone() as done:
                 self._tally.count(done.leaves, envelope.blobs)
+                self._probing.done(worker_id, done, envelope.blobs, self._clock())
                 self._done(worker_id, done, envelope.blobs)
                 if done.begun is not None:
                     self._note(ev.StageBegun(worker_id=worker_id, attempt=done.begun))
             case msg.Goodbye():
                 self._goodbye(session)
+            case msg.LinkEcho(number=number):
+                self._probing.echoed(worker_id, number, self._clock())
+            case msg.ProfileProgress() | msg.ProgramProfiled() | msg.ProfileFailed() as told:
+                self._deployer.profilers.heard(worker_id, told)
             case message:
                 self._from_worker_besides(session, worker_id, message)
 
@@ -508,6 +529,7 @@ class Dispatcher:
             case msg.Heartbeat():
                 self._peers[session.number].heartbeat = message
                 self._registry.refresh(worker_id, self._clock())
+                self._probing.heard(worker_id, self._clock())
             case msg.Fetch():
                 self._spawn(self._serve_piece(session, message), name=f"piece for {worker_id}")
             case msg.LoadFailed():
@@ -525,7 +547,7 @@ class Dispatcher:
             case msg.CancelRequest(request_id=request_id):
                 if request_id.client == self._client_of(session):
                     self._handle(ev.RequestCancelled(request_id=request_id))
-            case msg.Deploy() | msg.Rollback() as order:
+            case msg.Deploy() | msg.Rollback() | msg.Profile() as order:
                 self._deployer.begin(ClientId(self._client_of(session)), order)
             case msg.CancelCall(call=call):
                 self._deployer.cancel(ClientId(self._client_of(session)), call)
@@ -576,7 +598,7 @@ class Dispatcher:
                 case ev.Answer() | ev.Fail() | ev.Accept():
                     self.to_client(ClientId(action.request_id.client), *translation.said_to_client(action))
                 case ev.Cancel():
-                    self._to_worker(action.worker_id, msg.CancelStage(attempt=action.attempt))
+                    self.to_worker(action.worker_id, msg.CancelStage(attempt=action.attempt))
                 case _:
                     self._act_on_plan(action)
 
@@ -584,12 +606,13 @@ class Dispatcher:
         match action:
             case ev.Load():
                 load = msg.LoadStage(artifact=action.artifact, file_bytes=self._deployments.file_bytes(action.artifact))
-                self._to_worker(action.worker_id, load)
+                self.to_worker(action.worker_id, load)
             case ev.Unload():
-                self._to_worker(action.worker_id, msg.UnloadStage(artifact=action.artifact))
+                self.to_worker(action.worker_id, msg.UnloadStage(artifact=action.artifact))
             case ev.Evict():
                 log.warning("worker evicted", extra={"worker_id": action.worker_id, "reason": action.reason})
                 self._registry.revoke(action.worker_id)
+                self._deployer.profilers.worker_gone(action.worker_id)
                 session = self._sessions.greeted("worker", action.worker_id)
                 if session is not None:
                     self._sessions.end(session.number)
@@ -623,13 +646,18 @@ class Dispatcher:
 
     def _flush_acks(self, *, is_last: bool = False) -> None:
         for worker_id, attempts in self._acks.end_turn(self._now, is_last=is_last):
-            self._to_worker(worker_id, msg.StageAck(attempts=attempts))
+            self.to_worker(worker_id, msg.StageAck(attempts=attempts))
 
-    def _to_worker(self, worker_id: WorkerId, message: msg.Message) -> None:
-        """What is lost with a session is said again after the next hello."""
+    def to_worker(self, worker_id: WorkerId, message: msg.Message, blobs: tuple[Blob, ...] = ()) -> bool:
+        """False: it is not here. What is lost with a session is said again after the next hello."""
         session = self._sessions.named("worker", worker_id)
         if session is not None:
-            self._send(session, message)
+            self._send(session, message, blobs)
+        return session is not None
+
+    def links(self) -> dict[WorkerId, Link]:
+        """To the workers, as far as they have been measured."""
+        return self._probing.links()
 
     def to_client(self, client_id: ClientId, message: msg.Message, blobs: tuple[Blob, ...] = ()) -> bool:
         """To wherever the client is now. If it is away, it asks again when it is back."""
@@ -641,12 +669,25 @@ class Dispatcher:
     # ── deployments and artifacts ────────────────────────────────────────────────────────────────────────────────────
 
     async def offers(self, *, wait_s: float, with_copies: bool = False) -> list[WorkerOffer]:
-        """What the ready workers have to give, see `Scheduler.offers`; waits so long for a first one."""
+        """What the ready workers have to give, see `Scheduler.offers`; waits so long for a first one. What has been told before counts."""
+        if self._inbox:
+            await self._turn()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 while not self._scheduler.offers():
                     await self._turn()
         return self._scheduler.offers(with_copies=with_copies)
+
+    def device_kinds(self) -> dict[WorkerId, DeviceKind]:
+        """What the ready workers run on."""
+        found: dict[WorkerId, DeviceKind] = {}
+        for member in self._scheduler.roster:
+            session = self._sessions.named("worker", member.worker_id)
+            if member.is_ready and session is not None and member.worker_id in self._last_hello:
+                heartbeat = self._peers[session.number].heartbeat
+                cores = 0.0 if heartbeat is None else heartbeat.cores
+                found[member.worker_id] = DeviceKind.of(self._last_hello[member.worker_id].device, cores)
+        return found
 
     def version(self, deployment: str, number: int) -> ev.Version:
         """A version that takes requests. Raises UnknownModelError: it was replaced or removed meanwhile."""
@@ -713,7 +754,7 @@ class Dispatcher:
             call=call,
             term=self._reign.term,
             uptime_s=self._clock() - self._began,
-            workers=worker_records(self._scheduler.roster, self._last_hello, heartbeats, self._clock()),
+            workers=worker_records(self._scheduler.roster, self._last_hello, heartbeats, self._probing.links(), self._clock()),
             deployments=[self._deployments.record(version) for version, _ in self._scheduler.versions()],
             counters=counters(self._scheduler) | self._tally.counters() | self._endpoint.counters() | dict(self._registry.counters()),
             requests=request_records(self._scheduler.oldest(REQUESTS_SHOWN), self._clock()),

@@ -11,6 +11,9 @@
                         cancelled, then computed  ENDED       (Cancelled)
     ENCODING            encoded                   ENDED       (Done; Cancelled if it was cancelled meanwhile)
 
+A *chore*, such as a profile, is done in short slices, and only after the compute thread has had nothing else to do for a while: a work that
+comes waits for one slice at most.
+
 Inputs are decoded as soon as they come, while another work computes; outputs are encoded while the next one computes.
 What is small is decoded and encoded on the compute thread itself: the way to another thread takes longer.
 Threads only say what happened, in batches, by `notify` on the loop; whoever is told owns all other state.
@@ -19,16 +22,17 @@ Threads only say what happened, in batches, by `notify` on the loop; whoever is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from math import prod
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -51,6 +55,7 @@ SHORT_S = 0.002  # a stage that took less last time is not said to have begun: i
 HEADER_BYTES = 64 << 10  # at least what the frames of a message take besides its tensors
 ALIGNMENT_BYTES = 64  # of torch's own memory: the interpreter copies what is less aligned
 MESSAGE_CHARACTERS = 3000  # of an error; the wire allows 4096
+QUIET_S = 0.05  # without work, before a chore goes on
 
 Value: TypeAlias = torch.Tensor | int | float | bool | None
 
@@ -59,6 +64,36 @@ class RunnableStage(Protocol):
     """What the executor needs of `models.interpreter.Stage`."""
 
     def run(self, inputs: Sequence[Any]) -> list[Any]: ...
+
+
+class Chore:
+    """What is done a slice at a time while no work is there. `done` ends with the error that a slice raised, if one did.
+
+    Args:
+        step: does a slice, on the compute thread; False: that was the last.
+    """
+
+    def __init__(self, step: Callable[[], bool]) -> None:
+        self._step = step
+        self.done: Future[None] = Future()
+
+    def cancel(self) -> None:
+        """No slice begins any more; one that runs comes to its end. On any thread."""
+        self.done.cancel()
+
+    def slice(self) -> bool:
+        """Whether there is more to do."""
+        if self.done.cancelled():
+            return False
+        try:
+            if self._step():
+                return True
+            error = None
+        except Exception as foreign:  # torch, and the model
+            error = foreign
+        with contextlib.suppress(InvalidStateError):  # cancelled at this very moment
+            self.done.set_result(None) if error is None else self.done.set_exception(error)
+        return False
 
 
 class State(Enum):
@@ -164,7 +199,10 @@ class Executor:
         self._notify, self._clock = notify, clock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pool = ThreadPoolExecutor(codec_threads, thread_name_prefix="adapt-codec")
-        self._queue: SimpleQueue[Work | None] = SimpleQueue()
+        self._queue: SimpleQueue[Work | Chore | None] = SimpleQueue()
+        self._chores: deque[Chore] = deque()  # of the compute thread
+        self._slice_began_at: float | None = None  # of a chore
+        self._quiet_at = 0.0  # moment from which on chores may go on
         self._lock = threading.Lock()
         self._outbox: list[Event] = []  # under the lock; not empty: the loop has been called
         self._unsaid: list[Event] = []  # of the compute thread; said together with what it does next
@@ -192,7 +230,9 @@ class Executor:
 
     def hanging_s(self, limit_s: float) -> float | None:
         """How long something has been computing that nobody waits for any more, if that is more than the limit. On any thread."""
-        work, now = self._computing, self._clock()
+        work, now, slice_began_at = self._computing, self._clock(), self._slice_began_at
+        if slice_began_at is not None and now - slice_began_at > limit_s:
+            return now - slice_began_at
         if work is None or now - work.began_at <= max(limit_s, SLOWER * self._usual_s(work)):
             return None
         is_wanted = not work.is_cancelled and now - work.arrived_at < work.order.budget_s
@@ -251,6 +291,10 @@ class Executor:
         work.is_queued = True
         self._queue.put(work)
 
+    def take_on(self, chore: Chore) -> None:
+        """Do this whenever there is nothing else to do. It is over when `done` is, or was cancelled."""
+        self._queue.put(chore)
+
     def withdraw(self, work: Work) -> bool:
         """Take a work back that has not begun: nothing more is heard of it. False: it has begun, and goes on."""
         with self._lock:
@@ -295,10 +339,30 @@ class Executor:
             self._say(*self._unsaid, Crashed(error))
 
     def _next(self) -> Work | None:
-        """The next work; what is unsaid is said before waiting for it."""
-        if self._queue.empty():
-            self._say_rest()
+        """The next work; what is unsaid is said before waiting for it. Chores fill the waiting."""
+        while True:
+            if self._queue.empty():
+                self._say_rest()
+            item = self._taken()
+            if not isinstance(item, Chore):
+                return item
+            self._chores.append(item)
+
+    def _taken(self) -> Work | Chore | None:
+        while self._chores:
+            with contextlib.suppress(Empty):
+                quiet_s = self._quiet_at - self._clock()
+                return self._queue.get(timeout=quiet_s) if quiet_s > 0 else self._queue.get_nowait()
+            if self._clock() >= self._quiet_at:  # a short work may have run on the loop meanwhile
+                self._do_a_slice(self._chores[0])
         return self._queue.get()
+
+    def _do_a_slice(self, chore: Chore) -> None:
+        self._slice_began_at = self._clock()
+        if not chore.slice():
+            self._chores.popleft()
+        self._slice_began_at = None
+        self._progress += 1
 
     def _compute(self, work: Work, events: list[Event]) -> None:
         """Run a work; what happens is added to `events`."""
@@ -309,12 +373,14 @@ class Executor:
         try:
             outputs = work.stage.run(work.take_inputs())
         except Exception as error:  # foreign code: the model, and torch below it
+            self._quiet_at = self._clock() + QUIET_S
             self._end(work, Failed(work, _as_adapt_error(error)), events)
             return
         finally:
             if self._computing is work:
                 self._computing = None
-        work.compute_s = self._clock() - started_at
+        ended_at = self._clock()
+        work.compute_s, self._quiet_at = ended_at - started_at, ended_at + QUIET_S
         self._remember(work)
         self._progress += 1
         with self._lock:

@@ -90,6 +90,14 @@ class ResidentStages(Generic[StageT]):
     def resident_bytes(self) -> int:
         return sum(entry.file_bytes for entry in self._resident.values())
 
+    @property
+    def room_bytes(self) -> int:
+        """What is left of the budget. On any thread."""
+        taken = sum(entry.file_bytes for entry in list(self._resident.values())) + sum(
+            entry.file_bytes for entry in list(self._loading.values())
+        )
+        return max(self._budget_bytes - taken, 0)
+
     def acquire(self, digest: str) -> StageT | None:
         """The stage, which stays until it is released; None if it is not resident."""
         entry = self._resident.get(Digest(digest))

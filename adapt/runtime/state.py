@@ -42,6 +42,10 @@ class StateDirectory:
     def artifacts(self) -> Path:
         return self.directory / "artifacts"
 
+    @property
+    def profiles(self) -> Path:
+        return self.directory / "profiles"
+
     def read_term(self) -> int:
         """The highest term of earlier reigns; 0 in a new directory."""
         try:

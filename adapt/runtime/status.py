@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 
 from adapt.protocol.codecs import DTYPES, TensorHeader
 from adapt.protocol.ids import WorkerId
-from adapt.protocol.messages import Heartbeat, Leaf, RequestRecord, WorkerHello, WorkerRecord
+from adapt.protocol.messages import Heartbeat, Leaf, LinkRecord, RequestRecord, WorkerHello, WorkerRecord
 from adapt.protocol.wire import Blob
+from adapt.scheduling.links import Link
 from adapt.scheduling.liveness import Verdict
 from adapt.scheduling.requests import Request
 from adapt.scheduling.roster import Member
@@ -47,11 +49,17 @@ def counters(scheduler: Scheduler) -> dict[str, float]:
 
 
 def worker_records(
-    members: Iterable[Member], hellos: Mapping[WorkerId, WorkerHello], heartbeats: Mapping[str, Heartbeat | None], now: float
+    members: Iterable[Member],
+    hellos: Mapping[WorkerId, WorkerHello],
+    heartbeats: Mapping[str, Heartbeat | None],
+    links: Mapping[WorkerId, Link],
+    now: float,
 ) -> list[WorkerRecord]:
     """The workers that have said hello in this reign. Of one that has not come back from an earlier one, no device is known."""
     return [
-        _record(member, hellos[member.worker_id], heartbeats.get(member.worker_id), now) for member in members if member.worker_id in hellos
+        _record(member, hellos[member.worker_id], heartbeats.get(member.worker_id), links.get(member.worker_id), now)
+        for member in members
+        if member.worker_id in hellos
     ]
 
 
@@ -73,7 +81,7 @@ def _request_record(request: Request, left_s: float) -> RequestRecord:
     )
 
 
-def _record(member: Member, hello: WorkerHello, heartbeat: Heartbeat | None, now: float) -> WorkerRecord:
+def _record(member: Member, hello: WorkerHello, heartbeat: Heartbeat | None, link: Link | None, now: float) -> WorkerRecord:
     return WorkerRecord(
         worker_id=member.worker_id,
         state="draining" if member.is_draining and member.verdict is Verdict.READY else member.verdict.value,
@@ -89,4 +97,5 @@ def _record(member: Member, hello: WorkerHello, heartbeat: Heartbeat | None, now
         load=member.load,
         penalty=member.qos.penalty(now),
         breaker=member.qos.breaker(now).value,
+        link=None if link is None else LinkRecord(**asdict(link)),
     )

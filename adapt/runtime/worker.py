@@ -3,9 +3,10 @@
     link (sockets) ──RunStage──▶ Holdings: known already?  ──▶ Executor (threads) ──Done──▶ Holdings: kept ──▶ link
                    ──LoadStage─▶ ResidentStages: cached, or pulled through the link
                    ──StageAck──▶ Holdings: forgotten
+                   ──ProfileProgram─▶ Measuring: fetched, then measured while the Executor has nothing else to do
 
 All state lives on one asyncio loop; this module only connects. What an attempt goes through is in scheduling/holdings.py
-and executor.py, what a stage goes through in stages.py, who is believed in scheduling/session.py.
+and executor.py, what a stage goes through in stages.py, a profile in measuring.py, who is believed in scheduling/session.py.
 
 A drain (SIGTERM, SIGINT, `drain`): what has not begun is handed back, what runs is finished and acknowledged, then
 `Goodbye`. What arrives while draining is handed back at once.
@@ -29,18 +30,24 @@ from adapt.config import WorkerConfig
 from adapt.errors import AdaptError, OverloadedError, StageNotResidentError
 from adapt.models import devices
 from adapt.models.interpreter import Stage
+from adapt.models.profiler import Profiler
+from adapt.models.program import read_program
 from adapt.protocol import messages
 from adapt.protocol.ids import AttemptId
 from adapt.protocol.messages import (
     PROTOCOL_VERSION,
     ArtifactMissing,
     ArtifactPiece,
+    CancelProfile,
     CancelStage,
     Draining,
     Goodbye,
     Heartbeat,
+    LinkEcho,
+    LinkProbe,
     LoadStage,
     Message,
+    ProfileProgram,
     RunStage,
     StageAck,
     StageCancelled,
@@ -51,8 +58,11 @@ from adapt.protocol.messages import (
 )
 from adapt.protocol.wire import Blob
 from adapt.runtime.artifacts import ArtifactStore
-from adapt.runtime.executor import Begun, Cancelled, Crashed, Done, Event, Executor, Failed, RunnableStage, State, Work
+from adapt.runtime.cores import allowed_cores
+from adapt.runtime.executor import Begun, Cancelled, Chore, Crashed, Done, Event, Executor, Failed, RunnableStage, State, Work
 from adapt.runtime.link import LinkEvent, LinkReceived, LinkRefused, PeerLink, SessionLost, SessionOpened
+from adapt.runtime.measuring import Measuring
+from adapt.runtime.probing import payload
 from adapt.runtime.registry import open_membership
 from adapt.runtime.stages import ResidentStages
 from adapt.runtime.watchdog import Watchdog
@@ -147,6 +157,14 @@ class Worker:
             spawn=self._spawn,
             clock=self._clock,
         )
+        self._measuring = Measuring(
+            self._store,
+            open_profiler=self._open_profiler,
+            begin=self._take_on,
+            send=self._send,
+            spawn=self._spawn,
+            clock=self._clock,
+        )
         if signals:
             loop.add_signal_handler(signal.SIGTERM, self.drain)
             loop.add_signal_handler(signal.SIGINT, self._interrupted)
@@ -209,6 +227,7 @@ class Worker:
             self._let_go(attempt)
         self._holdings.hand_back(handed_back)
         self._stages.stop_pulling()
+        self._measuring.stop()
         self._send(Draining(handed_back=handed_back))
         log.info("draining", extra={"handed_back": len(handed_back), "held": len(self._works)})
         asyncio.get_running_loop().call_later(self._config.drain_timeout_s, self._drain_timed_out)
@@ -286,6 +305,7 @@ class Worker:
             case SessionLost(reason=reason):
                 log.warning("session lost", extra={"reason": reason})
                 self._stages.stop_pulling()
+                self._measuring.stop()
                 asyncio.get_running_loop().call_soon(self._follow)
             case LinkRefused(error=error):
                 self._fail(error)
@@ -296,6 +316,7 @@ class Worker:
         self._membership.join(self._incarnation)
         self._heartbeat_s = welcome.heartbeat_s
         self._executor.limit_bytes = min(self._config.max_message_bytes, welcome.max_message_bytes)
+        self._measuring.stop()
         self._stages.stop_pulling()  # answers to what an earlier session asked for are not believed in this one
         if self._is_draining:
             self._send(Draining(handed_back=[]))
@@ -327,6 +348,7 @@ class Worker:
                         progress=self._executor.progress,
                         memory_percent=psutil.virtual_memory().percent,
                         resident_bytes=self._stages.resident_bytes,
+                        cores=allowed_cores(),
                     )
                 )
                 self._send_unsent()  # what the socket did not take before
@@ -357,13 +379,25 @@ class Worker:
                 self._cancel(attempt)
             case ArtifactPiece() | ArtifactMissing():
                 self._stages.received(message, blobs)
+                self._measuring.received(message, blobs)
             case LoadStage():
+                if self._measuring.held_bytes and message.file_bytes + self._measuring.held_bytes > self._stages.room_bytes:
+                    self._measuring.give_way()
                 self._stages.load(message)
             case UnloadStage():
                 self._stages.unload(message)
+            case ProfileProgram() if self._is_draining:
+                self._measuring.refuse(message, "the worker drains")
+            case ProfileProgram():
+                self._measuring.measure(message)
+            case LinkProbe(number=number, answer_bytes=size):
+                self._send(LinkEcho(number=number), (payload(size),))
+            case CancelProfile():
+                self._measuring.cancel(message)
             case Goodbye(reason=reason):
                 log.info("the dispatcher says goodbye", extra={"reason": reason})
                 self._stages.stop_pulling()
+                self._measuring.stop()
                 if self._is_draining and not self._works:  # it will not acknowledge the rest
                     self._end()
             case _:
@@ -473,6 +507,15 @@ class Worker:
     def _let_go(self, attempt: AttemptId) -> None:
         """The executor is through with this attempt."""
         self._stages.release(self._works.pop(attempt).order.artifact)
+
+    def _open_profiler(self, path: Path, repetitions: int) -> Profiler:
+        program = read_program(path, verify=False)  # its digest has just been compared
+        return Profiler(program, device=self._device, repetitions=repetitions, room_bytes=lambda: self._stages.room_bytes)
+
+    def _take_on(self, step: Callable[[], bool]) -> Chore:
+        chore = Chore(step)
+        self._executor.take_on(chore)
+        return chore
 
     def _interpreted(self, path: Path) -> RunnableStage:
         return Stage.load(path, device=self._device, verify=False)  # its digest has just been compared

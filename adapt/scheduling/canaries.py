@@ -57,8 +57,8 @@ class Trial:
         return fresh or set(workers)
 
     def is_comparable(self, run: Run, numeric_classes: set[str]) -> bool:
-        """Whether what these classes have made of it has to have the same bits."""
-        return self.version.is_lossless and numeric_classes == {self.canaries[run.canary].numeric_class}
+        """Whether what workers of these classes have made of it has to have the same bits."""
+        return self.version.is_lossless and self.version.classes(numeric_classes) == (self.canaries[run.canary].numeric_class,)
 
     def agrees(self, run: Run, stage: int, numeric_classes: set[str], digest: bytes) -> bool:
         """Whether a stage's output is what it has to be, as far as its bits tell."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -38,11 +38,16 @@ class Version:
     exact: bool  # each request stays within one numeric class
     peak_ratio: float = 1.0  # the most a request retains, in units of its input's bytes
     interface: str = ""  # digest of its inputs and outputs; a request may insist on it
+    arithmetic: str = ""  # what the program adds to the numeric class of its results
     plan: Plan = field(compare=False)
 
     @property
     def is_lossless(self) -> bool:
         return not self.codec.startswith("zfp")
+
+    def classes(self, of_workers: Iterable[str]) -> tuple[str, ...]:
+        """The numeric classes of a result that workers of these have computed."""
+        return tuple(sorted(f"{name}/{self.arithmetic}" if self.arithmetic else name for name in of_workers))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +55,8 @@ class Canary:
     """An input of which is known what a version has to make of it.
 
     Attributes:
-        numeric_class: in which that was computed. digests: of each stage's output, as workers of that class digest it (`StageDone`).
+        numeric_class: in which that was computed, as `Version.classes` names it.
+        digests: of each stage's output, as workers of that class digest it (`StageDone`).
     """
 
     input: Activation

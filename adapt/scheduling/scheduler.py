@@ -602,7 +602,7 @@ class Scheduler:
                 request_id=request.request_id,
                 output=event.output,
                 attempts=request.attempts_made,
-                numeric_classes=tuple(sorted(request.numeric_classes)),
+                numeric_classes=request.version.classes(request.numeric_classes),
             )
             self._end(request, answer, now)
         else:

@@ -362,6 +362,7 @@ def test_both_doors_take_the_same_arguments():
     for one, other in (
         (adapt.Client, adapt.AsyncClient),
         (adapt.Client.deploy, adapt.AsyncClient.deploy),
+        (adapt.Client.profile, adapt.AsyncClient.profile),
         (adapt.Client.model, adapt.AsyncClient.model),
         (adapt.Client.undeploy, adapt.AsyncClient.undeploy),
         (adapt.Model.__call__, adapt.AsyncModel.__call__),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,52 @@ def check(client, model, tmp_path, *, stages, codec):
 @pytest.mark.parametrize("model", LIGHT)
 def test_a_model_in_four_stages_answers_what_it_answers_whole(client, model, tmp_path):
     check(client, model, tmp_path, stages=(4,), codec="lz4")
+
+
+def test_folded_and_exact_versions_are_never_mixed(client):
+    """Both run at once on the same workers, and each answer is that of its own program, computed in its own numeric class."""
+    import torch  # only what builds the module needs it
+
+    from adapt.models.export import export_module
+    from adapt.models.interpreter import Stage
+
+    torch.manual_seed(0)
+    parts = [(torch.nn.Conv2d(3 if n == 0 else 8, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU()) for n in range(3)]
+    module = torch.nn.Sequential(*(layer for part in parts for layer in part))
+    for _ in range(3):
+        module.train()(torch.randn(8, 3, 12, 12))  # statistics that folding has to work with
+    module.eval()
+    images = [torch.randn(1 + n % 3, 3, 12, 12, generator=torch.Generator().manual_seed(n)) for n in range(12)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
+        folded = Stage.load(export_module(module, (images[0],), directory=directory, optimize="fold").path)
+        truth = {"none": [module(x) for x in images], "fold": [folded.run([x])[0] for x in images]}
+    torch.set_num_threads(threads)
+    models = {
+        optimize: client.deploy(module, example_inputs=(images[0],), stages=3, numerics="exact", optimize=optimize, name=f"net-{optimize}")
+        for optimize in ("none", "fold")
+    }
+    futures = [(optimize, n, models[optimize].submit(x)) for n, x in enumerate(images) for optimize in models]
+    classes = {"none": set(), "fold": set()}
+    for optimize, n, future in futures:
+        assert torch.equal(future.result(60), truth[optimize][n])
+        (numeric_class,) = future.outcome.numeric_classes
+        classes[optimize].add(numeric_class)
+    assert all(name.endswith("/contiguous") for name in classes["none"]) and all(
+        name.endswith("/channels_last/fold") for name in classes["fold"]
+    )
+    assert any(not torch.equal(one, other) for one, other in zip(*truth.values(), strict=True)), "folding must change some bit to be tested"
+    assert {model.record.arithmetic for model in models.values()} == {"contiguous", "channels_last/fold"}
+    for model in models.values():
+        client.undeploy(model.name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("model", ["mobilenet_v2"])
+def test_a_model_in_eight_stages_answers_what_it_answers_whole(client, model, tmp_path):
+    check(client, model, tmp_path, stages=(8,), codec="lz4")
 
 
 @pytest.mark.slow

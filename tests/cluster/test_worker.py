@@ -12,6 +12,7 @@ import torch
 from adapt.errors import AdaptError
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import routing_ids
+from adapt.protocol.wire import Blob
 from adapt.runtime import executor
 from tests.cluster.scripted import ANSWERS, BATCH, WAIT_S, Scene, attempt, export_net, output, run
 
@@ -497,5 +498,130 @@ def test_a_drain_whose_answer_nobody_takes_ends_by_its_timeout(scene):
             await dispatcher.take(msg.StageDone)
             scene.worker.drain()
             assert await asyncio.wait_for(asyncio.shield(scene.running), WAIT_S) == 0
+
+    run(test)
+
+
+# --- profiles ------------------------------------------------------------------------------------------------------
+
+
+def profile_order(scene, **changes):
+    return msg.ProfileProgram(**({"program": scene.digest, "file_bytes": scene.file_bytes, "repetitions": 3} | changes))
+
+
+def test_a_program_is_fetched_measured_and_forgotten(scene):
+    async def test():
+        async with scene.open(load=False) as dispatcher:
+            dispatcher.send(profile_order(scene))
+            profiled = await dispatcher.take(msg.ProgramProfiled)
+            assert profiled.program == scene.digest and len(profiled.costs_s) == 3
+            assert all(cost is not None and 0 < cost < 10 for cost in profiled.costs_s)
+            assert sum(fetch.length for fetch in dispatcher.of(msg.Fetch)) == scene.file_bytes
+            assert not list((scene.directory / "cache").glob(f"{scene.digest}*"))
+            assert not dispatcher.of(msg.ProfileFailed)
+
+    run(test)
+
+
+def test_tasks_go_first_and_the_profile_waits(scene):
+    """While a task computes nothing is measured; when it is done the profile goes on."""
+
+    async def test():
+        async with scene.open(gated=True) as dispatcher:
+            scene.run_stage(1)
+            await scene.stage.reached(0)
+            dispatcher.send(profile_order(scene))
+            scene.run_stage(2)
+            await dispatcher.quiet()
+            assert not dispatcher.of(msg.ProgramProfiled)
+            scene.stage.gates[0].set()
+            assert (await dispatcher.take(msg.StageDone)).attempt == attempt(1)
+            await scene.stage.reached(1)
+            assert not dispatcher.of(msg.ProgramProfiled)
+            scene.stage.open()
+            assert (await dispatcher.take(msg.StageDone)).attempt == attempt(2)
+            await dispatcher.take(msg.ProgramProfiled)
+
+    run(test)
+
+
+def test_a_profile_is_refused_with_its_reason(scene, exported, tmp_path):
+    async def test():
+        async with scene.open(load=False, memory_limit_bytes=100) as dispatcher:
+            dispatcher.send(profile_order(scene))
+            failed = await dispatcher.take(msg.ProfileFailed)
+            assert failed.code == "plan" and "no room to profile" in failed.message
+            dispatcher.send(profile_order(scene, program="0" * 64))
+            failed = await dispatcher.take(msg.ProfileFailed)
+            assert failed.code == "plan" and "does not have it" in failed.message
+
+    run(test)
+
+
+def test_a_cancelled_profile_is_not_told_and_can_be_asked_for_again(scene):
+    async def test():
+        async with scene.open(gated=True) as dispatcher:
+            scene.run_stage(1)
+            await scene.stage.reached(0)
+            dispatcher.send(profile_order(scene))
+            dispatcher.send(profile_order(scene, program="0" * 64))
+            assert "another" in (await dispatcher.take(msg.ProfileFailed)).message
+            dispatcher.send(msg.CancelProfile(program=scene.digest))
+            scene.stage.open()
+            await dispatcher.take(msg.StageDone)
+            await dispatcher.quiet()
+            assert not dispatcher.of(msg.ProgramProfiled, msg.ProfileFailed)
+            dispatcher.send(profile_order(scene))
+            await dispatcher.take(msg.ProgramProfiled)
+
+    run(test)
+
+
+def test_a_profile_gives_way_to_a_stage_that_needs_its_room(scene, monkeypatch):
+    """The profiler is one that never ends and holds nearly all there is."""
+
+    class Endless:
+        costs_s, held_bytes, share = [], 1 << 29, 0.5
+
+        def step(self):
+            return True
+
+    async def test():
+        async with scene.open(load=False) as dispatcher:
+            monkeypatch.setattr(scene.worker._measuring, "_open_profiler", lambda path, repetitions: Endless())
+            dispatcher.send(profile_order(scene))
+            while (await dispatcher.take(msg.ProfileProgress)).step != "measuring":
+                pass
+            dispatcher.send(msg.LoadStage(artifact="0" * 64, file_bytes=700 << 20))
+            failed = await dispatcher.take(msg.ProfileFailed)
+            assert failed.program == scene.digest and failed.code == "overloaded"
+            assert (await dispatcher.take(msg.LoadFailed)).artifact == "0" * 64
+
+    run(test)
+
+
+def test_a_worker_that_drains_does_not_profile(scene):
+    async def test():
+        async with scene.open(gated=True) as dispatcher:
+            scene.run_stage(1)
+            await scene.stage.reached(0)
+            scene.worker.drain()
+            await dispatcher.take(msg.Draining)
+            dispatcher.send(profile_order(scene))
+            assert "drains" in (await dispatcher.take(msg.ProfileFailed)).message
+
+    run(test)
+
+
+# --- links ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_probe_is_echoed_with_as_many_bytes_as_it_asks_for(scene):
+    async def test():
+        async with scene.open(load=False) as dispatcher:
+            for number, (down, up) in enumerate([(0, 0), (16 << 10, 0), (256 << 10, 0), (0, 256 << 10)]):
+                dispatcher.send(msg.LinkProbe(number=number, answer_bytes=up), Blob.of(bytes(down)))
+                echo = await dispatcher.take(msg.LinkEcho)
+                assert echo.number == number and dispatcher.blobs[id(echo)][0].size == up
 
     run(test)

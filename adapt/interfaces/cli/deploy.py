@@ -14,6 +14,7 @@ from adapt.config import counted
 from adapt.errors import ConfigError
 from adapt.interfaces.cli import clients
 from adapt.interfaces.cli.doors import OK
+from adapt.models.program import OPTIMIZE
 from adapt.protocol.codecs import CODECS
 from adapt.protocol.messages import DeploymentRecord
 
@@ -31,10 +32,20 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--codec", default="auto", help=f"of activations: auto or {', '.join(CODECS)} (default: auto)")
     parser.add_argument("--tolerance", type=float, help="largest error on a link, as a share of the tensor's standard deviation")
     parser.add_argument("--numerics", choices=("auto", "exact", "close"), default="auto", help="exact: one numeric class for each request")
+    add_optimize(parser)
     parser.add_argument("--weights", help="torchvision's own by name (DEFAULT), or a file under the dispatcher's --models-dir")
     add_model_options(parser)
     clients.add_options(parser)
     return parser
+
+
+def add_optimize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--optimize",
+        choices=OPTIMIZE,
+        default="none",
+        help="fold: batch norms folded, channels last; faster, last bits differ (default: none)",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +71,7 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             codec=options.codec,
             tolerance=options.tolerance,
             numerics=None if options.numerics == "auto" else options.numerics,
+            optimize=options.optimize,
             weights=options.weights,
             seed=options.seed,
             model_args=arguments,

@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from adapt.emulation.description import ClusterSpec
 from adapt.emulation.facts import cluster_profile
 from adapt.emulation.parse import load
 from adapt.errors import ConfigError
-from adapt.interfaces.cli.deploy import add_model_options, read_arguments, read_shape
+from adapt.interfaces.cli.deploy import add_model_options, add_optimize, read_arguments, read_shape
 from adapt.interfaces.cli.doors import OK
 from adapt.interfaces.measure import measured
+from adapt.interfaces.profile_files import PROFILE_SUFFIX, read_profile, save_profile
 from adapt.interfaces.tables import print_table
 from adapt.models.layers import profile_model
 from adapt.planning.choose import AUTO, STRATEGIES, Planned, compare, plan
@@ -29,10 +30,10 @@ from adapt.protocol.messages import NamedSource
 
 ALL = "all"
 PLAIN_WIDTH = 140
-PROFILE_SUFFIX = ".json"
 ABOUT = """\
 Say how a model would be cut and placed on a cluster, and how fast it would be. No cluster has to run. MODEL is a profile, a .json file, or a
-torchvision model, which is then exported and timed here first; seconds are those of a device with one core like this machine's.
+torchvision model, which is then exported and timed here first; seconds are those of a device with one core like this machine's. Devices that
+are called as workers that adapt profile has measured take the seconds of these.
 """
 EPILOG = """\
 examples:
@@ -61,6 +62,7 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--tolerance", type=float, help="allow lossy codecs, with this error as a share of the tensor's standard deviation")
     parser.add_argument("--save-profile", metavar="FILE", type=Path, help="keep the model's profile")
     parser.add_argument("--json", action="store_true", dest="is_json", help="print the plan for programs")
+    add_optimize(parser)
     add_model_options(parser)
     return parser
 
@@ -69,8 +71,9 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     cluster = _overlapping(cluster_profile(spec := load(options.cluster)), is_overlapped=not options.no_overlap)
     wishes = [_wish(text, cluster) for text in options.what_if]
     model = _model(options)
+    cluster = _as_measured(cluster, model)
     if options.save_profile is not None:
-        _save(options.save_profile, model)
+        save_profile(options.save_profile, model, key="save-profile")
     strategy = AUTO if options.strategy == ALL else options.strategy
     found = compare(model, cluster) if options.strategy == ALL else {strategy: plan(model, cluster, strategy)}
     changed = _changed(cluster, wishes)
@@ -94,13 +97,8 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _model(options: argparse.Namespace) -> ModelProfile:
-    path = Path(options.model).expanduser()
-    if path.suffix == PROFILE_SUFFIX:
-        try:
-            return ModelProfile.from_json(path.read_text(encoding="utf-8"), name=str(path))
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}; expected the profile of a model") from None
-    return _measured(options)
+    path = Path(options.model)
+    return read_profile(path) if path.suffix == PROFILE_SUFFIX else _measured(options)
 
 
 def _measured(options: argparse.Namespace) -> ModelProfile:
@@ -109,6 +107,7 @@ def _measured(options: argparse.Namespace) -> ModelProfile:
         seed=options.seed,
         model_args=read_arguments(options.model_args),
         input_shape=read_shape(options.input_shape),
+        optimize=options.optimize,
     )
     console = Console(stderr=True)
 
@@ -120,11 +119,10 @@ def _measured(options: argparse.Namespace) -> ModelProfile:
         return profile_model(options.model, program, costs_s, codecs=codecs, reference="one core of the machine that planned")
 
 
-def _save(path: Path, model: ModelProfile) -> None:
-    try:
-        path.write_text(model.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"save-profile={path}: {error.strerror}") from None
+def _as_measured(cluster: ClusterProfile, model: ModelProfile) -> ClusterProfile:
+    """Devices that are called as workers on whose kind the model was measured take the seconds that it took there."""
+    devices = (replace(device, costs_s=model.costs_of(device.name)) for device in cluster.devices)
+    return replace(cluster, devices=tuple(devices))
 
 
 def _overlapping(cluster: ClusterProfile, *, is_overlapped: bool) -> ClusterProfile:

@@ -15,11 +15,25 @@ from adapt.config import format_size
 from adapt.interfaces.cli import clients
 from adapt.interfaces.cli.doors import OK
 from adapt.interfaces.tables import print_table
+from adapt.models.program import UNCHANGED
 from adapt.protocol.messages import DeploymentRecord, ModelFileRecord, RequestRecord, StatusReport, WorkerRecord
 
 PLAIN_WIDTH = 120
 DIGEST_SHOWN = 12
-WORKER_COLUMNS = ("name", "state", "device", "stages", "running>", "memory>", "budget>", "tasks>", "failed>", "penalty>", "computing>")
+WORKER_COLUMNS = (
+    "name",
+    "state",
+    "device",
+    "stages",
+    "running>",
+    "memory>",
+    "budget>",
+    "link>",
+    "tasks>",
+    "failed>",
+    "penalty>",
+    "computing>",
+)
 REQUEST_COLUMNS = ("request", "stage", "age>", "left>", "with", "attempts>")
 FILE_COLUMNS = ("file", "state", "version>", "reason")
 SLOW_S = 1.0
@@ -85,6 +99,7 @@ def _worker(worker: WorkerRecord, deployments: list[DeploymentRecord]) -> tuple[
         f"{worker.running} of {worker.credit}",
         f"{worker.memory_percent:.0f} %",
         _megabytes(worker.stage_budget_bytes),
+        _link(worker),
         str(worker.tasks_done),
         str(worker.tasks_failed),
         _penalty(worker),
@@ -109,6 +124,14 @@ def _request(request: RequestRecord) -> tuple[str, ...]:
     )
 
 
+def _link(worker: WorkerRecord) -> str:
+    """Of the two directions the slower one."""
+    if worker.link is None:
+        return "-"
+    rate = min(worker.link.down_bytes_per_s, worker.link.up_bytes_per_s) * 8 / 1e6
+    return f"{rate:,.0f} Mbit/s" if rate >= 10 else f"{rate:.1f} Mbit/s"
+
+
 def _penalty(worker: WorkerRecord) -> str:
     words = f"{worker.penalty:.0f}"
     return words if worker.breaker == "closed" else f"[red]{words} {escape(worker.breaker)}[/red]"
@@ -128,9 +151,10 @@ def _print_deployment(deployment: DeploymentRecord, console: Console) -> None:
     tolerance = "" if deployment.tolerance is None else f", tolerance {deployment.tolerance:g}"
     again = f" ({deployment.again} again)" if deployment.again else ""
     earlier = f", before it {' and '.join(map(str, deployment.earlier))}" if deployment.earlier else ""
+    changed = "" if deployment.arithmetic == UNCHANGED else f", {deployment.arithmetic}"
     title = (
         f"{deployment.name} version {deployment.version}{again}{earlier}: program {deployment.program[:DIGEST_SHOWN]}, plan {deployment.epoch}, "
-        f"codec {deployment.codec}{tolerance}, numerics {deployment.numerics}"
+        f"codec {deployment.codec}{tolerance}, numerics {deployment.numerics}{changed}"
     )
     rows = [
         (

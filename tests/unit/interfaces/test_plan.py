@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from adapt.interfaces.cli.main import main
-from adapt.planning.model import LayerProfile, ModelProfile, typical_codecs
+from adapt.planning.model import LayerProfile, MeasuredCosts, ModelProfile, typical_codecs
 
 MIB = 1 << 20
 HOME = """
@@ -132,3 +134,15 @@ def test_a_file_that_is_no_profile(capsys, home, tmp_path):
         assert "x.json" in capsys.readouterr().err
     assert main(["plan", str(tmp_path / "none.json"), "--cluster", home]) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+def test_devices_called_as_measured_workers_take_what_these_took(capsys, home, tmp_path):
+    path = Path(save(tmp_path / "model.json", *(30,) * 4))
+    model = ModelProfile.from_json(path.read_text())
+    kind = MeasuredCosts(device_class="Pi", workers=("pi-1", "pi-2"), threads=1, cores=0.25, costs_s=(0.01, 0.01, 0.2, 0.2))
+    path.write_text(replace(model, measured=(kind,)).to_json())
+    assert main(["plan", str(path), "--cluster", home, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    (laptop,) = [stage for stage in plan["stages"] if stage["workers"] == ["laptop"]]
+    assert laptop["stage_s"] == pytest.approx(0.04, rel=0.02), "the last two blocks, which are quick there"
+    assert plan["stages"][-1] == laptop and plan["stages"][-2]["end"] == 2

@@ -12,15 +12,25 @@ from rich.console import Console
 
 from adapt.errors import ConfigError
 from adapt.interfaces.cli import deploy, main, status
-from adapt.protocol.messages import DeploymentRecord, DeviceFacts, ModelFileRecord, RequestRecord, StagePlace, StatusReport, WorkerRecord
+from adapt.protocol.messages import (
+    DeploymentRecord,
+    DeviceFacts,
+    LinkRecord,
+    ModelFileRecord,
+    RequestRecord,
+    StagePlace,
+    StatusReport,
+    WorkerRecord,
+)
 
 DEVICE = DeviceFacts(device="cpu", device_name="a processor", threads=1, numeric_class="a class")
 
 
-def worker(name, state, *resident):
+def worker(name, state, *resident, link=None):
     return WorkerRecord(
         worker_id=name, state=state, device=DEVICE, memory_percent=41.6, stage_budget_bytes=512 << 20, resident=list(resident),
         credit=2, running=1, tasks_done=12, tasks_failed=1, compute_s=3.25,
+        link=link,
     )  # fmt: skip
 
 
@@ -68,12 +78,22 @@ def test_versions_that_can_be_rolled_back_to_and_files_that_are_deployed():
 def test_a_report_for_people():
     lines = [" ".join(line.split()) for line in printed(report()).splitlines()]
     assert lines[0] == "term 4, up 1 h 02 min, 1 of 2 workers ready"
-    assert "w1 ready cpu x1 resnet50 1 1 of 2 42 % 536.9 MB 12 1 0 3.2 s" in lines
-    assert "w2 lost cpu x1 - 1 of 2 42 % 536.9 MB 12 1 0 3.2 s" in lines
+    assert "w1 ready cpu x1 resnet50 1 1 of 2 42 % 536.9 MB - 12 1 0 3.2 s" in lines
+    assert "w2 lost cpu x1 - 1 of 2 42 % 536.9 MB - 12 1 0 3.2 s" in lines
     assert "resnet50 version 2: program cccccccccccc, plan 3, codec zfp, tolerance 0.01, numerics close" in lines
     assert "1 w1 aaaaaaaaaaaa 1.5 MB 12.3 ms" in lines
     assert "2 none bbbbbbbbbbbb 1.5 MB 12.3 ms" in lines
     assert "retries 3" in lines
+
+
+def test_the_slower_direction_of_a_link_is_shown():
+    workers = [
+        worker(f"w{number}", "ready", link=LinkRecord(latency_s=0.001, down_bytes_per_s=down, up_bytes_per_s=up))
+        for number, (down, up) in enumerate([(12.5e6, 125e6), (1e9, 2.5e5)], 1)
+    ]
+    lines = [" ".join(line.split()) for line in printed(report(workers=workers)).splitlines()]
+    assert any(line.startswith("w1") and "100 Mbit/s" in line for line in lines)
+    assert any(line.startswith("w2") and "2.0 Mbit/s" in line for line in lines)
 
 
 def test_slow_requests_are_shown_with_where_they_are():

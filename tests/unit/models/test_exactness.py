@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,11 @@ FAMILIES = [
     "densenet121", "efficientnet_b0", "efficientnet_v2_s", "convnext_tiny", "vit_b_16", "swin_t", "swin_v2_t", "squeezenet1_1",
     "shufflenet_v2_x0_5", "googlenet", "mnasnet0_5", "regnet_y_400mf", "regnet_x_400mf", "maxvit_t", "mobilenet_v3_small",
     "resnext50_32x4d", "vgg11_bn",
+]  # fmt: skip
+# Each family that the README names; the three smallest are tried in every run.
+THIRTEEN = [
+    "vit_b_16", "swin_t", "efficientnet_b0", "convnext_tiny", "densenet121", "mobilenet_v3_small", "regnet_y_400mf", "googlenet",
+    "mnasnet0_5", "resnext50_32x4d", "maxvit_t", "inception_v3", "resnet50",
 ]  # fmt: skip
 
 
@@ -37,6 +44,55 @@ def test_every_family_is_exact(named_case, tmp_path, name):
     assert case.exported.is_exact and case.exported.is_batched
     for stages in (1, 4):
         case.check(balanced(case, stages), tmp_path)
+
+
+def random_positions(program, rng):
+    """Two to seven legal cuts; one of them, where there is such a one, is crossed by several values."""
+    cuts = legal_cuts(program)
+    several = [cut for cut in cuts if len(cut.crossing) > 1]
+    chosen = rng.sample(cuts, min(rng.randint(2, 6), len(cuts))) + rng.sample(several, min(1, len(several)))
+    return sorted({cut.position for cut in chosen})
+
+
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v2", "shufflenet_v2_x0_5", "squeezenet1_1", *(pytest.param(n, marks=pytest.mark.slow) for n in THIRTEEN)]
+)
+def test_random_cuts_of_every_family_are_exact(named_case, tmp_path, name):
+    case = named_case(name)
+    rng = random.Random(f"cuts of {name}")
+    for _ in range(2):
+        case.check(random_positions(case.program, rng), tmp_path)
+
+
+class Reader(nn.Module):
+    """Of tokens and their mask: ints and bools in, two results out."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places = nn.Embedding(90, 32), nn.Embedding(16, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.label, self.span = nn.Linear(32, 7), nn.Linear(32, 2)
+
+    def forward(self, tokens, mask):
+        x = self.words(tokens) + self.places(torch.arange(tokens.shape[1], device=tokens.device))
+        x = self.encoder(x, src_key_padding_mask=~mask)
+        return {"label": self.label(x[:, 0]), "span": self.span(x).unbind(-1)}
+
+
+def test_a_reader_of_tokens_is_exact_at_random_cuts(make_case, tmp_path):
+    torch.manual_seed(0)
+    case = make_case(Reader().eval(), torch.randint(0, 90, (2, 12)), torch.ones(2, 12, dtype=torch.bool))
+    assert case.exported.is_exact and case.exported.is_batched
+    rng = random.Random("cuts of the reader")
+    for batch in (1, 3):
+        tokens, mask = torch.randint(0, 90, (batch, 12)), torch.rand(batch, 12) < 0.7
+        mask[:, 0] = True
+        expected = case.eager((tokens, mask), {})
+        for _ in range(4):
+            answer = case.distributed(random_positions(case.program, rng), tmp_path, (tokens, mask), {})
+            assert torch.equal(answer["label"], expected["label"])
+            assert all(torch.equal(one, other) for one, other in zip(answer["span"], expected["span"], strict=True))
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec.structs import fields, replace
 
 from adapt.protocol.codecs import TensorHeader
-from adapt.protocol.messages import BY_KIND, HELLOS, PROTOCOL_VERSION, ArtifactPiece, Message
+from adapt.protocol.messages import BY_KIND, HELLOS, PROTOCOL_VERSION, ArtifactPiece, LinkEcho, LinkProbe, Message
 from adapt.protocol.wire import Blob, Buffer
 
 KINDS = sorted(BY_KIND.values(), key=lambda kind: kind.__name__)
@@ -80,7 +80,7 @@ def messages(draw: st.DrawFn, kinds: Any = KINDS, payloads: st.SearchStrategy[by
     kind = draw(st.sampled_from(kinds))
     message = draw(_strategy(kind))
     payload = payloads if payloads is not None else st.binary(max_size=64)
-    if kind is ArtifactPiece:
+    if kind in (ArtifactPiece, LinkProbe, LinkEcho):
         return message, (draw(blobs(payload)),)
     if "leaves" not in _NAMES[kind]:
         return message, ()

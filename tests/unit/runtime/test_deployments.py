@@ -11,6 +11,7 @@ from adapt.planning.placement import WorkerOffer
 from adapt.protocol.ids import Digest, WorkerId
 from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.deployments import HEADER_BYTES, MANY_KINDS, ProfiledProgram, plan_freely
+from adapt.scheduling.links import Link
 
 WIDTH, LAYERS = 256, 8
 LAYER_BYTES = 4 * (WIDTH * WIDTH + WIDTH)
@@ -70,3 +71,33 @@ def test_very_many_kinds_of_workers_are_planned_for_all_the_same(stored):
     room = {offer.worker_id: offer.free_bytes for offer in given}
     assert all(need.memory_bytes <= room[worker] for need, at in zip(plan.stages, plan.places, strict=True) for worker in at)
     assert sum(layers_of(model)) == LAYERS
+
+
+def test_measured_workers_are_planned_by_what_they_take(stored):
+    operators = len(stored[1].operator_costs_s)
+    costs_s = {WorkerId("w1"): (0.003,) * operators, WorkerId("w2"): (0.001,) * operators}
+    model, plan = plan_freely(*stored, offers(6, 6), name="m", costs_s=costs_s)
+    assert dict(zip([at[0] for at in plan.places], layers_of(model), strict=True)) == {"w1": 2, "w2": 6}
+    uneven = {WorkerId("w1"): (0.002,) * operators, WorkerId("w2"): (0.001,) * 2 + (0.004,) * (operators - 2)}
+    model, plan = plan_freely(*stored, offers(6, 6), name="m", costs_s=uneven)
+    assert [(at[0], count) for at, count in zip(plan.places, layers_of(model), strict=True)] == [("w2", 3), ("w1", 5)]
+
+
+def test_a_worker_that_has_proved_to_be_slow_is_not_believed_its_profile(stored):
+    costs_s = {worker: (0.001,) * len(stored[1].operator_costs_s) for worker in (WorkerId("w1"), WorkerId("w2"))}
+    for slowness, layers in ((1.2, [4, 4]), (3.0, [6, 2])):
+        model, plan = plan_freely(*stored, offers(6, 6, slowness=(slowness, 1.0)), name="m", costs_s=costs_s)
+        assert sorted(layers_of(model), reverse=True) == layers
+        assert layers == [4, 4] or plan.places[layers_of(model).index(2)] == ("w1",)
+
+
+def test_measured_links_count(stored):
+    """A model that neither worker can hold: who is on the slow link gets the end that sends least, or nothing helps; a fast link is no limit."""
+    fast, slow = Link(0.0001, 900e6, 900e6), Link(0.01, 1e4, 1e4)
+    same, plan = plan_freely(*stored, offers(6, 6), name="m", links={WorkerId("w1"): fast, WorkerId("w2"): fast})
+    unknown, other = plan_freely(*stored, offers(6, 6), name="m")
+    assert layers_of(same) == layers_of(unknown) and plan.places == other.places
+    _, plan = plan_freely(*stored, offers(9, 9), name="m", links={WorkerId("w1"): fast, WorkerId("w2"): slow})
+    assert plan.places == (("w1", "w2"),), "for what it can still take"
+    _, plan = plan_freely(*stored, offers(9, 5, 5), name="m", links={WorkerId("w1"): slow})
+    assert ("w1",) not in plan.places

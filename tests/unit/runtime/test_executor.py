@@ -18,7 +18,7 @@ from adapt.protocol.ids import AttemptId, RequestId
 from adapt.protocol.messages import RunStage
 from adapt.protocol.wire import Blob
 from adapt.runtime import executor as executor_module
-from adapt.runtime.executor import Begun, Cancelled, Crashed, Done, Executor, Failed, State
+from adapt.runtime.executor import Begun, Cancelled, Chore, Crashed, Done, Executor, Failed, State
 
 WAIT_S = 20.0
 LIMIT_BYTES = 64 << 20
@@ -685,3 +685,131 @@ def test_a_numeric_class_tells_thread_counts_apart():
     assert one.numeric_class != two.numeric_class
     assert torch.__version__ in one.numeric_class and one.device == "cpu" and one.device_name
     assert devices.anonymous_bytes() > 0
+
+
+# --- chores --------------------------------------------------------------------------------------------------------
+
+
+class Slices:
+    """Steps of a chore: so many, told by number; one may wait for the test, or raise."""
+
+    def __init__(self, count: int, *, gate: int = -1, error: Exception | None = None) -> None:
+        self.count, self.gate, self.error = count, gate, error
+        self.done = 0
+        self.entered: Future[None] = Future()
+        self.may_go_on = threading.Event()
+        self.threads: set[int] = set()
+
+    def __call__(self) -> bool:
+        self.threads.add(threading.get_ident())
+        if self.done == self.gate:
+            self.entered.set_result(None)
+            assert self.may_go_on.wait(WAIT_S)
+        if self.error is not None:
+            raise self.error
+        self.done += 1
+        return self.done < self.count
+
+
+async def over(chore):
+    await asyncio.wait_for(asyncio.wrap_future(chore.done), WAIT_S)
+
+
+def test_a_chore_is_done_to_its_end_on_the_compute_thread():
+    async def test():
+        async with Harness() as harness:
+            slices, stage = Slices(5), GatedStage()
+            chore = Chore(slices)
+            harness.executor.take_on(chore)
+            await over(chore)
+            work = harness.submit(stage, 1, small())
+            stage.gates[0].set()
+            await harness.event(Done, work)
+            assert slices.done == 5 and slices.threads == set(stage.threads)
+
+    run(test)
+
+
+def test_a_work_waits_for_one_slice_at_most(monkeypatch):
+    monkeypatch.setattr(executor_module, "QUIET_S", 60.0)  # after a work no slice runs any more, within this test
+
+    async def test():
+        async with Harness() as harness:
+            slices = Slices(100, gate=3)
+            chore = Chore(slices)
+            harness.executor.take_on(chore)
+            await asyncio.wait_for(asyncio.wrap_future(slices.entered), WAIT_S)
+            works = [harness.submit(FreeStage(), number, small()) for number in range(3)]
+            slices.may_go_on.set()
+            for work in works:
+                await harness.event(Done, work)
+            assert slices.done == 4
+            chore.cancel()
+
+    run(test)
+
+
+def test_a_chore_goes_on_when_the_works_are_done(monkeypatch):
+    monkeypatch.setattr(executor_module, "QUIET_S", 0.01)
+
+    async def test():
+        async with Harness() as harness:
+            slices = Slices(6, gate=3)
+            chore = Chore(slices)
+            harness.executor.take_on(chore)
+            await asyncio.wait_for(asyncio.wrap_future(slices.entered), WAIT_S)
+            work = harness.submit(FreeStage(), 1, small())
+            slices.may_go_on.set()
+            await harness.event(Done, work)
+            await over(chore)
+            assert slices.done == 6
+
+    run(test)
+
+
+def test_a_cancelled_chore_does_no_more_slices():
+    async def test():
+        async with Harness() as harness:
+            slices = Slices(100, gate=2)
+            chore = Chore(slices)
+            harness.executor.take_on(chore)
+            await asyncio.wait_for(asyncio.wrap_future(slices.entered), WAIT_S)
+            chore.cancel()
+            slices.may_go_on.set()
+            work = harness.submit(FreeStage(), 1, small())
+            await harness.event(Done, work)
+            other = Chore(Slices(3))
+            harness.executor.take_on(other)
+            await over(other)
+            assert slices.done == 3
+
+    run(test)
+
+
+def test_the_error_of_a_slice_is_the_chores_and_nobody_elses():
+    async def test():
+        async with Harness() as harness:
+            chore = Chore(Slices(3, error=ValueError("no such operator")))
+            harness.executor.take_on(chore)
+            with pytest.raises(ValueError, match="no such operator"):
+                await over(chore)
+            work = harness.submit(FreeStage(), 1, small())
+            await harness.event(Done, work)
+
+    run(test)
+
+
+def test_a_slice_that_hangs_is_noticed():
+    now = [0.0]
+
+    async def test():
+        async with Harness(clock=lambda: now[0]) as harness:
+            slices = Slices(2, gate=0)
+            harness.executor.take_on(Chore(slices))
+            await asyncio.wait_for(asyncio.wrap_future(slices.entered), WAIT_S)
+            assert harness.executor.hanging_s(10.0) is None
+            now[0] = 11.0
+            assert harness.executor.hanging_s(10.0) == 11.0
+            slices.may_go_on.set()
+
+    run(test)

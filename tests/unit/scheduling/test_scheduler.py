@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import pytest
@@ -2209,3 +2209,11 @@ def test_the_story_is_bounded_and_holds_no_tensor():
 def test_an_unknown_event_is_a_bug_that_is_seen():
     with pytest.raises(AssertionError, match="unknown event"):
         Scheduler().handle("something", 0.0)
+
+
+def test_a_version_names_what_its_program_adds_to_the_numeric_class():
+    plan = Plan(program=Digest("p"), epoch=Epoch(1), stages=(), places=())
+    plain = ev.Version(deployment="d", number=1, program=Digest("p"), codec="raw", tolerance=None, exact=True, plan=plan)
+    folded = replace(plain, arithmetic="channels_last/fold")
+    assert plain.classes({"b", "a"}) == ("a", "b")
+    assert folded.classes({"b", "a"}) == ("a/channels_last/fold", "b/channels_last/fold")

@@ -1,0 +1,301 @@
+"""Profiles of programs on the kinds of devices of a cluster: asked for once, on one worker of each kind, and kept on disk.
+
+A *device class* is all that the seconds depend on: the numeric class, in which build, processor and threads are named, and what share of
+the CPU the worker's control group leaves it. A program's seconds do not depend on the numbers in its weights, so what is kept belongs to its
+*form*, the digest of all but these: a retrained model is not measured anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from adapt.config import counted
+from adapt.errors import AdaptError, ConfigError, PlanError
+from adapt.models.layers import completed, layer_costs_s, profile_model
+from adapt.models.program import Program
+from adapt.models.tensorfile import canonical_json, read_tensor_file
+from adapt.planning.model import MeasuredCosts, ModelProfile, typical_codecs
+from adapt.protocol import messages as msg
+from adapt.protocol.ids import Digest, WorkerId
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+KEPT = 256  # forms of programs, those measured last
+SILENCE_S = 60.0  # of a worker that should be measuring; it says something a few times a second unless others keep it busy
+
+Told: TypeAlias = Callable[[str, float | None], None]  # words, and the share that is done of what they say, if that is known
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceKind:
+    """A device class, and the workers that are of it now.
+
+    Attributes:
+        name: as profiles are kept under.
+        title: the same for people, without what most kinds have in common.
+        cores: of the control group; 0: no limit.
+    """
+
+    name: str
+    title: str
+    threads: int
+    cores: float
+    workers: tuple[WorkerId, ...] = ()
+
+    @classmethod
+    def of(cls, facts: msg.DeviceFacts, cores: float) -> DeviceKind:
+        is_limited = facts.device == "cpu" and 0 < cores < facts.threads
+        share = f", {cores:.2g} cores" if is_limited else ""
+        threads = f", {counted(facts.threads, 'thread')}" if facts.device == "cpu" else ""
+        return cls(
+            name=f"{facts.numeric_class}/{cores:.2g}-cores" if is_limited else facts.numeric_class,
+            title=f"{facts.device_name}{threads}{share}",
+            threads=facts.threads,
+            cores=cores if is_limited else 0.0,
+        )
+
+
+def kinds_of(workers: Mapping[WorkerId, DeviceKind]) -> list[DeviceKind]:
+    """The kinds there are, by name, each with its workers."""
+    found: dict[str, DeviceKind] = {}
+    for worker_id, kind in sorted(workers.items()):
+        before = found.get(kind.name, kind)
+        found[kind.name] = replace(before, workers=(*before.workers, worker_id))
+    return sorted(found.values(), key=lambda kind: kind.name)
+
+
+def chosen(kinds: Sequence[DeviceKind], part: str) -> list[DeviceKind]:
+    """Those whose name or title has this in it. Raises ConfigError: none has."""
+    found = [kind for kind in kinds if part.lower() in kind.name.lower() or part.lower() in kind.title.lower()]
+    if kinds and not found:
+        raise ConfigError(f"device-class={part[:80]!r}: expected a part of one of: {'; '.join(kind.name for kind in kinds)}")
+    return found
+
+
+def form_of(path: Path) -> str:
+    """The digest of a program without the numbers in its weights. Raises WireError, OSError."""
+    file = read_tensor_file(path)
+    shapes = sorted((tensor.key, tensor.dtype, list(tensor.shape)) for tensor in file.tensors.values())
+    return hashlib.sha256(canonical_json([file.metadata, shapes]).encode()).hexdigest()
+
+
+# ── on disk ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptProfile:
+    """Seconds of each operator of a program, and who measured them."""
+
+    device_class: str
+    worker: str
+    cores: float
+    costs_s: tuple[float, ...]
+
+
+class ProfileStore:
+    """One file for each form of a program, in a directory of the dispatcher's own. What cannot be read is as if it were not there."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def read(self, form: str) -> dict[str, KeptProfile]:
+        """By device class."""
+        try:
+            content = json.loads(self._path(form).read_text(encoding="utf-8"))
+            if content["version"] != VERSION:
+                return {}
+            kept = [_kept(plain) for plain in content["profiles"]]
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            log.warning("a profile cannot be read", extra={"form": form[:12], "reason": repr(error)})
+            return {}
+        return {profile.device_class: profile for profile in kept}
+
+    def write(self, form: str, profile: KeptProfile) -> None:
+        """Keep it, instead of an earlier one of its class. A disk that takes nothing only costs the next measurement."""
+        profiles = {**self.read(form), profile.device_class: profile}
+        content = {"version": VERSION, "profiles": [asdict(kept) for kept in profiles.values()]}
+        temporary = self._directory / f".{form}.{os.getpid()}.new"
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(json.dumps(content))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self._path(form))
+            self._forget_old()
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            log.error("a profile was not kept", extra={"form": form[:12], "reason": str(error)})
+
+    def _path(self, form: str) -> Path:
+        return self._directory / f"{form}.json"
+
+    def _forget_old(self) -> None:
+        by_age = sorted(self._directory.glob("*.json"), key=lambda path: path.stat().st_mtime)
+        for path in by_age[:-KEPT]:
+            path.unlink(missing_ok=True)
+
+
+def _kept(plain: Mapping[str, Any]) -> KeptProfile:
+    costs_s = tuple(float(cost) for cost in plain["costs_s"])
+    if not all(math.isfinite(cost) and cost >= 0 for cost in costs_s):
+        raise ValueError("seconds are finite and not negative")
+    return KeptProfile(device_class=str(plain["device_class"]), worker=str(plain["worker"]), cores=float(plain["cores"]), costs_s=costs_s)
+
+
+def known_costs(
+    kept: Mapping[str, KeptProfile], workers: Mapping[WorkerId, DeviceKind], operators: int
+) -> dict[WorkerId, tuple[float, ...]]:
+    """Seconds of each operator on each worker of whose kind there is a profile. One that differs from it only in its share of the CPU is
+    as much slower as its share is smaller."""
+    found: dict[WorkerId, tuple[float, ...]] = {}
+    for worker_id, kind in workers.items():
+        whole_name = kind.name.removesuffix(f"/{kind.cores:.2g}-cores") if kind.cores else kind.name
+        exact = kept.get(kind.name)
+        near = [other for name, other in kept.items() if name == whole_name or (name.startswith(f"{whole_name}/") and other.cores)]
+        profile = exact or next(iter(sorted(near, key=lambda other: other.device_class)), None)
+        if profile is None or len(profile.costs_s) != operators:
+            continue
+        slower = (profile.cores or kind.threads) / (kind.cores or kind.threads)
+        found[worker_id] = profile.costs_s if slower == 1.0 else tuple(cost * slower for cost in profile.costs_s)
+    return found
+
+
+# ── measured by workers ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """For one worker's answer."""
+
+    answer: asyncio.Future[list[float | None]]
+    told: Told
+    heard: asyncio.Event
+
+
+class Profilers:
+    """Has workers measure programs, one after the other: on one machine two of them would measure each other. Lives on the dispatcher's loop.
+
+    Args:
+        to_worker: False: the worker is not there.
+    """
+
+    def __init__(self, to_worker: Callable[[WorkerId, msg.Message], bool]) -> None:
+        self._to_worker = to_worker
+        self._waiting: dict[tuple[WorkerId, str], _Waiting] = {}
+        self._turn = asyncio.Lock()
+
+    async def measure(
+        self, program: Digest, file_bytes: int, kind: DeviceKind, *, repetitions: int, told: Told
+    ) -> tuple[WorkerId, list[float | None]]:
+        """Seconds of each operator on a worker of this kind: the first one that can.
+
+        Raises:
+            PlanError: none has room for any layer, or all are too busy or leave.
+            AdaptError: the program cannot be run.
+        """
+        reasons: list[str] = []
+        for worker_id in kind.workers:
+            try:
+                async with self._turn:
+                    return worker_id, await self._measured_by(worker_id, program, file_bytes, repetitions, told)
+            except AdaptError as error:
+                log.warning("worker did not profile", extra={"worker_id": worker_id, "reason": str(error)})
+                reasons.append(f"{worker_id}: {error}")
+        raise PlanError(f"not profiled on {kind.title}: {'; '.join(reasons) or 'no such worker is there'}")
+
+    def heard(self, worker_id: WorkerId, message: msg.ProfileProgress | msg.ProgramProfiled | msg.ProfileFailed) -> None:
+        """A worker speaks of a profile; what nobody waits for any more is passed over."""
+        waiting = self._waiting.get((worker_id, message.program))
+        if waiting is None or waiting.answer.done():
+            return
+        waiting.heard.set()
+        match message:
+            case msg.ProfileProgress(step=step, share=share):
+                waiting.told(f"{worker_id}: {step}", share)
+            case msg.ProgramProfiled(costs_s=costs_s):
+                waiting.answer.set_result(costs_s)
+            case msg.ProfileFailed():
+                waiting.answer.set_exception(AdaptError.from_wire(message.code, message.message, message.fields))
+
+    def worker_gone(self, worker_id: WorkerId) -> None:
+        """Its session has ended; it has given up what it measured."""
+        for (other, _), waiting in self._waiting.items():
+            if other == worker_id and not waiting.answer.done():
+                waiting.answer.set_exception(PlanError("it has left"))
+
+    async def _measured_by(self, worker_id: WorkerId, program: Digest, file_bytes: int, repetitions: int, told: Told) -> list[float | None]:
+        waiting = _Waiting(asyncio.get_running_loop().create_future(), told, asyncio.Event())
+        with self._registered((worker_id, program), waiting):
+            if not self._to_worker(worker_id, msg.ProfileProgram(program=program, file_bytes=file_bytes, repetitions=repetitions)):
+                raise PlanError("it has left")
+            try:
+                while not waiting.answer.done():
+                    waiting.heard.clear()
+                    await self._sign_of_life(waiting)
+                return waiting.answer.result()
+            finally:
+                if not waiting.answer.done() or waiting.answer.exception() is not None:
+                    self._to_worker(worker_id, msg.CancelProfile(program=program))
+
+    @contextlib.contextmanager
+    def _registered(self, key: tuple[WorkerId, str], waiting: _Waiting) -> Iterator[None]:
+        self._waiting[key] = waiting
+        try:
+            yield
+        finally:
+            del self._waiting[key]
+            if not waiting.answer.done():
+                waiting.answer.cancel()
+
+    @staticmethod
+    async def _sign_of_life(waiting: _Waiting) -> None:
+        heard = asyncio.ensure_future(waiting.heard.wait())
+        try:
+            await asyncio.wait((heard, waiting.answer), timeout=SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
+            if not heard.done() and not waiting.answer.done():
+                raise PlanError(f"no progress for {SILENCE_S:.0f} s: other work keeps it busy; try again when it has less to do")
+        finally:
+            heard.cancel()
+
+
+# ── for people and for planning ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def combined(
+    name: str, program: Program, profiles: Sequence[tuple[DeviceKind, Sequence[float | None]]], quick_s: Sequence[float]
+) -> ModelProfile:
+    """What planning knows of a model that was measured on these kinds of devices, whose first worker each was measured.
+
+    Its reference device is one core of the fastest kind that computes with one thread, if there is one."""
+    whole = [(kind, completed(costs_s, quick_s)) for kind, costs_s in profiles]
+    kind, costs_s = min(whole, key=lambda item: (item[0].threads != 1, sum(item[1]) * (item[0].cores or 1.0)))
+    reference_s = [cost * (kind.cores or 1.0) for cost in costs_s]
+    words = f"{kind.title}, measured on {kind.workers[0]}" + (
+        f"; seconds of one core, {kind.cores:.2g} of what it took" if kind.cores else ""
+    )
+    model = profile_model(name, program, reference_s, codecs=typical_codecs(), reference=words)
+    measured = [
+        MeasuredCosts(
+            device_class=kind.name,
+            workers=tuple(kind.workers),
+            threads=kind.threads,
+            cores=kind.cores,
+            costs_s=layer_costs_s(model, costs_s),
+        )
+        for kind, costs_s in whole
+    ]
+    return replace(model, measured=tuple(measured))

@@ -1,0 +1,94 @@
+"""adapt profile on profiles that are there already: what it prints, draws and refuses. No model is built."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from adapt.interfaces.cli.main import main
+from adapt.planning.model import LayerProfile, MeasuredCosts, ModelProfile
+
+MIB = 1 << 20
+
+
+def model_of(*places: str) -> ModelProfile:
+    layers = tuple(
+        LayerProfile(
+            place=place, cost_s=0.001 * (number + 1), weight_bytes=MIB, peak_bytes=2 * MIB, output_bytes=100_000 - number, end=number + 1
+        )
+        for number, place in enumerate(places)
+    )
+    return ModelProfile("small", 200_000, layers, reference="a test")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(model: ModelProfile) -> str:
+        path = tmp_path / "model.json"
+        path.write_text(model.to_json(), encoding="utf-8")
+        return str(path)
+
+    return save
+
+
+def test_parts_are_as_fine_as_fits_on_a_page(capsys, saved):
+    places = [f"block{block}.conv{conv}" for block in range(20) for conv in range(5)]
+    assert main(["profile", saved(model_of(*places))]) == 0
+    out = capsys.readouterr().out
+    assert "small: 99 legal cuts, 100.0 MiB of weights" in out and "a test" in out
+    rows = [line.split() for line in out.splitlines() if line.startswith("block")]
+    assert [row[0] for row in rows] == [f"block{block}" for block in range(20)]
+    assert rows[0][1:3] == ["5", "15.00"] and rows[-1][1] == "4", "the end of the model is no cut"
+    assert main(["profile", saved(model_of(*places[:10]))]) == 0
+    assert "block0.conv0" in capsys.readouterr().out
+    assert main(["profile", saved(model_of(*(f"layer{number}" for number in range(100))))]) == 0
+    assert "layer0 – layer3" in capsys.readouterr().out
+
+
+def test_each_kind_of_device_has_a_column(capsys, saved):
+    model = model_of("a", "b")
+    kinds = [
+        MeasuredCosts(device_class=name, workers=(worker,), threads=1, cores=0.0, costs_s=costs)
+        for name, worker, costs in (("Pi", "pi-1", (0.5, 0.25)), ("Xeon", "pc", (0.05, 0.025)))
+    ]
+    assert main(["profile", saved(replace(model, measured=tuple(kinds)))]) == 0
+    out = capsys.readouterr().out
+    assert "A  Pi" in out and "B  Xeon" in out and "A ms" in out and "B ms" in out
+    assert [line.split()[1:4] for line in out.splitlines() if line.startswith("a ")] == [["1", "500.00", "50.00"]]
+
+
+def test_it_is_drawn_and_kept(capsys, saved, tmp_path):
+    model = replace(
+        model_of(*(f"block{number // 3}.{number}" for number in range(12))),
+        measured=tuple(
+            MeasuredCosts(device_class=name, workers=("w",), threads=1, cores=0.0, costs_s=(0.01,) * 12) for name in ("Pi", "Xeon")
+        ),
+    )
+    picture, kept = tmp_path / "p.png", tmp_path / "kept.json"
+    assert main(["profile", saved(model), "--plot", str(picture), "--json", str(kept)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG") and ModelProfile.from_json(kept.read_text()) == model
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["missing.json"], "expected the profile of a model"),
+        (["torchvision/resnet18", "--repetitions", "0"], "repetitions=0: expected 1 to 1000"),
+        (["torchvision/resnet18", "--plot", "/nowhere/at/all.png"], "there is no directory /nowhere/at"),
+        (["torchvision/resnet18", "--here", "--input-shape", "big"], "input-shape='big'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_measured(capsys, argv, words):
+    assert main(["profile", *argv]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_profile_with_seconds_of_other_layers_is_refused(capsys, saved):
+    model = model_of("a", "b")
+    text = replace(model, measured=(MeasuredCosts(device_class="Pi", workers=("w",), threads=1, cores=0.0, costs_s=(0.5, 0.25)),)).to_json()
+    path = saved(model)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text.replace("0.25", "-1"))
+    assert main(["profile", path]) == 2
+    assert "Pi: expected the seconds of 2 layers" in capsys.readouterr().err

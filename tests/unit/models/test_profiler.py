@@ -1,0 +1,93 @@
+"""Profiles of real programs: windows within the room that there is, and runs that pause."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from adapt.errors import PlanError
+from adapt.models.cut import legal_cuts, window
+from adapt.models.interpreter import Stage
+from adapt.models.layers import completed, layer_costs_s, profile_model
+from adapt.models.profiler import LEAST_RUNS, Profiler, example_inputs
+
+
+@pytest.fixture(scope="module")
+def wide(make_case):
+    """Six layers of 256 KiB of weights, one of them eight times as heavy."""
+    torch.manual_seed(0)
+    parts = [nn.Linear(256, 256, bias=False) for _ in range(6)]
+    parts[3:4] = [nn.Linear(256, 2048, bias=False), nn.Linear(2048, 256, bias=False)]
+    return make_case(nn.Sequential(*parts).eval(), torch.randn(1, 256), repetitions=0)
+
+
+def measured(program, room_bytes: int):
+    """The profiler at its end, and the windows it held."""
+    profiler = Profiler(program, repetitions=LEAST_RUNS, room_bytes=lambda: room_bytes)
+    held = {0}
+    while profiler.step():
+        held.add(profiler.held_bytes)
+    assert profiler.share == 1.0 and profiler.held_bytes == 0
+    return profiler, held
+
+
+def test_all_operators_are_measured_whatever_the_windows(branches):
+    operators = len(branches.program.graph.operators)
+    layers = profile_model("", branches.program, [0.0] * operators)
+    least = max(layers.memory_bytes(number, number + 1) for number in range(len(layers.layers)))
+    for room in (1 << 30, least):
+        profiler, held = measured(branches.program, room)
+        assert max(held) <= room
+        assert all(cost is not None and cost >= 0 for cost in profiler.costs_s)
+        assert sum(profiler.costs_s) > 0
+
+
+def test_a_layer_without_room_is_left_out_and_the_rest_is_measured(wide):
+    profiler, held = measured(wide.program, 600 << 10)
+    assert max(held) <= 600 << 10
+    assert [cost is None for cost in profiler.costs_s] == [False] * 3 + [True] * 2 + [False] * 2
+    whole = completed(profiler.costs_s, [1.0, 1.0, 1.0, 8.0, 8.0, 1.0, 1.0])
+    mean = sum(cost for cost in profiler.costs_s if cost is not None) / 5
+    assert whole[3] == whole[4] == pytest.approx(8 * mean)
+
+
+def test_without_room_for_any_layer_it_says_what_the_smallest_needs(wide):
+    profiler = Profiler(wide.program, room_bytes=lambda: 1000)
+    with pytest.raises(PlanError, match=r"no room to profile any of 7 layers: the smallest, 0, needs 0\.3 MiB"):
+        while profiler.step():
+            pass
+
+
+def test_windows_compute_what_the_program_computes(branches):
+    """Each window on what the one before has computed, cut at every third place."""
+    program = branches.program
+    cuts = [None, *legal_cuts(program)[1::3], None]
+    values = inputs = example_inputs(program.graph.input_specs, 1)
+    seen: list[int] = []
+    for begin, end in pairwise(cuts):
+        piece = window(program, begin, end)
+        stage = Stage.of(piece.graph, program.path, device="cpu", digest=program.digest)
+        assert len(piece.positions) == len(stage)
+        first, last = begin.position if begin else 0, end.position if end else len(program.graph.operators)
+        assert all(position < last for position in piece.positions)
+        seen += [position for position in piece.positions if position >= first]
+        with torch.inference_mode():
+            run = stage.begin(values)
+            for position in range(len(stage)):
+                stage.step(run, position)
+            values = stage.finish(run)
+    expected = Stage.load(program.path).run(inputs)
+    assert all(
+        torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs
+        for ours, theirs in zip(values, expected, strict=True)
+    )
+    assert len(seen) == len(set(seen))
+
+
+def test_seconds_of_layers_are_those_of_their_operators(wide):
+    model = profile_model("", wide.program, [1.0] * 7)
+    assert layer_costs_s(model, [1, 2, 3, 4, 5, 6, 7]) == (1, 2, 3, 4, 5, 6, 7)
+    assert completed([None] * 2, [1.0, 2.0]) == (1.0, 2.0)

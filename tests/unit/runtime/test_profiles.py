@@ -1,0 +1,203 @@
+"""Kinds of devices, what is kept of their profiles, and what follows for workers; and who is asked to measure."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+import torch
+
+from adapt.errors import ConfigError, OverloadedError, PlanError
+from adapt.models.export import export_module
+from adapt.models.program import read_program
+from adapt.planning.model import ModelProfile
+from adapt.protocol import messages as msg
+from adapt.protocol.ids import Digest, WorkerId
+from adapt.runtime import profiles
+from adapt.runtime.profiles import DeviceKind, KeptProfile, Profilers, ProfileStore, chosen, combined, form_of, kinds_of, known_costs
+
+PI = msg.DeviceFacts(device="cpu", device_name="Cortex-A72", threads=1, numeric_class="torch-2/cpu/Cortex-A72/NEON/threads=1")
+PC = msg.DeviceFacts(device="cpu", device_name="Xeon", threads=2, numeric_class="torch-2/cpu/Xeon/AVX512/threads=2")
+GPU = msg.DeviceFacts(device="cuda:0", device_name="Orin", threads=1, numeric_class="torch-2/cuda/Orin")
+W1, W2, W3, W4 = map(WorkerId, ("w1", "w2", "w3", "w4"))
+PROGRAM = Digest("a" * 64)
+FORM = "f" * 64
+
+
+def kept(kind: DeviceKind, *costs_s: float, worker: str = "w1") -> KeptProfile:
+    return KeptProfile(device_class=kind.name, worker=worker, cores=kind.cores, costs_s=costs_s)
+
+
+# ── kinds ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_workers_of_one_kind_are_found_together():
+    kinds = kinds_of({W3: DeviceKind.of(PI, 0.0), W1: DeviceKind.of(PI, 4.0), W2: DeviceKind.of(PC, 0.0), W4: DeviceKind.of(GPU, 0.5)})
+    assert [(kind.title, kind.workers) for kind in kinds] == [
+        ("Cortex-A72, 1 thread", (W1, W3)),
+        ("Xeon, 2 threads", (W2,)),
+        ("Orin", (W4,)),
+    ]
+
+
+def test_a_share_of_the_cpu_makes_a_kind_of_its_own():
+    kinds = kinds_of({W1: DeviceKind.of(PI, 0.3), W2: DeviceKind.of(PI, 0.301), W3: DeviceKind.of(PI, 1.0)})
+    assert [(kind.cores, kind.workers) for kind in kinds] == [(0.0, (W3,)), (0.3, (W1, W2))]
+    assert kinds[1].title == "Cortex-A72, 1 thread, 0.3 cores"
+
+
+def test_kinds_are_chosen_by_a_part_of_their_name():
+    kinds = kinds_of({W1: DeviceKind.of(PI, 0.0), W2: DeviceKind.of(PC, 0.0)})
+    assert [kind.workers for kind in chosen(kinds, "cortex")] == [(W1,)]
+    assert chosen(kinds, "") == kinds and chosen([], "cortex") == []
+    with pytest.raises(ConfigError, match=r"device-class='M2'.*Cortex-A72.*Xeon"):
+        chosen(kinds, "M2")
+
+
+# ── what is known ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_worker_of_a_measured_kind_takes_what_was_measured():
+    pi, pc = DeviceKind.of(PI, 0.0), DeviceKind.of(PC, 0.0)
+    found = known_costs({pi.name: kept(pi, 1.0, 2.0)}, {W1: pi, W2: pc, W3: pi}, 2)
+    assert found == {W1: (1.0, 2.0), W3: (1.0, 2.0)}
+    assert known_costs({pi.name: kept(pi, 1.0, 2.0)}, {W1: pi}, 3) == {}
+
+
+def test_another_share_of_the_same_cpu_is_as_much_slower():
+    whole, third, tenth = DeviceKind.of(PI, 0.0), DeviceKind.of(PI, 0.3), DeviceKind.of(PI, 0.1)
+    found = known_costs({third.name: kept(third, 1.0)}, {W1: whole, W2: third, W3: tenth}, 1)
+    assert {worker: cost for worker, (cost,) in found.items()} == {W1: pytest.approx(0.3), W2: 1.0, W3: pytest.approx(3.0)}
+
+
+def test_what_is_kept_is_there_again(tmp_path):
+    store = ProfileStore(tmp_path / "profiles")
+    pi, pc = kept(DeviceKind.of(PI, 0.3), 0.1, 0.2), kept(DeviceKind.of(PC, 0.0), 0.01, 0.02)
+    assert store.read(FORM) == {}
+    store.write(FORM, pi)
+    store.write(FORM, pc)
+    assert ProfileStore(tmp_path / "profiles").read(FORM) == {pi.device_class: pi, pc.device_class: pc}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"version": 1, "profiles": [{}]}', '{"version": 9, "profiles": []}'])
+def test_a_damaged_file_is_as_if_it_were_not_there(tmp_path, text):
+    store = ProfileStore(tmp_path)
+    (tmp_path / f"{FORM}.json").write_text(text)
+    assert store.read(FORM) == {}
+    store.write(FORM, kept(DeviceKind.of(PI, 0.0), 0.1))
+    assert len(store.read(FORM)) == 1
+
+
+def test_a_bound_on_how_many_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(profiles, "KEPT", 3)
+    for number in range(5):
+        ProfileStore(tmp_path).write(f"{number}" * 64, kept(DeviceKind.of(PI, 0.0), 0.1))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def exported(directory, *, width: int = 4, seed: int = 0):
+    torch.manual_seed(seed)
+    module = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.ReLU(), torch.nn.Linear(width, 4)).eval()
+    return read_program(export_module(module, [torch.zeros(2, 4)], directory=directory, profile_repetitions=0).path)
+
+
+def test_other_weights_have_the_same_form_and_another_width_has_not(tmp_path):
+    one, other, wider = exported(tmp_path), exported(tmp_path, seed=1), exported(tmp_path, width=8)
+    assert one.digest != other.digest
+    assert form_of(one.path) == form_of(other.path) != form_of(wider.path)
+
+
+def test_what_planning_gets_is_in_seconds_of_one_core(tmp_path):
+    program = exported(tmp_path)
+    fast, slow = DeviceKind.of(PI, 0.5), DeviceKind.of(PI, 0.25)
+    fast, slow = (profiles.replace(kind, workers=(worker,)) for kind, worker in ((fast, W1), (slow, W2)))
+    model = combined("m", program, [(slow, [0.8, 0.4, None]), (fast, [0.4, 0.2, 0.2])], [2.0, 1.0, 1.0])
+    assert [layer.cost_s for layer in model.layers] == pytest.approx([0.2, 0.1, 0.1])
+    assert model.costs_of("w2") == pytest.approx((0.8, 0.4, 0.4)) and model.costs_of("w1") == pytest.approx((0.4, 0.2, 0.2))
+    assert model.costs_of("w3") is None and "measured on w1" in model.reference
+    assert ModelProfile.from_json(model.to_json()) == model
+    assert json.loads(model.to_json())["measured"][0]["workers"] == ["w2"]
+
+
+# ── who measures ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Cluster:
+    """Workers that do as they are told: `answers` says with what each answers a `ProfileProgram`, or that it does not."""
+
+    def __init__(self, **answers) -> None:
+        self.answers, self.said, self.told = answers, [], []
+        self.profilers = Profilers(self.to_worker)
+
+    def to_worker(self, worker_id, message) -> bool:
+        self.said.append((worker_id, type(message).__name__))
+        if worker_id not in self.answers:
+            return False
+        if isinstance(message, msg.ProfileProgram):
+            asyncio.get_running_loop().call_soon(self.answers[worker_id], self)
+        return True
+
+    async def measure(self, *workers):
+        kind = profiles.replace(DeviceKind.of(PI, 0.0), workers=workers)
+        return await self.profilers.measure(PROGRAM, 100, kind, repetitions=3, told=lambda words, share: self.told.append((words, share)))
+
+
+def profiled(worker, *costs_s):
+    return lambda cluster: cluster.profilers.heard(worker, msg.ProgramProfiled(program=PROGRAM, costs_s=list(costs_s)))
+
+
+def refused(worker, error):
+    code, message, fields = error.to_wire()
+    failed = msg.ProfileFailed(program=PROGRAM, code=code, message=message, fields=fields)
+    return lambda cluster: cluster.profilers.heard(worker, failed)
+
+
+def gone(worker):
+    return lambda cluster: cluster.profilers.worker_gone(worker)
+
+
+def test_the_first_worker_that_can_measures():
+    async def test():
+        cluster = Cluster(w1=refused(W1, OverloadedError("busy", retry_after_s=1.0)), w2=gone(W2), w3=profiled(W3, 0.1, None))
+        assert await cluster.measure(W4, W1, W2, W3) == (W3, [0.1, None])
+        asked = [(worker, name) for worker, name in cluster.said if name == "ProfileProgram"]
+        assert asked == [(worker, "ProfileProgram") for worker in (W4, W1, W2, W3)]
+
+    asyncio.run(test())
+
+
+def test_if_nobody_can_all_reasons_are_told():
+    async def test():
+        cluster = Cluster(w1=refused(W1, PlanError("no room")), w2=gone(W2))
+        with pytest.raises(PlanError, match="not profiled on Cortex-A72, 1 thread: w1: no room; w2: it has left; w4: it has left"):
+            await cluster.measure(W1, W2, W4)
+
+    asyncio.run(test())
+
+
+def test_a_worker_that_is_busy_for_too_long_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(profiles, "SILENCE_S", 0.05)
+
+    async def test():
+        cluster = Cluster(w1=lambda cluster: None)
+        with pytest.raises(PlanError, match="no progress"):
+            await cluster.measure(W1)
+        assert cluster.said[-1] == (W1, "CancelProfile")
+
+    asyncio.run(test())
+
+
+def test_who_gives_up_waiting_has_it_cancelled():
+    async def test():
+        begun = asyncio.Event()
+        cluster = Cluster(w1=lambda cluster: begun.set())
+        task = asyncio.create_task(cluster.measure(W1))
+        await begun.wait()
+        cluster.profilers.heard(W1, msg.ProfileProgress(program=PROGRAM, step="measuring", share=0.5))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert cluster.said == [(W1, "ProfileProgram"), (W1, "CancelProfile")] and cluster.told == [("w1: measuring", 0.5)]
+        profiled(W1, 0.1)(cluster)  # too late: nobody waits for it
+
+    asyncio.run(test())
