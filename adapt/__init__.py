@@ -13,6 +13,7 @@ from adapt.emulation.cluster import EmulatedCluster
 from adapt.errors import (
     AdaptError,
     AttemptTimeoutError,
+    CanaryError,
     ConfigError,
     ConnectError,
     DeadlineExceededError,
@@ -41,6 +42,7 @@ __all__ = [
     "AsyncInferFuture",
     "AsyncModel",
     "AttemptTimeoutError",
+    "CanaryError",
     "Client",
     "ConfigError",
     "ConnectError",

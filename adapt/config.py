@@ -495,8 +495,12 @@ class DispatcherConfig(_WithMembership, _Settings):
         otherwise="$XDG_STATE_HOME/adapt/CLUSTER or ~/.local/state/adapt/CLUSTER",
     )
     models_dir: Path | None = _setting(
-        _PATH, "directory of weight files that deployments may name", None, otherwise="none: no file can be named"
+        _PATH,
+        "directory of weight files that deployments may name, and of model files that are deployed by themselves",
+        None,
+        otherwise="none",
     )
+    keep_versions: int = _setting(_COUNT, "earlier versions of each deployment that are kept to roll back to", 2)
     insecure: bool = _setting(_SWITCH, "allow a listening address that other machines reach, without encryption or authentication", False)
     heartbeat_s: float = _setting(_SECONDS, "how often workers say that they live", 0.5)
     lease_ttl_s: float = _setting(_SECONDS, "how long a worker belongs to the cluster without renewing its lease", 10.0)
@@ -551,6 +555,7 @@ class DispatcherConfig(_WithMembership, _Settings):
         if self.lease_ttl_s <= self.heartbeat_s:
             raise ConfigError(f"lease_ttl_s={self.lease_ttl_s:g}: expected more than heartbeat_s={self.heartbeat_s:g}")
         _check_range("max_requests", self.max_requests, 1, 1 << 20)
+        _check_range("keep_versions", self.keep_versions, 0, 64)
         _check_range("max_message_bytes", self.max_message_bytes, MIN_MESSAGE_BYTES, 1 << 40)
         _check_range("piece_bytes", self.piece_bytes, 16 * KIBIBYTE, MEBIBYTE)
 

@@ -10,6 +10,7 @@
     ├─ ExportError                the model cannot be turned into stages
     │  └─ ExportUnavailableError  ... because torch is missing where it would be done
     ├─ PlanError                  the stages cannot be placed on the workers there are
+    ├─ CanaryError                a new version does not give the outputs that it should; it takes no requests
     ├─ OverloadedError            refused at the door; try again after `retry_after_s`
     ├─ DeadlineExceededError      the request's deadline came before its answer
     ├─ ModelError                 the model itself raised
@@ -129,6 +130,20 @@ class PlanError(AdaptError):
     """The stages cannot be placed on the workers there are."""
 
     code = "plan"
+
+
+class CanaryError(AdaptError):
+    """A new version does not give the outputs that it should. It takes no requests; an earlier version goes on as before.
+
+    Attributes:
+        canary: number of the input, from 0. stage: zero-based, where its outputs were first seen to differ; None: that is not known.
+    """
+
+    code = "canary"
+
+    def __init__(self, message: str, *, canary: int, stage: int | None = None) -> None:
+        super().__init__(message)
+        self.canary, self.stage = canary, stage
 
 
 class OverloadedError(AdaptError):

@@ -44,7 +44,8 @@ CLOCKS = {"time", "datetime"}  # whole modules: who may not read the clock has n
 
 # Models as data. Every other module of adapt.models is a room with torch, also one that is new.
 TORCH_FREE_MODELS = {"adapt.models"} | {
-    f"adapt.models.{name}" for name in ("program", "forms", "cut", "layers", "structure", "tensorfile", "interface", "compaction", "fold")
+    f"adapt.models.{name}"
+    for name in ("program", "forms", "cut", "layers", "structure", "tensorfile", "interface", "canaries", "compaction", "fold")
 }
 TORCH_USERS = {"adapt.runtime.executor", "adapt.runtime.worker"}
 BUILDER = "adapt.runtime.builder"  # its parent side runs in a process without torch, so its child side imports inside functions

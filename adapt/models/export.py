@@ -94,9 +94,9 @@ def export_module(
             where and what to do.
     """
     check_optimize(optimize)
-    args, kwargs = _as_tensors((tuple(example_inputs), dict(example_kwargs or {})))
-    copied = _inference_copy(module)
-    with _deterministic_export(), single_thread():
+    args, kwargs = as_tensors((tuple(example_inputs), dict(example_kwargs or {})))
+    copied = inference_copy(module)
+    with deterministic(), single_thread():
         example = _Example(copied, args, kwargs)
         candidate = _first_that_fits(copied, example)
         if optimize == FOLD:
@@ -114,6 +114,58 @@ def _optimized(candidate: _Candidate, module: torch.nn.Module, example: _Example
         made = optimize_program(path, directory, leaves=example.leaves, profile_repetitions=repetitions)
     is_exact = candidate.is_exact and made.deviation == 0
     return ExportedProgram(made.path, made.digest, made.file_bytes, made.operator_costs_s, candidate.is_batched, is_exact, made.deviation)
+
+
+def export_file(
+    path: Path | str, *, directory: Path | str, profile_repetitions: int = 3
+) -> tuple[ExportedProgram, Any, tuple[Any, ...] | None]:
+    """Write the model in a `.pt2` file, which `torch.export.save` made, as a program into `directory`. To read such a file may run code in it.
+
+    Returns:
+        The program; what computes as the model does, in torch alone; and positional arguments for it, if a call takes no others.
+
+    Raises:
+        ExportError: the file is broken, has no example inputs, or holds what cannot be turned into stages.
+    """
+    name = Path(path).name
+    try:
+        saved = torch.export.load(path)
+        module = saved.module(check_guards=False)
+    except Exception as error:  # whatever a foreign file makes the reader raise
+        raise ExportError(f"{name} is no model that torch.export.save has written, or a broken one: {_shortened(error)}") from None
+    if saved.example_inputs is None:
+        raise ExportError(f"{name} has no example inputs; save what torch.export.export gives, with all that it has")
+    args, kwargs = as_tensors(saved.example_inputs)
+    is_batched = any(not isinstance(size, int) for size in _input_sizes(saved))
+    with deterministic(), single_thread():
+        example = _Example(module, args, kwargs)
+        candidate = _converted(saved, module, example, is_batched)
+        if not candidate.is_exact:
+            log.warning("the exported program differs from the model", extra={"file": name})
+        costs_s = operator_costs_s(candidate.stage, example.leaves, profile_repetitions) if profile_repetitions else []
+        written, digest, file_bytes = _write(candidate, module, directory)
+    exported = ExportedProgram(written, digest, file_bytes, costs_s, candidate.is_batched, candidate.is_exact)
+    return exported, module, None if kwargs else tuple(args)
+
+
+def _input_sizes(saved: Any) -> Iterator[Any]:
+    inputs = set(saved.graph_signature.user_inputs)
+    for node in saved.graph.nodes:
+        if node.op == "placeholder" and node.name in inputs:
+            yield from getattr(node.meta.get("val"), "shape", ())
+
+
+def _converted(saved: Any, module: Any, example: _Example, is_batched: bool) -> _Candidate:
+    try:
+        return _candidate(saved, module, example, is_batched)
+    except NeedsDecomposition:
+        pass
+    except NotAffine as error:
+        raise ExportError(f"its sizes are no multiples of the batch: {error}; export it with fixed shapes") from None
+    try:
+        return _candidate(saved.run_decompositions({}), module, example, is_batched)
+    except NeedsDecomposition as error:
+        raise ExportError(f"the model writes into a tensor that it still reads: {error}") from None
 
 
 @dataclass(slots=True)
@@ -134,7 +186,7 @@ class _Example:
         self.args, self.kwargs = args, kwargs
         self.leaves = _tensors((args, kwargs))
         self.doubled_leaves = _doubled(self.leaves)
-        self.expected = _eager(module, args, kwargs)
+        self.expected = eager(module, args, kwargs)
         self._module = module
 
     def with_leaves(self, leaves: Sequence[torch.Tensor]) -> tuple[Any, Any]:
@@ -145,7 +197,7 @@ class _Example:
 
     @cached_property
     def doubled_expected(self) -> list[Any]:
-        return _eager(self._module, *self.with_leaves(self.doubled_leaves))
+        return eager(self._module, *self.with_leaves(self.doubled_leaves))
 
 
 def _first_that_fits(module: torch.nn.Module, example: _Example) -> _Candidate:
@@ -262,7 +314,7 @@ def _shortened(error: Exception) -> str:
     return " ".join(told.split())[:REASON_LIMIT].rstrip(". ")
 
 
-def _as_tensors(tree: Any) -> Any:
+def as_tensors(tree: Any) -> Any:
     """Arrays become tensors, tensors go to the CPU; the user's own are not touched."""
 
     def convert_leaf(leaf: Any) -> Any:
@@ -273,7 +325,7 @@ def _as_tensors(tree: Any) -> Any:
     return pytree.tree_map(convert_leaf, tree)
 
 
-def _inference_copy(module: torch.nn.Module) -> torch.nn.Module:
+def inference_copy(module: torch.nn.Module) -> torch.nn.Module:
     """The module's structure in eval mode around the same parameters (or, if they lie elsewhere, copies on the CPU).
 
     Buffers are copied: a forward that counts its calls must not count ours.
@@ -296,7 +348,7 @@ def _on_cpu(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     return torch.nn.Parameter(parameter.detach().cpu(), requires_grad=parameter.requires_grad)
 
 
-def _eager(module: torch.nn.Module, args: Any, kwargs: Any) -> list[Any]:
+def eager(module: torch.nn.Module, args: Any, kwargs: Any) -> list[Any]:
     """The module's own answer; its inputs are copies, as a module may write to them."""
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     try:
@@ -316,7 +368,7 @@ def _are_equal(actual: Sequence[Any], expected: Sequence[Any]) -> bool:
 
 
 @contextmanager
-def _deterministic_export() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """Without the fused attention kernel, which rounds differently, and without torch's talk about itself."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -5,6 +5,7 @@ A client gets it as JSON with the deployment, checks inputs against it before an
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,11 @@ from adapt.models.forms import InputCheck, bind_arguments
 from adapt.models.program import Program, ValueSpec, spec_from_plain, spec_to_plain
 from adapt.models.structure import Leaf, Node, Structure, count_leaves, flatten, from_plain, to_plain, unflatten
 from adapt.models.tensorfile import canonical_json, parse_json
+
+
+def interface_digest(text: str) -> str:
+    """What tells the interfaces of two versions apart: of the text that `to_json` wrote."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

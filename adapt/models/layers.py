@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 from adapt.errors import ConfigError
 from adapt.models.cut import legal_cuts
-from adapt.models.program import Graph, Operator, Program, ValueRef, WeightRef, operator_references
+from adapt.models.program import Graph, Operator, Program, TensorSpec, ValueRef, WeightRef, operator_references
 from adapt.planning.model import RAW, CodecProfile, LayerProfile, ModelProfile
+
+WEIGHTS_PER_S, ELEMENTS_PER_S = 5e9, 5e8  # of a plain core, for estimates
+
+
+def estimated_costs_s(program: Program) -> list[float]:
+    """Seconds of each operator for a batch of 1, for whoever cannot measure: each weight is used once for each output that it belongs to
+    (exact for products and convolutions), and whatever is made is written. Good for comparing operators, not for predicting seconds."""
+    graph = program.graph
+    costs_s = []
+    for operator in graph.operators:
+        made = [graph.values[index] for index in operator.outputs if index is not None]
+        elements = sum(math.prod(spec.shape_at(1)) for spec in made if isinstance(spec, TensorSpec))
+        shapes = [graph.weights[ref.index].stored.shape for ref in operator_references(operator) if isinstance(ref, WeightRef)]
+        uses = sum(math.prod(shape[1:]) * elements for shape in shapes if len(shape) > 1)
+        costs_s.append(uses / WEIGHTS_PER_S + elements / ELEMENTS_PER_S)
+    return costs_s
 
 
 def profile_model(

@@ -164,6 +164,7 @@ class InferRequest(Struct, frozen=True, kw_only=True):
     deployment: Named
     version: Natural  # 0 until `Accepted` has named it
     program: Named | None  # None until `Accepted` has named it; another program never answers
+    interface: Named = ""  # digest of the inputs and outputs that the client knows; a version with others never answers. "": any
     budget_s: Seconds  # time left
     numerics: Text  # "exact" (one numeric class for the whole request) or "close"
     leaves: Leaves
@@ -235,6 +236,14 @@ class ProgramSource(Struct, frozen=True, kw_only=True):
     operator_costs_s: Annotated[list[Seconds], msgspec.Meta(max_length=1 << 20)]
 
 
+class CanarySource(Struct, frozen=True, kw_only=True):
+    """A file of canaries (see models/canaries.py) that the client has made beside its program, and offers for `Fetch`."""
+
+    file: Sha256
+    file_bytes: Natural
+    tolerance: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]  # where bits cannot agree: of the largest magnitude of an output
+
+
 class Deploy(Struct, frozen=True, kw_only=True):
     """Client -> dispatcher: make a model available. Exactly one of `named` and `uploaded` is given."""
 
@@ -247,6 +256,17 @@ class Deploy(Struct, frozen=True, kw_only=True):
     numerics: Text
     named: NamedSource | None = None
     uploaded: ProgramSource | None = None
+    version: Natural = 0  # above all that there were; 0: the next
+    canaries: CanarySource | None = None  # only with `uploaded`
+
+
+class Rollback(Struct, frozen=True, kw_only=True):
+    """Client -> dispatcher: deploy once more, as the next version, what an earlier version of this deployment was. Answered as `Deploy` is."""
+
+    KIND: ClassVar[bytes] = b"RO"
+    call: Natural
+    name: Name
+    version: Natural = 0  # which; 0: the one before the present one
 
 
 class StagePlace(Struct, frozen=True, kw_only=True):
@@ -270,6 +290,8 @@ class DeploymentRecord(Struct, frozen=True, kw_only=True):
     numerics: Text
     stages: list[StagePlace]
     interface: Annotated[str, msgspec.Meta(max_length=1 << 20)]
+    again: Natural = 0  # the earlier version that this one repeats; 0: none
+    earlier: list[Natural] = []  # versions that can be rolled back to, newest last
     arithmetic: Text = "contiguous"  # what its program adds to the numeric class of results: "contiguous", or what was changed to be faster
 
 
@@ -392,6 +414,16 @@ class RequestRecord(Struct, frozen=True, kw_only=True):
     attempts: Natural  # so far, over all stages
 
 
+class ModelFileRecord(Struct, frozen=True, kw_only=True):
+    """A file under --models-dir that is, or should be, a deployment, as users see it."""
+
+    file: Text
+    deployment: Text
+    state: Text  # "waiting" (it changes still), "deploying", "deployed", "failed"
+    version: Natural  # that was made of it last; 0: none
+    reason: Text = ""  # why it failed
+
+
 class StatusReport(Struct, frozen=True, kw_only=True):
     """Dispatcher -> client: workers, deployments and counters, and the oldest requests. Counter names carry units."""
 
@@ -403,6 +435,7 @@ class StatusReport(Struct, frozen=True, kw_only=True):
     deployments: list[DeploymentRecord]
     counters: dict[str, float]
     requests: list[RequestRecord] = []  # the oldest first, not all
+    files: list[ModelFileRecord] = []  # under --models-dir
 
 
 # ── tasks: dispatcher and worker ─────────────────────────────────────────────────────────────────────────────────────
@@ -627,7 +660,7 @@ class ArtifactMissing(Struct, frozen=True, kw_only=True):
 
 ToDispatcher: TypeAlias = (
     WorkerHello | ClientHello | Attach | Goodbye
-    | InferRequest | ReplyAck | CancelRequest | Deploy | Profile | CancelCall | Undeploy | StatusQuery
+    | InferRequest | ReplyAck | CancelRequest | Deploy | Rollback | Profile | CancelCall | Undeploy | StatusQuery
     | Begun | StageDone | StageFailed | StageCancelled | Heartbeat | Draining
     | StageLoaded | LoadFailed | Fetch | ArtifactPiece | ArtifactMissing
     | ProfileProgress | ProgramProfiled | ProfileFailed | LinkEcho

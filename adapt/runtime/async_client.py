@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from adapt.errors import ConnectError
+from adapt.models.canaries import TOLERANCE as CANARY_TOLERANCE
 from adapt.planning.model import ModelProfile
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import RequestId
@@ -133,6 +134,9 @@ class AsyncClient:
         model_args: Mapping[str, Any] | None = None,
         input_shape: Sequence[int] | None = None,
         name: str | None = None,
+        version: int | None = None,
+        canaries: Sequence[Any] | None = None,
+        canary_tolerance: float = CANARY_TOLERANCE,
         timeout_s: float = DEPLOY_TIMEOUT_S,
         progress: Told | bool = False,
     ) -> AsyncModel:
@@ -160,6 +164,9 @@ class AsyncClient:
             model_args=model_args,
             input_shape=input_shape,
             name=name,
+            version=version,
+            canaries=canaries,
+            canary_tolerance=canary_tolerance,
         )
         told = calls.teller(_on_loop(progress) if callable(progress) else progress)
         call = await asyncio.to_thread(order.call, told) if order.is_exported_here else order.call(told)
@@ -197,6 +204,15 @@ class AsyncClient:
     async def model(self, name: str) -> AsyncModel:
         """A model that somebody has deployed under this name. Raises UnknownModelError, with the names there are."""
         return AsyncModel(self, calls.record_of(name, await self.status()))
+
+    async def rollback(
+        self, name: str, *, version: int | None = None, timeout_s: float = DEPLOY_TIMEOUT_S, progress: Told | bool = False
+    ) -> AsyncModel:
+        """Deploy an earlier version again, as the next one. Arguments and errors are those of `Client.rollback`."""
+        check_seconds("timeout_s", timeout_s)
+        told = calls.teller(_on_loop(progress) if callable(progress) else progress)
+        call = Call(calls.rollback_to(name, await self.status(), version), progress=calls.without_share(told))
+        return AsyncModel(self, (await self._answer(call, timeout_s)).deployment)
 
     async def undeploy(self, name: str) -> None:
         """Take no new requests for a deployment; it is unloaded when its last request has ended. Raises UnknownModelError."""

@@ -1,7 +1,7 @@
-"""Exports a model that the operator named, in a child process: the dispatcher itself never imports torch.
+"""Exports a model that the operator named or put into a file, in a child process: the dispatcher itself never imports torch.
 
 The program is written into a folder of its own beside the others and moved among them when it is whole, so that a killed child leaves
-nothing behind. `build` is the dispatcher's half and imports no room with torch; the child's half does, inside its function. See child.py
+nothing behind. `build` and `build_file` are the dispatcher's half and import no room with torch; the child's half does, inside its function. See child.py
 for how the two talk.
 """
 
@@ -41,12 +41,14 @@ class BuiltProgram:
     Attributes:
         path: `<directory>/<digest>.safetensors`.
         operator_costs_s: seconds of each operator here, at one thread, for a batch of 1.
+        canaries: a file in the store beside it, if there are any.
     """
 
     path: Path
     digest: Digest
     file_bytes: int
     operator_costs_s: list[float]
+    canaries: Digest | None = None
 
 
 # --- the dispatcher's half --------------------------------------------------------------------------------------------
@@ -92,17 +94,39 @@ async def build(
         "optimize": source.optimize,
         "directory": str(staging),
     }
+    return await _ask(request, staging, directory, source.model, timeout_s, progress)
+
+
+async def build_file(file: Path, *, directory: Path, timeout_s: float) -> BuiltProgram:
+    """The program in a file that nobody writes to: of a `.pt2` (which is code), exported in a child process, with its example inputs as a
+    canary; a program itself, timed there.
+
+    Args:
+        directory: where the program is stored.
+
+    Raises:
+        ExportError: it holds no model that can be turned into stages, or the child died or took too long.
+        WireError: it should be a program, and is broken.
+    """
+    staging = _staging(directory)
+    return await _ask({"file": str(file), "directory": str(staging)}, staging, directory, file.name, timeout_s, None)
+
+
+async def _ask(
+    request: dict[str, Any], staging: Path, directory: Path, what: str, timeout_s: float, progress: Callable[[str], None] | None
+) -> BuiltProgram:
+    """What the child makes of it, in `directory`."""
     try:
         async with asyncio.timeout(timeout_s):
             built = await ask(
                 "adapt.runtime.builder",
                 request,
-                about=f"the export of {source.model}",
+                about=f"the export of {what}",
                 progress=None if progress is None else lambda step, _: progress(step),
             )
         return _store(built, staging, directory)
     except TimeoutError:
-        raise ExportError(f"the export of {source.model} took longer than {timeout_s:g} s and was ended") from None
+        raise ExportError(f"the export of {what} took longer than {timeout_s:g} s and was ended") from None
     finally:
         await asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True)  # a thread: the file may have gigabytes
 
@@ -155,7 +179,11 @@ def _store(built: dict[str, Any], staging: Path, directory: Path) -> BuiltProgra
     digest, file_bytes = Digest(built["digest"]), int(built["file_bytes"])
     path = directory / f"{digest}.safetensors"
     os.replace(staging / path.name, path)  # the same file system, and the file has been synced
-    return BuiltProgram(path, digest, file_bytes, [float(cost) for cost in built["operator_costs_s"]])
+    canaries = None
+    if built.get("canaries") is not None:
+        canaries = Digest(built["canaries"])
+        os.replace(staging / f"{canaries}.safetensors", directory / f"{canaries}.safetensors")
+    return BuiltProgram(path, digest, file_bytes, [float(cost) for cost in built["operator_costs_s"]], canaries)
 
 
 def _export(request: dict[str, Any], say: Progress) -> dict[str, Any]:
@@ -171,6 +199,8 @@ def _export(request: dict[str, Any], say: Progress) -> dict[str, Any]:
 
     devices.share_one_heap()  # as the workers do, for whom operators are timed here
     torch.set_num_threads(1)
+    if "file" in request:
+        return _export_file(Path(request["file"]), Path(request["directory"]), say)
     weights = request["weights"]
     say(f"building {request['model']}", None)
     named = build_named_model(
@@ -185,6 +215,28 @@ def _export(request: dict[str, Any], say: Progress) -> dict[str, Any]:
     if exported.deviation:
         say(f"optimized {request['model']}: answers deviate by {exported.deviation:.1e} of the largest number in them", None)
     return {"digest": exported.digest, "file_bytes": exported.file_bytes, "operator_costs_s": exported.operator_costs_s}
+
+
+def _export_file(file: Path, directory: Path, say: Progress) -> dict[str, Any]:
+    """The child's half of `build_file`."""
+    from adapt.models.canaries import TOLERANCE
+    from adapt.models.export import export_file
+    from adapt.models.profiler import profile_file
+    from adapt.models.program import read_program
+    from adapt.models.rehearsal import rehearse
+
+    if file.suffix != ".pt2":
+        say(f"profiling {file.name}", None)
+        digest = read_program(file).digest
+        shutil.copyfile(file, path := directory / f"{digest}.safetensors")
+        return {"digest": digest, "file_bytes": path.stat().st_size, "operator_costs_s": profile_file(path)}
+    say(f"exporting and profiling {file.name}", None)
+    exported, module, args = export_file(file, directory=directory)
+    canaries = None
+    if args is not None:
+        canaries = rehearse(module, exported.path, [args], directory=directory, tolerance=TOLERANCE)[1]
+    costs_s = exported.operator_costs_s
+    return {"digest": exported.digest, "file_bytes": exported.file_bytes, "operator_costs_s": costs_s, "canaries": canaries}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from adapt.config import check_address, dispatcher_address
 from adapt.errors import ConfigError, ConnectError, ExportError, ExportUnavailableError, UnknownModelError
+from adapt.models.canaries import TOLERANCE as CANARY_TOLERANCE
 from adapt.models.program import check_optimize
 from adapt.protocol import messages as msg
 from adapt.protocol.codecs import resolve_codec
@@ -54,6 +55,9 @@ class DeployOrder:
     model_args: Mapping[str, Any] | None
     input_shape: Sequence[int] | None
     name: str | None
+    version: int | None
+    canaries: Sequence[Any] | None
+    canary_tolerance: float
 
     def __post_init__(self) -> None:
         resolve_codec(self.codec, self.tolerance)
@@ -62,13 +66,15 @@ class DeployOrder:
         check_optimize(self.optimize)
         stage_count(self.stages)
         deployment_name(self.model, self.name)
+        version_number(self.version)
+        check_canaries(self.canaries, self.canary_tolerance)
         if not self.is_exported_here and self.example_inputs is not None:
             raise ConfigError("example_inputs are for modules; give a named model its input_shape")
 
     @property
     def is_exported_here(self) -> bool:
         """Whether `call` takes its time, and torch."""
-        return not isinstance(self.model, str) or _is_local_file(self.weights)
+        return not isinstance(self.model, str) or _is_local_file(self.weights) or self.canaries is not None
 
     def call(self, told: Told | None) -> Call:
         """The question to the dispatcher. What was exported for it lies in a folder that goes with it.
@@ -78,14 +84,14 @@ class DeployOrder:
         """
         source = self._source()
         if not self.is_exported_here:
-            return Call(self._message(named=source), progress=_without_share(told))
+            return Call(self._message(named=source), progress=without_share(told))
         if told is not None:
             told("exporting the model in this process")
         directory = tempfile.mkdtemp(prefix="adapt-export-")
         try:
             with _exporting:
-                uploaded, path = _export(self.model, self.example_inputs, source, Path(directory))
-            call = Call(self._message(uploaded=uploaded), progress=_without_share(told), offered=(Digest(uploaded.program), path))
+                uploaded, canaries, files = _export(self, source, Path(directory), told)
+            call = Call(self._message(uploaded=uploaded, canaries=canaries), progress=without_share(told), offered=files)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -103,7 +109,13 @@ class DeployOrder:
             optimize=self.optimize,
         )
 
-    def _message(self, *, named: msg.NamedSource | None = None, uploaded: msg.ProgramSource | None = None) -> msg.Deploy:
+    def _message(
+        self,
+        *,
+        named: msg.NamedSource | None = None,
+        uploaded: msg.ProgramSource | None = None,
+        canaries: msg.CanarySource | None = None,
+    ) -> msg.Deploy:
         return msg.Deploy(
             call=0,
             name=deployment_name(self.model, self.name),
@@ -113,6 +125,8 @@ class DeployOrder:
             numerics=self.numerics or "auto",
             named=named,
             uploaded=uploaded,
+            version=self.version or 0,
+            canaries=canaries,
         )
 
 
@@ -173,25 +187,35 @@ class ProfileOrder:
             model_args=model_args,
             input_shape=input_shape,
             name=None,
+            version=None,
+            canaries=None,
+            canary_tolerance=CANARY_TOLERANCE,
         )
         return cls(model=order, device_class=device_class, repetitions=repetitions, again=again)
 
 
-def _without_share(told: Told | None) -> ToldShare | None:
+def without_share(told: Told | None) -> ToldShare | None:
     return None if told is None else lambda words, share: told(words)
 
 
-def _export(model: Any, example_inputs: Sequence[Any] | None, source: msg.NamedSource, directory: Path) -> tuple[msg.ProgramSource, Path]:
-    """Build if need be, and export into `directory`. The only place of a client that needs torch."""
+def _export(
+    order: DeployOrder, source: msg.NamedSource, directory: Path, told: Told | None
+) -> tuple[msg.ProgramSource, msg.CanarySource | None, dict[Digest, Path]]:
+    """Build if need be, and export into `directory`, with canaries if there are any; what has been written, by digest.
+
+    The only place of a client that needs torch."""
+    model: Any = order.model
+    example_inputs = order.example_inputs
     try:
         import torch
 
-        from adapt.models.export import export_module
+        from adapt.models.export import export_module, inference_copy
+        from adapt.models.rehearsal import rehearse
         from adapt.models.sources import build_named_model
     except ImportError as error:
         raise ExportUnavailableError(f"this process has no torch to export the model with: {error}") from None
     if isinstance(model, str):
-        weights = None if source.weights is None else Path(source.weights)
+        weights = Path(source.weights) if source.weights is not None and _is_local_file(source.weights) else source.weights
         named = build_named_model(model, weights=weights, seed=source.seed, model_args=source.model_args, input_shape=source.input_shape)
         model, example_inputs = named.module, (named.example_input,)
     elif not isinstance(model, torch.nn.Module):
@@ -206,7 +230,16 @@ def _export(model: Any, example_inputs: Sequence[Any] | None, source: msg.NamedS
         example_inputs = (example_inputs,)  # else its batch would be taken for the arguments
     exported = export_module(model, tuple(example_inputs), directory=directory, optimize=source.optimize)
     uploaded = msg.ProgramSource(program=exported.digest, file_bytes=exported.file_bytes, operator_costs_s=list(exported.operator_costs_s))
-    return uploaded, Path(exported.path)
+    files = {Digest(exported.digest): Path(exported.path)}
+    if order.canaries is None:
+        return uploaded, None, files
+    if told is not None:
+        told("running the canaries in this process")
+    path, digest, file_bytes = rehearse(
+        inference_copy(model), exported.path, order.canaries, directory=directory, tolerance=order.canary_tolerance
+    )
+    files[Digest(digest)] = path
+    return uploaded, msg.CanarySource(file=digest, file_bytes=file_bytes, tolerance=order.canary_tolerance), files
 
 
 def _is_local_file(weights: str | os.PathLike[str] | None) -> bool:
@@ -219,6 +252,40 @@ def stage_count(stages: int | str) -> int:
     if isinstance(stages, int) and not isinstance(stages, bool) and stages >= 1:
         return stages
     raise ConfigError(f"stages={stages!r}: expected a number of at least 1, or 'auto'")
+
+
+def version_number(version: int | None) -> int:
+    """0 for the next."""
+    if version is None:
+        return 0
+    if isinstance(version, int) and not isinstance(version, bool) and 1 <= version < 1 << 63:
+        return version
+    raise ConfigError(f"version={version!r}: expected a number of at least 1, or None for the next")
+
+
+def check_canaries(canaries: Sequence[Any] | None, tolerance: float) -> None:
+    """Raises ConfigError unless they may be inputs, and the tolerance is one."""
+    if canaries is not None and (isinstance(canaries, str | bytes) or not hasattr(canaries, "__len__") or len(canaries) == 0):
+        raise ConfigError(f"canaries={type(canaries).__name__}: expected a list of inputs, at least one")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0.0 <= tolerance <= 1.0:
+        raise ConfigError(f"canary_tolerance={tolerance!r}: expected a share from 0 to 1")
+
+
+def rollback_to(name: str, report: msg.StatusReport, version: int | None) -> msg.Rollback:
+    """What asks for an earlier version: that one, or the one before the present.
+
+    Raises:
+        UnknownModelError: no deployment has this name.
+        ConfigError: that version is not kept, or none is.
+    """
+    version_number(version)
+    earlier = record_of(name, report).earlier
+    if not earlier:
+        raise ConfigError(f"no earlier version of {name} is kept; the dispatcher's --keep-versions says how many are")
+    chosen = earlier[-1] if version is None else version
+    if chosen not in earlier:
+        raise ConfigError(f"version={chosen}: version {' and '.join(map(str, earlier))} of {name} can be rolled back to")
+    return msg.Rollback(call=0, name=name, version=chosen)
 
 
 def deployment_name(model: Any, name: str | None) -> str:

@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from adapt.models.canaries import TOLERANCE as CANARY_TOLERANCE
 from adapt.planning.model import ModelProfile
 from adapt.protocol import messages as msg
 from adapt.runtime import calls
@@ -94,6 +95,9 @@ class Client:
         model_args: Mapping[str, Any] | None = None,
         input_shape: Sequence[int] | None = None,
         name: str | None = None,
+        version: int | None = None,
+        canaries: Sequence[Any] | None = None,
+        canary_tolerance: float = CANARY_TOLERANCE,
         timeout_s: float = DEPLOY_TIMEOUT_S,
         progress: Told | bool = False,
     ) -> Model:
@@ -115,7 +119,14 @@ class Client:
             seed: of random weights, as `torch.manual_seed(seed)` before the constructor.
             model_args: further arguments of the model's constructor, such as num_classes.
             input_shape: of one input, with its batch or, for images, without; where it differs from the usual (1, 3, 224, 224).
-            name: of the deployment; by default the model's. Deploying under a name again replaces it once the new one is ready.
+            name: of the deployment; by default the model's. Deploying under a name again replaces it: the new version is loaded beside
+                the old one, takes the requests that come from when it is ready, and the old one is unloaded when its last has ended.
+            version: its number, above all that there were; by default the next.
+            canaries: inputs (tuples of them for a model with several), at most 16. The model is then exported in this process, which also
+                computes what comes out and what goes from stage to stage. Every worker has to come to the same before the version takes
+                a request: bit for bit behind lossless codecs in the numeric class of this machine's processor with one thread, elsewhere
+                within `canary_tolerance`. If it does not, this raises CanaryError, and the version before goes on as if nothing were.
+            canary_tolerance: the largest deviation of an output, as a share of its largest magnitude.
             timeout_s: the longest wait.
             progress: called with a few words at each step, on a thread of the client's own; True: they are printed on standard error.
 
@@ -124,6 +135,7 @@ class Client:
             ExportError: the model cannot be exported; the message says why and what to do.
             ExportUnavailableError: it would have to be exported where torch is missing.
             PlanError: more stages than the model allows, no workers, or none with memory for a stage.
+            CanaryError: workers came to something else than this process; says which canary, at which stage, on whom.
             ConfigError: an option is impossible.
             ConnectError: no answer within `timeout_s`.
         """
@@ -141,6 +153,9 @@ class Client:
             model_args=model_args,
             input_shape=input_shape,
             name=name,
+            version=version,
+            canaries=canaries,
+            canary_tolerance=canary_tolerance,
         )
         call = order.call(calls.teller(progress))
         return Model(self, self._answer(call, timeout_s).deployment)
@@ -191,6 +206,24 @@ class Client:
         """A model that somebody has deployed under this name. Raises UnknownModelError, with the names there are."""
         return Model(self, calls.record_of(name, self.status()))
 
+    def rollback(
+        self, name: str, *, version: int | None = None, timeout_s: float = DEPLOY_TIMEOUT_S, progress: Told | bool = False
+    ) -> Model:
+        """Deploy an earlier version again, as the next one: loaded beside the present one, tried on its canaries, and then switched to.
+
+        Args:
+            version: one of `model.record.earlier`; by default the one before the present one. A second roll-back returns from the first.
+            timeout_s, progress: as for `deploy`.
+
+        Raises:
+            UnknownModelError: no deployment has this name.
+            ConfigError: no such version is kept.
+            PlanError, CanaryError, ConnectError: as for `deploy`.
+        """
+        check_seconds("timeout_s", timeout_s)
+        call = Call(calls.rollback_to(name, self.status(), version), progress=calls.without_share(calls.teller(progress)))
+        return Model(self, self._answer(call, timeout_s).deployment)
+
     def undeploy(self, name: str) -> None:
         """Take no new requests for a deployment; it is unloaded when its last request has ended. Raises UnknownModelError."""
         self._answer(Call(msg.Undeploy(call=0, name=name)), CALL_TIMEOUT_S)
@@ -231,7 +264,8 @@ async def _nothing() -> None:
 class Model(Handle):
     """A deployed model. Call it as the module it was made of.
 
-    It answers for the program that it was made for: when another one is deployed under its name, requests end in UnknownModelError.
+    It asks whatever version is the present one, as long as that has the inputs and outputs that it was made for; with one that has others,
+    requests end in InputMismatchError, and `client.model(name)` gives a new handle.
 
     Attributes:
         record: name, version, stages with their workers, as they were when this handle was made.

@@ -18,7 +18,7 @@ import os
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from functools import partial
@@ -117,16 +117,16 @@ class Call:
 
     def __init__(
         self,
-        message: msg.Deploy | msg.Profile | msg.Undeploy | msg.StatusQuery,
+        message: msg.Deploy | msg.Rollback | msg.Profile | msg.Undeploy | msg.StatusQuery,
         *,
         progress: Callable[[str, float | None], None] | None = None,
-        offered: tuple[Digest, Path] | None = None,
+        offered: Mapping[Digest, Path] | None = None,
     ) -> None:
         """Args:
         progress: is told what is being done, and the share of it that is done, if that is known.
-        offered: a program that the dispatcher may fetch until the answer has come.
+        offered: files that the dispatcher may fetch until the answer has come.
         """
-        self.message, self.progress, self.offered = message, progress, offered
+        self.message, self.progress, self.offered = message, progress, dict(offered or {})
         self.future: Future[Any] = Future()
         self.times_asked = 0
 
@@ -399,10 +399,10 @@ class Conversation:
             self._callbacks.post(work)
 
     def _serve_piece(self, fetch: msg.Fetch) -> None:
-        """Give a piece of a program that is being deployed."""
+        """Give a piece of a program that is being deployed, or of its canaries."""
         for call in self._calls.values():
-            if call.offered is not None and call.offered[0] == fetch.artifact:
-                with contextlib.suppress(OSError), open(call.offered[1], "rb") as file:
+            if (path := call.offered.get(Digest(fetch.artifact))) is not None:
+                with contextlib.suppress(OSError), open(path, "rb") as file:
                     data = os.pread(file.fileno(), fetch.length, fetch.offset)
                     piece = msg.ArtifactPiece(artifact=fetch.artifact, offset=fetch.offset, file_bytes=os.fstat(file.fileno()).st_size)
                     self._link.send(piece, (Blob.of(data),))

@@ -1,14 +1,14 @@
-"""A client's deployments under way: get the program, cut it, place it, wait until its stages are resident, say so. And its profiles: get the
-program, have it measured on a worker of each kind.
+"""Deployments under way: get the program, cut it, place it, wait until its stages are resident and its canaries have come out right, say so.
+And clients' profiles: get the program, have it measured on a worker of each kind.
 
-Each runs as a background task that talks to the rest of the dispatcher by events alone; it ends with its client's session.
+A client's runs as a background task that talks to the rest of the dispatcher by events alone; it ends with its client's session.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,17 +17,22 @@ from typing import Protocol
 
 from adapt.clock import Clock
 from adapt.config import counted
-from adapt.errors import AdaptError, ConfigError, PlanError
+from adapt.errors import AdaptError, CanaryError, ConfigError, PlanError
+from adapt.models.canaries import FILE_LIMIT_BYTES, TOLERANCE, KnownCanaries, check_fits, deviation, read_canaries
+from adapt.models.interface import interface_digest
 from adapt.models.layers import completed
 from adapt.models.program import read_program
 from adapt.planning.placement import Plan, WorkerOffer
+from adapt.protocol import codecs
 from adapt.protocol import messages as msg
+from adapt.protocol.codecs import TensorHeader
 from adapt.protocol.ids import ClientId, Digest, WorkerId
 from adapt.protocol.wire import Blob
 from adapt.runtime import builder
 from adapt.runtime.artifacts import ArtifactStore, Download
-from adapt.runtime.deployments import Blueprint, CutModel, Deployments, ProfiledProgram, check, cut, first_plan, plan_freely
+from adapt.runtime.deployments import Blueprint, CutModel, Deployments, check, cut, first_plan, plan_freely
 from adapt.runtime.profiles import DeviceKind, KeptProfile, Profilers, ProfileStore, chosen, combined, form_of, kinds_of, known_costs
+from adapt.runtime.recipes import CanaryFile, ProfiledProgram, Recipe
 from adapt.scheduling import events as ev
 from adapt.scheduling.links import Link
 
@@ -36,6 +41,7 @@ log = logging.getLogger(__name__)
 FIRST_WORKER_S = 30.0  # how long a deployment waits for a first worker
 STEP_LENGTH = 200  # characters of what a progress line says
 BUILD_TIMEOUT_S = 600.0
+OUTPUT_LIMIT_BYTES = 1 << 30  # of a canary
 
 
 class Surroundings(Protocol):
@@ -62,6 +68,15 @@ class _Call:
     download: Download | None = None
 
 
+@dataclass(slots=True)
+class _Loading:
+    """A version that is to become ready."""
+
+    settled: asyncio.Future[None]
+    known: KnownCanaries | None
+    tolerance: float
+
+
 class Deployer:
     """See the head of this file. Lives on the dispatcher's loop."""
 
@@ -80,9 +95,11 @@ class Deployer:
         self._profiles, self.profilers = profiles, Profilers(surroundings.to_worker)
         self._models_dir, self._threads, self._clock = models_dir, threads, clock
         self._calls: dict[tuple[ClientId, int], _Call] = {}
-        self._waiting: dict[tuple[str, int], asyncio.Future[None]] = {}  # versions that are loading
+        self._loading: dict[tuple[str, int], _Loading] = {}
+        self._judging: set[asyncio.Task[None]] = set()
+        self._planning = asyncio.Lock()  # from reading what workers offer until the scheduler knows what was planned with that
 
-    def begin(self, client_id: ClientId, order: msg.Deploy | msg.Profile) -> None:
+    def begin(self, client_id: ClientId, order: msg.Deploy | msg.Rollback | msg.Profile) -> None:
         """Start work; its answer goes to the client."""
         name = f"{type(order).__name__.lower()} {order.name}"
         task = asyncio.get_running_loop().create_task(self._answer(client_id, order), name=name)
@@ -103,12 +120,26 @@ class Deployer:
 
     def settled(self, version: ev.Version, error: AdaptError | None) -> None:
         """The scheduler says that the version is ready, or why it never will be."""
-        waiting = self._waiting.get((version.deployment, version.number))
-        if waiting is not None and not waiting.done():
+        loading = self._loading.get((version.deployment, version.number))
+        if loading is not None and not loading.settled.done():
             if error is None:
-                waiting.set_result(None)
+                loading.settled.set_result(None)
             else:
-                waiting.set_exception(error)
+                loading.settled.set_exception(error)
+
+    def judge(self, action: ev.JudgeCanary) -> None:
+        """Compare a canary's output with what is expected, beside the loop; then the scheduler is told."""
+        loading = self._loading.get((action.version.deployment, action.version.number))
+        if loading is None or loading.known is None:  # nobody waits for it any more
+            return
+        task = asyncio.get_running_loop().create_task(self._judge(action, loading.known, loading.tolerance), name="judge canary")
+        self._judging.add(task)
+        task.add_done_callback(self._judging.discard)
+
+    async def _judge(self, action: ev.JudgeCanary, known: KnownCanaries, tolerance: float) -> None:
+        error = await asyncio.to_thread(judge, action, known, tolerance)
+        version = action.version
+        self._around.tell(ev.CanaryJudged(deployment=version.deployment, number=version.number, run=action.run, error=error))
 
     def piece_came(self, client_id: ClientId, message: msg.ArtifactPiece, blob: Blob) -> None:
         for download in self._downloads(client_id, message.artifact):
@@ -119,7 +150,7 @@ class Deployer:
             download.missing()
 
     async def close(self) -> None:
-        tasks = [call.task for call in self._calls.values()]
+        tasks = [*(call.task for call in self._calls.values()), *self._judging]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -128,15 +159,16 @@ class Deployer:
         downloads = [call.download for key, call in self._calls.items() if key[0] == client_id]
         return [download for download in downloads if download is not None and download.digest == artifact]
 
-    async def _answer(self, client_id: ClientId, order: msg.Deploy | msg.Profile) -> None:
-        what = "deployment" if isinstance(order, msg.Deploy) else "profile"
+    async def _answer(self, client_id: ClientId, order: msg.Deploy | msg.Rollback | msg.Profile) -> None:
+        what = "profile" if isinstance(order, msg.Profile) else "deployment"
         answer: msg.Deployed | msg.Profiled
         try:
             with self._deployments.under_way():
-                if isinstance(order, msg.Deploy):
-                    answer = await self._deploy(client_id, order)
-                else:
+                if isinstance(order, msg.Profile):
                     answer = await self._profile(client_id, order)
+                else:
+                    bring_up = self._deploy(client_id, order) if isinstance(order, msg.Deploy) else self._roll_back(client_id, order)
+                    answer = msg.Deployed(call=order.call, deployment=await bring_up)
         except AdaptError as error:
             log.warning("%s failed", what, extra={"deployment": order.name, "reason": str(error)})
             self._fail(client_id, order, error)
@@ -146,60 +178,138 @@ class Deployer:
         else:
             self._around.to_client(client_id, answer)
 
-    def _fail(self, client_id: ClientId, order: msg.Deploy | msg.Profile, error: AdaptError) -> None:
+    def _fail(self, client_id: ClientId, order: msg.Deploy | msg.Rollback | msg.Profile, error: AdaptError) -> None:
         code, message, fields = error.to_wire()
         self._around.to_client(client_id, msg.CallFailed(call=order.call, code=code, message=message, fields=fields))
 
-    async def _deploy(self, client_id: ClientId, deploy: msg.Deploy) -> msg.Deployed:
+    async def _deploy(self, client_id: ClientId, deploy: msg.Deploy) -> msg.DeploymentRecord:
         codec = check(deploy)
+        say = partial(self._progress, client_id, deploy.call)
+        if (record := self._is_present(deploy)) is not None:
+            return record
+        self._deployments.check_number(deploy.name, deploy.version)
         program = await self._program(client_id, deploy)
-        made = {program.digest}  # files that are of no use if this comes to nothing
         try:
-            version = await self._plan(client_id, deploy, codec, program, made)
+            canaries = await self._canaries(client_id, deploy)
+        except BaseException:
+            self._deployments.discard([program.digest])
+            raise
+        recipe = Recipe(
+            number=deploy.version,
+            stages=deploy.stages,
+            codec=codec,
+            tolerance=deploy.tolerance,
+            numerics=deploy.numerics,
+            program=program,
+            canaries=canaries,
+        )
+        return await self.bring_up(deploy.name, recipe, say)
+
+    def _is_present(self, deploy: msg.Deploy) -> msg.DeploymentRecord | None:
+        """What the client asks for once more, having lost the answer."""
+        present = self._deployments.present(deploy.name)
+        if not deploy.version or deploy.uploaded is None or present is None:
+            return None
+        is_same = (present.number, present.program.digest) == (deploy.version, deploy.uploaded.program)
+        return self._deployments.record(self._around.version(deploy.name, present.number)) if is_same else None
+
+    async def _roll_back(self, client_id: ClientId, rollback: msg.Rollback) -> msg.DeploymentRecord:
+        present = self._deployments.present(rollback.name)
+        if present is not None and rollback.version and rollback.version == present.again:  # asked once more: the answer was lost
+            return self._deployments.record(self._around.version(rollback.name, present.number))
+        number = rollback.version or next(reversed(self._deployments.earlier(rollback.name)), 0)
+        recipe = self._deployments.recipe(rollback.name, number)
+        return await self.bring_up(rollback.name, recipe.repeated(), partial(self._progress, client_id, rollback.call))
+
+    async def bring_up(self, name: str, recipe: Recipe, say: Callable[[str], None]) -> msg.DeploymentRecord:
+        """Make a version by a recipe whose files are in the store, load it beside the present one, try it, and switch to it.
+
+        To be called while `Deployments.under_way`.
+
+        Raises:
+            PlanError: no workers, or none with memory for a stage.
+            CanaryError: workers come to something else than the exporting process.
+            ConfigError: it may not have the number that its recipe wishes for.
+            AdaptError: it was withdrawn or replaced before it was ready, or cannot be loaded.
+        """
+        made = set(recipe.files)  # files that are of no use if this comes to nothing
+        try:
+            if not await self._around.offers(wait_s=FIRST_WORKER_S):
+                raise PlanError("no worker is connected; start one with: adapt-worker --dispatcher ADDRESS")
+            await self._planning.acquire()
         except BaseException:
             self._deployments.discard(made)
             raise
+        try:
+            version, loading = await self._begin(name, recipe, say, made)
+        finally:
+            self._planning.release()
+        await self._settled(version, loading)
+        log.info("deployed", extra={"deployment": name, "version": version.number, "stages": len(version.plan.stages)})
+        return self._deployments.record(self._around.version(version.deployment, version.number))
+
+    async def _begin(self, name: str, recipe: Recipe, say: Callable[[str], None], made: set[Digest]) -> tuple[ev.Version, _Loading]:
+        """Plan a version and hand it to the scheduler; or leave nothing behind."""
+        try:
+            version, model = await self._plan(name, recipe, say, made)
+        except BaseException:
+            self._deployments.discard(made)
+            raise
+        try:
+            known, canaries = await asyncio.to_thread(self._known, recipe, model)
+        except BaseException:
+            self._deployments.drop(version)
+            raise
         plan = version.plan
         workers = len({worker for place in plan.places for worker in place})
-        self._progress(client_id, deploy, f"loading {counted(len(plan.stages), 'stage')} on {counted(workers, 'worker')}")
-        await self._ready(version)
-        log.info("deployed", extra={"deployment": deploy.name, "version": version.number, "stages": len(plan.stages)})
-        record = self._deployments.record(self._around.version(version.deployment, version.number))
-        return msg.Deployed(call=deploy.call, deployment=record)
+        tried = f", to be tried on {counted(len(canaries), 'input')}" if canaries else ""
+        say(f"loading {counted(len(plan.stages), 'stage')} on {counted(workers, 'worker')}{tried}")
+        loading = _Loading(asyncio.get_running_loop().create_future(), known, _tolerance(recipe))
+        self._loading[version.deployment, version.number] = loading
+        self._around.tell(ev.VersionDeployed(version=version, canaries=canaries))
+        return version, loading
 
-    async def _plan(self, client_id: ClientId, deploy: msg.Deploy, codec: str, program: ProfiledProgram, made: set[Digest]) -> ev.Version:
+    def _known(self, recipe: Recipe, model: CutModel) -> tuple[KnownCanaries | None, tuple[ev.Canary, ...]]:
+        """The canaries of a recipe, and what has to come of them stage by stage. Blocks. Raises WireError: they are not for this program."""
+        if recipe.canaries is None:
+            return None, ()
+        known = read_canaries(self._store.path(recipe.canaries.digest))
+        graph = read_program(self._store.path(recipe.program.digest), verify=False).graph
+        check_fits(known, recipe.program.digest, graph)
+        return known, tuple(to_event(known, number, model.leaving, model.value_count) for number in range(len(known.canaries)))
+
+    async def _plan(self, name: str, recipe: Recipe, say: Callable[[str], None], made: set[Digest]) -> tuple[ev.Version, CutModel]:
         """Cut the program and place its stages. Adds to `made` what it writes."""
-        self._progress(client_id, deploy, "cutting the model into stages")
-        if not (offers := await self._around.offers(wait_s=FIRST_WORKER_S)):
-            raise PlanError("no worker is connected; start one with: adapt-worker --dispatcher ADDRESS")
+        say("cutting the model into stages")
         try:
-            model, plan = await self._placed(deploy, program, offers, made)
+            model, plan = await self._placed(name, recipe, await self._around.offers(wait_s=0.0), made)
         except PlanError:  # then copies of other stages give way
-            model, plan = await self._placed(deploy, program, await self._around.offers(wait_s=0.0, with_copies=True), made)
+            model, plan = await self._placed(name, recipe, await self._around.offers(wait_s=0.0, with_copies=True), made)
+        number = self._deployments.next_number(name, recipe.number)
         version = ev.Version(
-            deployment=deploy.name,
-            number=self._deployments.next_number(deploy.name),
+            deployment=name,
+            number=number,
             program=model.program,
-            codec=codec,
-            tolerance=deploy.tolerance,
-            exact=deploy.numerics == "exact",
+            codec=recipe.codec,
+            tolerance=recipe.tolerance,
+            exact=recipe.numerics == "exact",
             peak_ratio=model.peak_ratio,
+            interface=interface_digest(model.interface),
             arithmetic=model.arithmetic,
             plan=plan,
         )
-        self._deployments.put(version, Blueprint(model.interface, deploy.numerics, model.file_bytes))
-        return version
+        blueprint = Blueprint(model.interface, recipe.numerics, model.file_bytes, replace(recipe, number=number))
+        self._deployments.put(version, blueprint)
+        return version, model
 
-    async def _placed(
-        self, deploy: msg.Deploy, program: ProfiledProgram, offers: Sequence[WorkerOffer], made: set[Digest]
-    ) -> tuple[CutModel, Plan]:
-        if deploy.stages:
-            model = await asyncio.to_thread(cut, self._store, program, deploy.stages)
+    async def _placed(self, name: str, recipe: Recipe, offers: Sequence[WorkerOffer], made: set[Digest]) -> tuple[CutModel, Plan]:
+        if recipe.stages:
+            model = await asyncio.to_thread(cut, self._store, recipe.program, recipe.stages)
             made |= {need.artifact for need in model.stages}
             return model, first_plan(model, offers)
-        costs_s = await asyncio.to_thread(self._known_costs, program, self._around.device_kinds())
+        costs_s = await asyncio.to_thread(self._known_costs, recipe.program, self._around.device_kinds())
         model, plan = await asyncio.to_thread(
-            plan_freely, self._store, program, offers, name=deploy.name, costs_s=costs_s, links=self._around.links()
+            plan_freely, self._store, recipe.program, offers, name=name, costs_s=costs_s, links=self._around.links()
         )
         made |= {need.artifact for need in model.stages}
         return model, plan
@@ -209,18 +319,15 @@ class Deployer:
         kept = self._profiles.read(form_of(self._store.path(program.digest)))
         return known_costs(kept, kinds, len(program.operator_costs_s))
 
-    async def _ready(self, version: ev.Version) -> None:
-        """Hand the version to the scheduler and wait until every stage is resident, or raise what prevents it."""
-        key = (version.deployment, version.number)
-        self._waiting[key] = asyncio.get_running_loop().create_future()
-        self._around.tell(ev.VersionDeployed(version=version))
+    async def _settled(self, version: ev.Version, loading: _Loading) -> None:
+        """Wait until the version is ready, or raise what prevents it."""
         try:
-            await self._waiting[key]
+            await loading.settled
         except asyncio.CancelledError:
             self._around.tell(ev.VersionWithdrawn(deployment=version.deployment, number=version.number))
             raise
         finally:
-            del self._waiting[key]
+            del self._loading[version.deployment, version.number]
 
     # ── profiles ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -261,10 +368,10 @@ class Deployer:
                     path.stat().st_size,
                     replace(kind, workers=tuple(roomy)),
                     repetitions=order.repetitions,
-                    told=partial(self._progress, client_id, order),
+                    told=partial(self._progress, client_id, order.call),
                 )
             except PlanError as error:
-                self._progress(client_id, order, str(error))
+                self._progress(client_id, order.call, str(error))
                 failed = error
                 continue
             if len(costs_s) != len(program.operator_costs_s):
@@ -282,29 +389,86 @@ class Deployer:
 
     # ── what both need ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _program(self, client_id: ClientId, deploy: msg.Deploy | msg.Profile) -> ProfiledProgram:
+    async def _program(self, client_id: ClientId, order: msg.Deploy | msg.Profile) -> ProfiledProgram:
         """The program: built in a child process, or pulled from the client."""
-        if deploy.named is not None:
-            self._progress(client_id, deploy, f"exporting {deploy.named.model}")
+        if order.named is not None:
+            self._progress(client_id, order.call, f"exporting {order.named.model}")
             built = await builder.build(
-                deploy.named, directory=self._store.directory, models_dir=self._models_dir, timeout_s=BUILD_TIMEOUT_S
+                order.named, directory=self._store.directory, models_dir=self._models_dir, timeout_s=BUILD_TIMEOUT_S
             )
             return ProfiledProgram(Digest(built.digest), built.operator_costs_s)
-        assert deploy.uploaded is not None, "checked before"
-        digest, file_bytes = Digest(deploy.uploaded.program), deploy.uploaded.file_bytes
-        if not self._store.has(digest):
-            self._progress(client_id, deploy, f"receiving the program, {file_bytes / 1e6:.1f} MB")
-            download = Download(
-                self._store,
-                digest,
-                file_bytes,
-                send=lambda fetch: self._around.to_client(client_id, fetch),
-                threads=self._threads,
-                clock=self._clock,
-            )
-            self._calls[client_id, deploy.call].download = download
-            await download.run()
-        return ProfiledProgram(digest, deploy.uploaded.operator_costs_s)
+        assert order.uploaded is not None, "checked before"
+        digest, file_bytes = Digest(order.uploaded.program), order.uploaded.file_bytes
+        await self._pull(client_id, order.call, digest, file_bytes, f"receiving the program, {file_bytes / 1e6:.1f} MB")
+        return ProfiledProgram(digest, order.uploaded.operator_costs_s)
 
-    def _progress(self, client_id: ClientId, order: msg.Deploy | msg.Profile, step: str, share: float | None = None) -> None:
-        self._around.to_client(client_id, msg.Progress(call=order.call, step=step[:STEP_LENGTH], share=share))
+    async def _canaries(self, client_id: ClientId, deploy: msg.Deploy) -> CanaryFile | None:
+        if (source := deploy.canaries) is None:
+            return None
+        if source.file_bytes > FILE_LIMIT_BYTES:
+            raise ConfigError(f"canaries of {source.file_bytes} bytes; {FILE_LIMIT_BYTES} are allowed: give fewer, or smaller ones")
+        await self._pull(client_id, deploy.call, Digest(source.file), source.file_bytes, "receiving the canaries")
+        return CanaryFile(Digest(source.file), source.tolerance)
+
+    async def _pull(self, client_id: ClientId, call: int, digest: Digest, file_bytes: int, words: str) -> None:
+        if self._store.has(digest):
+            return
+        self._progress(client_id, call, words)
+        download = Download(
+            self._store,
+            digest,
+            file_bytes,
+            send=lambda fetch: self._around.to_client(client_id, fetch),
+            threads=self._threads,
+            clock=self._clock,
+        )
+        self._calls[client_id, call].download = download
+        await download.run()
+
+    def _progress(self, client_id: ClientId, call: int, step: str, share: float | None = None) -> None:
+        self._around.to_client(client_id, msg.Progress(call=call, step=step[:STEP_LENGTH], share=share))
+
+
+def _tolerance(recipe: Recipe) -> float:
+    return TOLERANCE if recipe.canaries is None else recipe.canaries.tolerance
+
+
+def to_event(known: KnownCanaries, number: int, leaving: Sequence[Sequence[int]], value_count: int) -> ev.Canary:
+    """What the scheduler has to know of a canary: its input as a client would send it, and each stage's digest."""
+    leaves: list[msg.Leaf] = []
+    blobs: list[Blob] = []
+    for leaf in known.canaries[number].inputs:
+        if isinstance(leaf, int):
+            leaves.append(leaf)
+        else:
+            header, payload = codecs.encode(leaf[1], dtype=leaf[0])
+            leaves.append(header)
+            blobs.append(Blob.of(payload))
+    digests = known.stage_digests(number, leaving, value_count)
+    return ev.Canary(input=ev.Activation(leaves, tuple(blobs)), numeric_class=known.numeric_class, digests=digests)
+
+
+def judge(action: ev.JudgeCanary, known: KnownCanaries, tolerance: float) -> CanaryError | None:
+    """Why a canary's output is not what it should be. Blocks for as long as its decoding takes."""
+    where = f"canary {action.canary} (computed by {' and '.join(action.numeric_classes)}): "
+    expected = known.canaries[action.canary].outputs
+    try:
+        blobs = iter(action.output.blobs)
+        for place, (leaf, wanted) in enumerate(zip(action.output.leaves, expected, strict=True)):
+            got = (leaf.dtype, _decoded(leaf, next(blobs))) if isinstance(leaf, TensorHeader) else leaf
+            off = deviation(got, wanted)  # type: ignore[arg-type]  # a number of another kind is infinitely off
+            if off > tolerance:
+                raise CanaryError(
+                    f"{where}output {place} deviates from the exporting process's by {off:.3g} of its largest magnitude; "
+                    f"{tolerance:g} is allowed (canary_tolerance)",
+                    canary=action.canary,
+                )
+    except CanaryError as error:
+        return error
+    except (AdaptError, ValueError) as error:
+        return CanaryError(f"{where}its output cannot be read: {error}", canary=action.canary)
+    return None
+
+
+def _decoded(header: TensorHeader, blob: Blob) -> codecs.Array:
+    return codecs.decode(header, blob.contiguous(), limit_bytes=OUTPUT_LIMIT_BYTES)

@@ -19,7 +19,7 @@ from typing import Any
 from adapt.errors import AdaptError, ConfigError, PlanError
 from adapt.models.cut import StageArtifact, legal_cuts, write_stages
 from adapt.models.forms import FormCheck
-from adapt.models.interface import Interface
+from adapt.models.interface import Interface, interface_digest
 from adapt.models.layers import layer_costs_s, profile_model
 from adapt.models.program import Program, check_optimize, read_graph, read_program
 from adapt.planning import choose
@@ -32,6 +32,7 @@ from adapt.protocol.codecs import resolve_codec
 from adapt.protocol.ids import Digest, Epoch, WorkerId
 from adapt.protocol.messages import Deploy, DeploymentRecord, StagePlace
 from adapt.runtime.artifacts import ArtifactStore
+from adapt.runtime.recipes import KEPT, Earlier, ProfiledProgram, Recipe
 from adapt.runtime.state import StateDirectory
 from adapt.scheduling.events import Version
 from adapt.scheduling.links import Link
@@ -48,14 +49,6 @@ NUMERICS = ("auto", "close", "exact")
 
 
 @dataclass(frozen=True, slots=True)
-class ProfiledProgram:
-    """A program in the store, with the seconds that each of its operators took on the machine that exported it."""
-
-    digest: Digest
-    operator_costs_s: Sequence[float]
-
-
-@dataclass(frozen=True, slots=True)
 class CutModel:
     """A program and the stages it has been cut into."""
 
@@ -64,6 +57,8 @@ class CutModel:
     stages: tuple[StageNeed, ...]
     file_bytes: tuple[int, ...]
     peak_ratio: float
+    leaving: tuple[tuple[int, ...], ...]  # for each stage but the last: the program's values that leave it, in order
+    value_count: int  # of the program
     arithmetic: str
 
 
@@ -74,12 +69,13 @@ class Blueprint:
     interface: str
     numerics: str
     file_bytes: tuple[int, ...]  # of each stage's artifact
+    recipe: Recipe | None = None  # of versions that an older ADAPT has written down
 
 
 class Deployments:
     """The versions in force and their artifacts; written to the state directory with every change."""
 
-    def __init__(self, state: StateDirectory, store: ArtifactStore) -> None:
+    def __init__(self, state: StateDirectory, store: ArtifactStore, *, keep_versions: int = KEPT) -> None:
         self._state, self._store = state, store
         self._versions: dict[tuple[str, int], Version] = {}
         self._blueprints: dict[tuple[str, int], Blueprint] = {}
@@ -88,6 +84,9 @@ class Deployments:
         self._under_way = 0  # deployments that may be about to need them again
         self._forms: dict[Digest, FormCheck | None] = {}
         self._numbers: dict[str, int] = {}  # deployment -> the highest number it ever had
+        self._served: dict[str, int] = {}  # deployment -> the highest number of a version that took requests
+        self._earlier = Earlier(keep_versions)
+        self._taken: dict[str, str] = {}  # file under --models-dir -> digest of what was last made a version of
 
     def restore(self) -> list[Version]:
         """The newest version of each deployment that took requests in the last reign.
@@ -96,6 +95,9 @@ class Deployments:
         """
         record = self._state.read_deployments()
         self._numbers = dict(record.get("numbers", {}))
+        self._served = dict(record.get("served", {}))
+        self._taken = dict(record.get("files", {}))
+        self._earlier.restore(record.get("earlier", {}), is_there=self._store.has)
         newest: dict[str, tuple[Version, Blueprint]] = {}
         for plain in sorted(record.get("versions", []), key=lambda plain: int(plain.get("number", 0))):
             version, blueprint = _version_from_plain(plain)
@@ -119,7 +121,8 @@ class Deployments:
 
     def _needed(self) -> set[Digest]:
         stages = {need.artifact for version in self._versions.values() for need in version.plan.stages}
-        return stages | {version.program for version in self._versions.values()}
+        recipes = [blueprint.recipe.files for blueprint in self._blueprints.values() if blueprint.recipe is not None]
+        return stages.union({version.program for version in self._versions.values()}, self._earlier.files, *recipes)
 
     def discard(self, artifacts: Iterable[Digest]) -> None:
         """Remove these unless a version needs them, once no deployment is under way."""
@@ -136,11 +139,23 @@ class Deployments:
             self._under_way -= 1
             self._collect()
 
-    def next_number(self, deployment: str) -> int:
-        """A number that no version of this deployment ever had."""
-        self._numbers[deployment] = self._numbers.get(deployment, 0) + 1
+    def next_number(self, deployment: str, wanted: int = 0) -> int:
+        """The wanted number, or the next: one that no version of this deployment had which took requests, or still may.
+
+        Raises:
+            ConfigError: the wanted one is not above those.
+        """
+        self.check_number(deployment, wanted, also=[number for name, number in self._versions if name == deployment])
+        number = wanted or self._numbers.get(deployment, 0) + 1
+        self._numbers[deployment] = max(number, self._numbers.get(deployment, 0))
         self._write()
-        return self._numbers[deployment]
+        return number
+
+    def check_number(self, deployment: str, wanted: int, *, also: Iterable[int] = ()) -> None:
+        """Raises ConfigError unless a version may have this number; 0 is the next. `also`: numbers that are taken, besides."""
+        highest = max(self._served.get(deployment, 0), *also, 0)
+        if wanted and wanted <= highest:
+            raise ConfigError(f"version={wanted}: {deployment} has had version {highest}; give a higher number, or none for the next")
 
     def put(self, version: Version, blueprint: Blueprint | None = None) -> None:
         """Remember a version, or its new plan."""
@@ -152,17 +167,52 @@ class Deployments:
             self._write()
 
     def ready(self, version: Version) -> None:
-        """The version takes requests, and does so again after a restart."""
+        """The version takes requests, and does so again after a restart. Those before it can be rolled back to."""
+        before = [key for key in self._ready if key[0] == version.deployment]
         self._ready.add((version.deployment, version.number))
+        self._served[version.deployment] = max(version.number, self._served.get(version.deployment, 0))
+        replaced = [recipe for key in before if key in self._blueprints and (recipe := self._blueprints[key].recipe) is not None]
+        self._garbage |= self._earlier.replaced(version.deployment, replaced, self.present(version.deployment))
+        self._write()
+        self._collect()
+
+    def removed(self, deployment: str) -> None:
+        """It was undeployed: there is nothing to roll back to."""
+        self._garbage |= self._earlier.forget(deployment)
+        self._write()
+        self._collect()
+
+    def present(self, deployment: str) -> Recipe | None:
+        """Of the newest version that has taken requests."""
+        number = max((number for name, number in self._ready if name == deployment), default=0)
+        blueprint = self._blueprints.get((deployment, number))
+        return None if blueprint is None else blueprint.recipe
+
+    def earlier(self, deployment: str) -> list[int]:
+        """Versions that can be deployed again, newest last."""
+        return self._earlier.numbers(deployment)
+
+    def recipe(self, deployment: str, number: int) -> Recipe:
+        """Of an earlier version. Raises ConfigError: it is not kept."""
+        return self._earlier.find(deployment, number)
+
+    def taken(self, file: str) -> str | None:
+        """Digest of what was last made a version of, of this file under --models-dir."""
+        return self._taken.get(file)
+
+    def take(self, file: str, digest: str) -> None:
+        self._taken[file] = digest
         self._write()
 
     def drop(self, version: Version) -> None:
         """Forget a version, and the artifacts that only it needed."""
         key = (version.deployment, version.number)
         self._versions.pop(key, None)
-        self._blueprints.pop(key, None)
+        blueprint = self._blueprints.pop(key, None)
         self._ready.discard(key)
         self._garbage |= {version.program, *(need.artifact for need in version.plan.stages)}
+        if blueprint is not None and blueprint.recipe is not None:
+            self._garbage |= blueprint.recipe.files
         self._write()
         self._collect()
 
@@ -213,6 +263,8 @@ class Deployments:
             arithmetic=version.arithmetic,
             stages=places,
             interface=blueprint.interface,
+            again=0 if blueprint.recipe is None else blueprint.recipe.again,
+            earlier=self._earlier.numbers(version.deployment),
         )
 
     def _write(self) -> None:
@@ -220,7 +272,9 @@ class Deployments:
             {**_version_to_plain(version, self._blueprints[key]), "is_ready": key in self._ready} for key, version in self._versions.items()
         ]
         try:
-            self._state.write_deployments({"numbers": self._numbers, "versions": versions})
+            record = {"numbers": self._numbers, "versions": versions, "earlier": self._earlier.to_plain()}
+            record |= {"served": self._served, "files": self._taken}
+            self._state.write_deployments(record)
         except OSError as error:  # a full disk must not stop inference; the next change is written with this one
             log.error("deployments not written; a restart would not know of the last change", extra={"reason": str(error)})
 
@@ -241,6 +295,8 @@ def check(message: Deploy) -> str:
     if message.numerics not in NUMERICS:
         raise ConfigError(f"numerics={message.numerics!r}: expected one of {', '.join(NUMERICS)}")
     codec = resolve_codec(message.codec, message.tolerance)
+    if message.canaries is not None and message.uploaded is None:
+        raise ConfigError("canaries go with a program that their client has exported")
     if message.numerics == "exact" and codec.startswith("zfp"):
         raise ConfigError(f"numerics='exact' cannot hold with the lossy codec {codec!r}; use raw or lz4, or numerics='close'")
     return codec
@@ -328,6 +384,7 @@ def _device(offer: WorkerOffer, model: ModelProfile, costs_s: tuple[float, ...] 
 def _cut_at(store: ArtifactStore, program: ProfiledProgram, source: Program, positions: Sequence[int]) -> CutModel:
     costs_s = list(program.operator_costs_s)
     artifacts = write_stages(source, positions, store.directory)
+    crossing = {cut.position: cut.crossing for cut in legal_cuts(source)}
     needs = [
         StageNeed(artifact=Digest(artifact.digest), memory_bytes=_memory_bytes(artifact), cost_s=cost_s)
         for artifact, cost_s in zip(artifacts, stage_costs_s(costs_s, positions), strict=True)
@@ -338,6 +395,8 @@ def _cut_at(store: ArtifactStore, program: ProfiledProgram, source: Program, pos
         stages=tuple(needs),
         file_bytes=tuple(artifact.file_bytes for artifact in artifacts),
         peak_ratio=_peak_ratio(artifacts, source),
+        leaving=tuple(crossing[position] for position in positions),
+        value_count=len(source.graph.values),
         arithmetic=source.arithmetic,
     )
 
@@ -375,6 +434,7 @@ def _version_to_plain(version: Version, blueprint: Blueprint) -> dict[str, Any]:
         "arithmetic": version.arithmetic,
         "numerics": blueprint.numerics,
         "interface": blueprint.interface,
+        "recipe": None if blueprint.recipe is None else blueprint.recipe.to_plain(),
         "epoch": plan.epoch,
         "stages": [
             {"artifact": n.artifact, "memory_bytes": n.memory_bytes, "cost_s": n.cost_s, "file_bytes": size, "workers": list(workers)}
@@ -401,9 +461,11 @@ def _version_from_plain(plain: dict[str, Any]) -> tuple[Version, Blueprint]:
             tolerance=plain["tolerance"],
             exact=plain["exact"],
             peak_ratio=plain["peak_ratio"],
+            interface=interface_digest(plain["interface"]),
             arithmetic=plain.get("arithmetic", ""),
             plan=plan,
         )
-        return version, Blueprint(plain["interface"], plain["numerics"], tuple(s["file_bytes"] for s in stages))
+        recipe = None if plain.get("recipe") is None else Recipe.from_plain(plain["recipe"])
+        return version, Blueprint(plain["interface"], plain["numerics"], tuple(s["file_bytes"] for s in stages), recipe)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"deployments.json has an entry that cannot be read ({error!r}); remove the file to start afresh") from error

@@ -33,6 +33,7 @@ from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.deployer import Deployer
 from adapt.runtime.deployments import Deployments
 from adapt.runtime.endpoint import Arrival, Disconnected, Malformed, Received, RouterEndpoint, Undelivered
+from adapt.runtime.models_dir import ModelsDir
 from adapt.runtime.probing import Probing
 from adapt.runtime.profiles import DeviceKind, ProfileStore
 from adapt.runtime.registry import Listener, Registry, open_registry
@@ -77,7 +78,7 @@ class Dispatcher:
         self._config, self._clock = config, clock
         self._state = StateDirectory(config.state_dir)
         self._store = ArtifactStore(self._state.artifacts)
-        self._deployments = Deployments(self._state, self._store)
+        self._deployments = Deployments(self._state, self._store, keep_versions=config.keep_versions)
         self._registry: Registry = open_registry(config, self._state, clock)
         self._registry.watch(
             Listener(
@@ -107,6 +108,9 @@ class Dispatcher:
             threads=self._threads,
             clock=clock,
         )
+        self._models: ModelsDir | None = None
+        if config.models_dir is not None:
+            self._models = ModelsDir(config.models_dir, self._store, self._deployments, self._deployer.bring_up, clock=clock)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._alarm = Alarm(self._drive, clock)
         self._is_driven = False
@@ -135,6 +139,8 @@ class Dispatcher:
             return 0
         try:
             self._restore()
+            if self._models is not None:
+                self._spawn(self._models.run(), name="models-dir")
             print(f"adapt-dispatcher ready listen={self._endpoint.address} term={self._reign.term} pid={os.getpid()}", flush=True)
             await self._stopping.wait()
             status = await self._drain()
@@ -541,7 +547,7 @@ class Dispatcher:
             case msg.CancelRequest(request_id=request_id):
                 if request_id.client == self._client_of(session):
                     self._handle(ev.RequestCancelled(request_id=request_id))
-            case msg.Deploy() | msg.Profile() as order:
+            case msg.Deploy() | msg.Rollback() | msg.Profile() as order:
                 self._deployer.begin(ClientId(self._client_of(session)), order)
             case msg.CancelCall(call=call):
                 self._deployer.cancel(ClientId(self._client_of(session)), call)
@@ -617,6 +623,8 @@ class Dispatcher:
             case ev.VersionReady(version=version):
                 self._deployer.settled(version, None)
                 self._deployments.ready(version)
+            case ev.JudgeCanary():
+                self._deployer.judge(action)
             case ev.VersionFailed(version=version, error=error):
                 self._deployer.settled(version, error)
             case ev.VersionReleased(version=version):
@@ -661,7 +669,9 @@ class Dispatcher:
     # ── deployments and artifacts ────────────────────────────────────────────────────────────────────────────────────
 
     async def offers(self, *, wait_s: float, with_copies: bool = False) -> list[WorkerOffer]:
-        """What the ready workers have to give, see `Scheduler.offers`; waits so long for a first one."""
+        """What the ready workers have to give, see `Scheduler.offers`; waits so long for a first one. What has been told before counts."""
+        if self._inbox:
+            await self._turn()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 while not self._scheduler.offers():
@@ -692,6 +702,7 @@ class Dispatcher:
             code, message, fields = UnknownModelError(undeploy.name, suggestions=names[:5]).to_wire()
             self._send(session, msg.CallFailed(call=undeploy.call, code=code, message=message, fields=fields))
             return
+        self._deployments.removed(undeploy.name)
         self._handle(ev.Undeployed(deployment=undeploy.name))
         self._send(session, msg.CallDone(call=undeploy.call))
 
@@ -747,6 +758,7 @@ class Dispatcher:
             deployments=[self._deployments.record(version) for version, _ in self._scheduler.versions()],
             counters=counters(self._scheduler) | self._tally.counters() | self._endpoint.counters() | dict(self._registry.counters()),
             requests=request_records(self._scheduler.oldest(REQUESTS_SHOWN), self._clock()),
+            files=self._models.records() if self._models is not None else [],
         )
 
 

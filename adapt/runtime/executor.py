@@ -42,7 +42,7 @@ import xxhash
 from adapt.clock import Clock, monotonic
 from adapt.errors import AdaptError, DeadlineExceededError, InputMismatchError, ModelError, WireError
 from adapt.models import devices
-from adapt.protocol import codecs
+from adapt.protocol import codecs, digests
 from adapt.protocol.codecs import TensorHeader
 from adapt.protocol.messages import Leaf, RunStage, StageTimes
 from adapt.protocol.wire import Blob
@@ -474,7 +474,7 @@ class Executor:
                 _digest_tensor(digest, leaf, array, blob)
                 work.inputs.append(_to_tensor(array, leaf.dtype))
             else:
-                digest.update(repr(leaf).encode())
+                digest.update(digests.plain_mark(leaf))
                 work.inputs.append(leaf)
         work.blobs = ()  # frames that were copied can go
         work.input_digest = digest.digest()
@@ -573,15 +573,10 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _digest_tensor(digest: Any, header: TensorHeader, array: codecs.Array, blob: Blob) -> None:
-    """Add a tensor as it was before the codec. What travels raw has been summed already."""
-    digest.update(_label(header.dtype, array.shape))
+    """Add a tensor as it was before the codec, see protocol/digests.py. What travels raw has been summed already."""
+    digest.update(digests.label(header.dtype, array.shape))
     checksum = blob.checksum if header.codec == "raw" else xxhash.xxh3_64_intdigest(array.reshape(-1).view(np.uint8).data)
     digest.update(checksum.to_bytes(8, "big"))
-
-
-@functools.lru_cache(1024)
-def _label(dtype: str, shape: tuple[int, ...]) -> bytes:
-    return f"{dtype} {shape}".encode()
 
 
 def _encoded(outputs: Sequence[Value], codec: str, tolerance: float | None, limit_bytes: int) -> tuple[list[Leaf], tuple[Blob, ...], bytes]:
@@ -597,7 +592,7 @@ def _encoded(outputs: Sequence[Value], codec: str, tolerance: float | None, limi
             blobs.append(Blob.of(payload))
             _digest_tensor(digest, header, array, blobs[-1])
         else:
-            digest.update(repr(value).encode())
+            digest.update(digests.plain_mark(value))
             leaves.append(value)
     sent_bytes = sum(blob.size for blob in blobs)
     if sent_bytes + HEADER_BYTES > limit_bytes:

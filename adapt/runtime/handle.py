@@ -12,10 +12,9 @@ import numpy as np
 
 from adapt.clock import monotonic
 from adapt.errors import AdaptError, ConfigError, OverloadedError
-from adapt.models.interface import Interface
+from adapt.models.interface import Interface, interface_digest
 from adapt.models.structure import Node
 from adapt.protocol import messages as msg
-from adapt.protocol.ids import Digest
 from adapt.protocol.wire import Blob
 from adapt.runtime.calls import check_seconds
 from adapt.runtime.conversation import INLINE_BYTES, LIMIT_BYTES, Conversation, Decode, Encode, InferFuture
@@ -49,6 +48,7 @@ class Handle:
     def __init__(self, record: msg.DeploymentRecord) -> None:
         self.record = record
         self._interface = Interface.from_json(record.interface)
+        self._digest = interface_digest(record.interface)
         # What is between stages may be rounded by choice; what the user gives goes in as it is.
         self._codec = "raw" if record.codec == "raw" else "lz4"
 
@@ -77,7 +77,8 @@ class Handle:
             leaves, blobs, encode = [], (), partial(to_wire, list(map(_copy, values)), codec=self._codec)
         question = Question(
             deployment=self.name,
-            program=Digest(self.record.program),
+            program=None,  # whatever version is the present one
+            interface=self._digest,
             numerics="exact" if self.record.numerics == "exact" else "close",
             leaves=leaves,
             blobs=blobs,

@@ -278,7 +278,7 @@ class LocalCluster:
         threads: of each worker, within one operator.
         memory_limit: stage budget of each worker, as "512MiB" or in bytes; by default a share of this machine's memory.
         device: of each worker: "cpu", "cuda:0", "auto".
-        models_dir: where the dispatcher looks for weights that are named.
+        models_dir: where the dispatcher looks for weights that are named, and for models that it deploys by itself.
         dispatcher: further settings of adapt-dispatcher, as {"lease_ttl": 2}.
         worker: further settings of adapt-worker.
         directory: for state, caches and logs; by default a temporary one that goes with the cluster.

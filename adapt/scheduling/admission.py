@@ -40,6 +40,10 @@ class Admission:
                 f"the request may retain {peak_bytes} bytes, and {self.reserved_bytes} of {limits.max_retained_bytes} are reserved",
                 predicted_wait_s(),
             )
+        self.reserve(request_id, peak_bytes)
+
+    def reserve(self, request_id: RequestId, peak_bytes: int) -> None:
+        """Let in what is not refused: the dispatcher's own."""
         self._reserved[request_id] = peak_bytes
         self.reserved_bytes += peak_bytes
 

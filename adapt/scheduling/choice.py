@@ -37,6 +37,9 @@ class Choice:
             if request.suits(member.numeric_class):
                 able.append(member)
         able = [member for member in able if member.worker_id not in request.failed_on] or able
+        if request.run is not None:
+            untried = request.run.trial.untried(request.stage, [member.worker_id for member in able])
+            able = [member for member in able if member.worker_id in untried]
         return self._usable(able, now) if self.troubled else able
 
     def best(self, request: Request, among: list[Member], waiting_s: Mapping[WorkerId, float], now: float) -> tuple[Member, float]:

@@ -37,12 +37,31 @@ class Version:
     tolerance: float | None
     exact: bool  # each request stays within one numeric class
     peak_ratio: float = 1.0  # the most a request retains, in units of its input's bytes
+    interface: str = ""  # digest of its inputs and outputs; a request may insist on it
     arithmetic: str = ""  # what the program adds to the numeric class of its results
     plan: Plan = field(compare=False)
+
+    @property
+    def is_lossless(self) -> bool:
+        return not self.codec.startswith("zfp")
 
     def classes(self, of_workers: Iterable[str]) -> tuple[str, ...]:
         """The numeric classes of a result that workers of these have computed."""
         return tuple(sorted(f"{name}/{self.arithmetic}" if self.arithmetic else name for name in of_workers))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canary:
+    """An input of which is known what a version has to make of it.
+
+    Attributes:
+        numeric_class: in which that was computed, as `Version.classes` names it.
+        digests: of each stage's output, as workers of that class digest it (`StageDone`).
+    """
+
+    input: Activation
+    numeric_class: str
+    digests: tuple[bytes, ...]
 
 
 # ── events: workers ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -113,6 +132,7 @@ class StageFinished(Struct, frozen=True, kw_only=True):
     attempt: AttemptId
     output: Activation
     times: StageTimes
+    digest: bytes = b""  # of the output before the codec
 
 
 class AttemptFailed(Struct, frozen=True, kw_only=True):
@@ -177,6 +197,7 @@ class RequestArrived(Struct, frozen=True, kw_only=True):
     deployment: str
     version: int  # 0: the newest
     program: Digest | None
+    interface: str = ""  # digest of the inputs and outputs that the client expects; "": any
     budget_s: float
     exact: bool
     fingerprint: int  # of everything that makes it this request; a second use of the id must agree
@@ -192,12 +213,22 @@ class OutcomeAcknowledged(Struct, frozen=True, kw_only=True):
 
 
 class VersionDeployed(Struct, frozen=True, kw_only=True):
-    """A version's stages are made resident; when they are, it takes the requests of its deployment.
+    """A version's stages are made resident; when they are, and all canaries came out as they should, it takes the requests of its deployment.
 
     `is_restored`: it did so already in an earlier reign, and does from now on; its workers may come back with its stages."""
 
     version: Version
     is_restored: bool = False
+    canaries: tuple[Canary, ...] = ()
+
+
+class CanaryJudged(Struct, frozen=True, kw_only=True):
+    """The answer to `JudgeCanary`. `error`: why the output is not what it should be; None: it is."""
+
+    deployment: str
+    number: int
+    run: int
+    error: AdaptError | None
 
 
 class VersionWithdrawn(Struct, frozen=True, kw_only=True):
@@ -220,7 +251,7 @@ Event: TypeAlias = (
     | StageBegun | StageFinished | AttemptFailed | AttemptCancelled | DispatchRefused
     | StageResident | LoadProgressed | StageRefused
     | ClientArrived | ClientDisconnected | ClientLeft | RequestArrived | RequestCancelled | OutcomeAcknowledged
-    | VersionDeployed | VersionWithdrawn | Undeployed | DrainBegun
+    | VersionDeployed | VersionWithdrawn | CanaryJudged | Undeployed | DrainBegun
 )  # fmt: skip
 
 
@@ -295,14 +326,24 @@ class PlanChanged(Struct, frozen=True, kw_only=True):
     version: Version
 
 
+class JudgeCanary(Struct, frozen=True, kw_only=True):
+    """A canary has come out where bits need not agree: compare it with what is expected, and tell `CanaryJudged`."""
+
+    version: Version
+    run: int
+    canary: int  # which one
+    output: Activation
+    numeric_classes: tuple[str, ...]
+
+
 class VersionReady(Struct, frozen=True, kw_only=True):
-    """Every stage of the version is resident on a worker."""
+    """Every stage of the version is resident on a worker, and its canaries came out as they should: it takes the requests of its deployment."""
 
     version: Version
 
 
 class VersionFailed(Struct, frozen=True, kw_only=True):
-    """The version can not be made resident; it takes no requests."""
+    """The version cannot be made resident, or does not give the outputs that it should; it takes no requests."""
 
     version: Version
     error: AdaptError
@@ -316,5 +357,5 @@ class VersionReleased(Struct, frozen=True, kw_only=True):
 
 Action: TypeAlias = (
     Dispatch | Cancel | Acknowledge | Load | Unload | Accept | Answer | Fail | Evict
-    | PlanChanged | VersionReady | VersionFailed | VersionReleased
+    | PlanChanged | JudgeCanary | VersionReady | VersionFailed | VersionReleased
 )  # fmt: skip

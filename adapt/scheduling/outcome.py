@@ -46,6 +46,7 @@ class Question(Struct, frozen=True, kw_only=True):
 
     deployment: str
     program: Digest | None  # None: whatever is deployed under this name
+    interface: str = ""  # digest of the inputs and outputs that are known of it; "": any
     numerics: str
     leaves: list[Leaf]
     blobs: tuple[Blob, ...]
@@ -244,6 +245,7 @@ class Outcomes:
             deployment=question.deployment,
             version=request.version,
             program=request.program,
+            interface=question.interface,
             budget_s=budget_s,
             numerics=question.numerics,
             leaves=question.leaves,

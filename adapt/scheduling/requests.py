@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from adapt.errors import Plain
 from adapt.planning.placement import StageNeed
 from adapt.protocol.ids import AttemptId, RequestId, TaskId, WorkerId
+from adapt.scheduling.canaries import Run
 from adapt.scheduling.events import Activation, Answer, Fail, Version
 
 POISONED = 3  # deaths of workers that make a request the cause
@@ -50,6 +51,7 @@ class Request:
     attempts_made: int = 0  # over all stages
     numeric_class: str = ""  # pinned by the first dispatch of an exact request
     numeric_classes: set[str] = field(default_factory=set)
+    run: Run | None = None  # it is no client's, but a canary's
     history: list[Plain] = field(default_factory=list)
 
     @property
@@ -60,7 +62,7 @@ class Request:
     @property
     def is_choosy(self) -> bool:
         """Whether it may refuse a worker that the next request in its queue would take."""
-        return bool(self.attempts or self.failed_on or self.numeric_class)
+        return bool(self.attempts or self.failed_on or self.numeric_class or self.run)
 
     @property
     def need(self) -> StageNeed:

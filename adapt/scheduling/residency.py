@@ -1,7 +1,8 @@
 """Which stage is where: versions, their plans, and what is loaded on which worker because of them.
 
 A stage's places are the workers that the plan names for it; it is *resident* on those that have loaded it. A version becomes ready
-when each of its stages is resident somewhere; a retired version is released when its last request has ended.
+when each of its stages is resident somewhere and its canaries have come out right (see canaries.py); a retired version is released when
+its last request has ended.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from adapt.errors import AdaptError, UnknownModelError, WorkerLostError
+from adapt.errors import AdaptError, InputMismatchError, UnknownModelError, WorkerLostError
 from adapt.planning.placement import Plan, StageNeed, WorkerOffer, addition, orphans, relief, substitute
 from adapt.protocol.ids import Digest, WorkerId
 from adapt.scheduling import events as ev
+from adapt.scheduling.canaries import Run, Trial
 from adapt.scheduling.copies import Copies
 from adapt.scheduling.deadlines import Deadlines
 from adapt.scheduling.liveness import Verdict
@@ -21,6 +23,7 @@ from adapt.scheduling.roster import Member, Roster
 from adapt.scheduling.versions import LiveVersion, Wanted
 
 REFUSED_S = 30.0  # after a load that failed, the worker is not asked for that stage again
+DISTRUSTED_S = 3600.0  # nor after it gave a wrong output
 
 
 class Residency:
@@ -34,23 +37,31 @@ class Residency:
         self._versions: dict[tuple[str, int], LiveVersion] = {}
         self._current: dict[str, int] = {}  # deployment -> the version that takes new requests
         self._due: Deadlines[tuple[WorkerId, Digest]] = Deadlines()  # loads that must show progress
+        self._runs: list[tuple[LiveVersion, Run]] = []  # of canaries, that are to begin
+        self._abandoned: list[LiveVersion] = []  # in the midst of their trial
         self.copies = Copies(roster, self._wanting, self.offer)
         self.loads_failed = 0
         self.stages_moved = self.stages_copied = self.copies_dropped = 0
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def find(self, deployment: str, number: int, program: Digest | None) -> LiveVersion:
+    def find(self, deployment: str, number: int, program: Digest | None, interface: str = "") -> LiveVersion:
         """The version a request asks for; number 0 means the one that takes new requests.
 
         Raises:
             UnknownModelError: there is none, or it has another program than the request was pinned to.
+            InputMismatchError: it has other inputs or outputs than the client expects.
         """
         live = self._versions.get((deployment, number or self._current.get(deployment, 0)))
-        if live is None:
+        if live is None or live.is_untried:
             raise UnknownModelError(deployment, suggestions=sorted(self._current)[:5])
         if program is not None and program != live.version.program:
             raise UnknownModelError(f"{deployment} version {number} with program {program[:12]}")
+        if interface and live.version.interface and interface != live.version.interface:
+            raise InputMismatchError(
+                f"version {live.version.number} of {deployment} has other inputs or outputs than the version that this model was asked for: "
+                f"client.model({deployment!r}) gives the new one"
+            )
         return live
 
     def live(self, version: ev.Version) -> LiveVersion:
@@ -87,10 +98,11 @@ class Residency:
 
     # ── versions come and go ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def deploy(self, version: ev.Version, now: float, *, is_restored: bool = False) -> None:
-        live = LiveVersion(version, is_ready=is_restored)
+    def deploy(self, version: ev.Version, now: float, *, is_restored: bool = False, canaries: tuple[ev.Canary, ...] = ()) -> None:
+        live = LiveVersion(version, is_ready=is_restored, canaries=canaries)
         self._versions[live.key] = live
-        self._current.setdefault(version.deployment, version.number)
+        if not canaries:  # else nobody may wait for it yet
+            self._current.setdefault(version.deployment, version.number)
         for need, workers in zip(version.plan.stages, version.plan.places, strict=True):
             for worker_id in workers:
                 member = self._roster.member(worker_id)
@@ -122,18 +134,60 @@ class Residency:
         self._release_if_done(live)
 
     def _check_ready(self, live: LiveVersion) -> None:
-        """When every stage is resident somewhere, the version takes over its deployment."""
-        if live.is_ready or live.is_retired or not all(self._is_resident(live, stage) for stage in range(len(live.plan.stages))):
+        """When every stage is resident somewhere, the version is tried, and then takes over its deployment."""
+        if live.is_ready or live.is_retired or live.trial is not None:
             return
+        stages = range(len(live.plan.stages))
+        if not all(self._holders(live, stage) for stage in stages):
+            return
+        if live.canaries and any(self._is_awaited(live, stage) for stage in stages):  # all that shall have it are to be tried
+            return
+        if live.canaries:
+            live.trial = Trial(live.version, live.canaries)
+            self._runs += [(live, run) for run in live.trial.begin([self._holders(live, stage) for stage in stages])]
+        else:
+            self._take_over(live)
+
+    def _check_all(self) -> None:
+        for live in list(self._versions.values()):
+            self._check_ready(live)
+
+    @property
+    def has_trials_to_tend(self) -> bool:
+        return bool(self._runs or self._abandoned)
+
+    def take_runs(self) -> list[tuple[LiveVersion, Run]]:
+        """Runs of canaries that are to begin now."""
+        runs, self._runs = self._runs, []
+        return runs
+
+    def take_abandoned(self) -> list[LiveVersion]:
+        """Versions whose canaries nobody waits for any more."""
+        abandoned, self._abandoned = self._abandoned, []
+        return abandoned
+
+    def run_passed(self, live: LiveVersion, run: int) -> None:
+        if live.trial is not None and live.trial.passed(run) and not live.is_retired and not live.is_ready:
+            self._take_over(live)
+
+    def run_failed(self, live: LiveVersion, error: AdaptError) -> None:
+        """A canary has come out wrong, or not at all. Once it is ready, or given up, no canary counts."""
+        if not live.is_ready:
+            self._retire(live, error)
+
+    def get(self, deployment: str, number: int) -> LiveVersion | None:
+        return self._versions.get((deployment, number))
+
+    def _take_over(self, live: LiveVersion) -> None:
         live.is_ready = True
         self._actions.append(ev.VersionReady(version=live.version))
         deployment, number = live.key
         self._current[deployment] = number
         self._retire_below(deployment, number)
 
-    def _is_resident(self, live: LiveVersion, stage: int) -> bool:
+    def _holders(self, live: LiveVersion, stage: int) -> int:
         artifact = live.plan.stages[stage].artifact
-        return any(self._roster.has(worker_id, artifact) for worker_id in live.plan.places[stage])
+        return sum(self._roster.has(worker_id, artifact) for worker_id in live.plan.places[stage])
 
     def _retire_below(self, deployment: str, number: int | None) -> None:
         """Retire the versions of the deployment that are older than `number`, or all."""
@@ -147,6 +201,8 @@ class Residency:
         if live.is_retired:
             return
         live.is_retired = True
+        if live.trial is not None and not live.is_ready:
+            self._abandoned.append(live)
         if not live.is_ready:
             self._actions.append(ev.VersionFailed(version=live.version, error=error))
         self._release_if_done(live)
@@ -224,12 +280,14 @@ class Residency:
         for artifact in list(member.loading):
             member.loading.discard(artifact)
             self._due.clear((member.worker_id, artifact))
+        self._check_all()
 
     def left(self, member: Member, now: float) -> None:
         """The worker is out of every plan. A version that was not ready yet needs another in its place at once."""
         member.resident.clear()
         for live in list(self._versions.values()):
             self._left_version(live, member, now)
+        self._check_all()
         self._woken()
 
     def _left_version(self, live: LiveVersion, member: Member, now: float) -> None:
@@ -343,8 +401,7 @@ class Residency:
         member.loading.discard(artifact)
         member.resident.add(artifact)
         member.refused.pop(artifact, None)  # it was given up, and came after all
-        for live in list(self._versions.values()):
-            self._check_ready(live)
+        self._check_all()
         self._woken()
 
     def progressed(self, member: Member, artifact: Digest, now: float) -> None:
@@ -367,7 +424,17 @@ class Residency:
                 self._replan(live, live.plan.dropped(stage, member.worker_id))
                 if not live.is_ready:
                     self._replace_or_fail(live, stage, error, now)
+        self._check_all()
         self._woken()
+
+    def distrust(self, member: Member, artifact: Digest, now: float) -> None:
+        """The worker gives other outputs than the rest: it is not to have this stage, as long as another has it."""
+        if all(
+            any(self._roster.has(other, artifact) for other in workers if other != member.worker_id)
+            for *_, workers in self._wanting(artifact)
+        ):
+            self._drop_copy(member, artifact)
+            member.refused[artifact] = now + DISTRUSTED_S
 
     def _replace_or_fail(self, live: LiveVersion, stage: int, error: AdaptError, now: float) -> None:
         if live.is_retired:  # it has failed already, for another stage

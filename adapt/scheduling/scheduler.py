@@ -31,6 +31,7 @@ from typing import TypeAlias
 from adapt.errors import (
     AdaptError,
     AttemptTimeoutError,
+    CanaryError,
     DeadlineExceededError,
     ModelError,
     OverloadedError,
@@ -44,6 +45,7 @@ from adapt.protocol.ids import AttemptId, ClientId, Digest, RequestId, WorkerId
 from adapt.protocol.messages import Leaf
 from adapt.scheduling import events as ev
 from adapt.scheduling.admission import Admission, AdmissionLimits
+from adapt.scheduling.canaries import BUDGET_S, OWN_CLIENT, Run
 from adapt.scheduling.choice import Choice
 from adapt.scheduling.deadlines import Deadlines, earliest
 from adapt.scheduling.liveness import Liveness, Verdict
@@ -144,6 +146,8 @@ class Scheduler:
 
     def decide(self, now: float) -> list[ev.Action]:
         """What follows from all that was noted since."""
+        if self._residency.has_trials_to_tend:
+            self._tend_trials(now)
         self._pump(now)
         actions = self._actions.copy()
         self._actions.clear()
@@ -300,9 +304,11 @@ class Scheduler:
                 self._due.clear(("client", event.client_id))
                 self._client_gone(event.client_id, now)
             case ev.VersionDeployed():
-                self._residency.deploy(event.version, now, is_restored=event.is_restored)
+                self._residency.deploy(event.version, now, is_restored=event.is_restored, canaries=event.canaries)
             case ev.VersionWithdrawn():
                 self._residency.withdraw(event.deployment, event.number)
+            case ev.CanaryJudged():
+                self._canary_judged(event)
             case ev.Undeployed():
                 self._residency.undeploy(event.deployment)
             case ev.DrainBegun():
@@ -341,7 +347,7 @@ class Scheduler:
         return False
 
     def _admit(self, event: ev.RequestArrived, now: float) -> None:
-        live = self._residency.find(event.deployment, event.version, event.program)
+        live = self._residency.find(event.deployment, event.version, event.program, event.interface)
         if self._is_draining:
             raise OverloadedError("the dispatcher is draining", retry_after_s=1.0)
         if event.budget_s <= 0.0:
@@ -413,6 +419,9 @@ class Scheduler:
     def _end(self, request: Request, outcome: ev.Answer | ev.Fail, now: float) -> None:
         """The request's one outcome."""
         self._release(request, now)
+        if request.run is not None:
+            self._run_ended(request, request.run, outcome)
+            return
         self._ended.keep(request.request_id, request.fingerprint, outcome)
         self._actions.append(outcome)
         self.counters["requests_ok" if isinstance(outcome, ev.Answer) else "requests_failed"] += 1
@@ -427,7 +436,8 @@ class Scheduler:
         request.activation, request.input = _NOTHING, None  # its place in a queue may outlive it; the bytes are reserved no more
         self._due.clear(("deadline", request.request_id))
         self._due.clear(("retry", request.request_id))
-        self._due.set(("forget", request.request_id), max(request.deadline, now) + REMEMBER_S)
+        if request.run is None:
+            self._due.set(("forget", request.request_id), max(request.deadline, now) + REMEMBER_S)
         self._admission.release(request.request_id)
         self._call_off(request)
         self._residency.request_ended(request.version)
@@ -450,6 +460,8 @@ class Scheduler:
 
     def _request_cancelled(self, request_id: RequestId, now: float) -> None:
         request = self._requests.get(request_id)
+        if request is not None and request.run is not None:  # it is nobody's to cancel
+            return
         if request is not None:
             self.counters["requests_cancelled"] += 1
             self._release(request, now)
@@ -460,6 +472,90 @@ class Scheduler:
     def _client_gone(self, client_id: ClientId, now: float) -> None:
         for request_id in [rid for rid in self._requests if rid.client == client_id]:
             self._request_cancelled(request_id, now)
+
+    # ── canaries ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _tend_trials(self, now: float) -> None:
+        """Begin what is to be tried, and end what is not any more."""
+        for live, run in self._residency.take_runs():
+            self._begin_run(live, run, now)
+        for live in self._residency.take_abandoned():
+            for request in [request for request in self._requests.values() if request.run is not None and request.run.trial is live.trial]:
+                self._release(request, now)
+
+    def _begin_run(self, live: LiveVersion, run: Run, now: float) -> None:
+        """A request of our own, which nobody refuses."""
+        given, version = live.canaries[run.canary].input, live.version
+        self._arrivals += 1
+        while RequestId(OWN_CLIENT, self._arrivals) in self._requests:  # a client that calls itself so
+            self._arrivals += 1
+        request = Request(
+            request_id=RequestId(OWN_CLIENT, self._arrivals),
+            version=version,
+            fingerprint=0,
+            exact=version.exact,
+            deadline=now + BUDGET_S,
+            budget_s=BUDGET_S,
+            arrival=self._arrivals,
+            activation=given,
+            generation=self._generation + self._arrivals,
+            run=run,
+        )
+        self._admission.reserve(request.request_id, int(given.size_bytes * (max(version.peak_ratio, 1.0) + version.exact)))
+        self._requests[request.request_id] = request
+        self._due.set(("deadline", request.request_id), request.deadline)
+        self._residency.request_began(live)
+        self.counters["canary_runs"] += 1
+        self._enqueue(request)
+
+    def _agrees(self, request: Request, run: Run, member: Member, digest: bytes) -> bool:
+        return run.trial.agrees(run, request.stage, request.numeric_classes | {member.numeric_class}, digest)
+
+    def _came_out_wrong(self, request: Request, member: Member, attempt: AttemptId, now: float) -> None:
+        """Another worker shall try: what two give, or one of which there is no second, is the version's own output."""
+        if request.attempts.pop(attempt.attempt, None) is None:
+            return
+        assert request.run is not None
+        self.counters["wrong_outputs"] += 1
+        kind = "another output"
+        request.note(member.worker_id, attempt.attempt, kind)
+        who = [str(note["worker"]) for note in request.history if isinstance(note, dict) and note["outcome"] == kind]
+        stages = len(request.version.plan.stages)
+        error = CanaryError(
+            f"canary {request.run.canary}: stage {request.stage + 1} of {stages} gives another output than where the model was exported, "
+            f"bit for bit, on {' and on '.join(dict.fromkeys(who))}",
+            canary=request.run.canary,
+            stage=request.stage,
+        )
+        is_final, request.model_error = kind == request.model_error, kind
+        self._failed(request, member, error, now, is_final=is_final)
+
+    def _run_ended(self, request: Request, run: Run, outcome: ev.Answer | ev.Fail) -> None:
+        """A canary has come out: right, to be judged, or wrong."""
+        live = self._residency.get(request.version.deployment, request.version.number)
+        if live is None:  # given up meanwhile
+            return
+        if isinstance(outcome, ev.Fail):
+            error = outcome.error
+            if not isinstance(error, CanaryError):
+                error = CanaryError(f"canary {run.canary}: {error.code}: {error}", canary=run.canary, stage=request.stage)
+            self._residency.run_failed(live, error)
+        elif run.trial.is_comparable(run, request.numeric_classes):
+            self._residency.run_passed(live, run.number)
+        else:
+            judge = ev.JudgeCanary(
+                version=live.version, run=run.number, canary=run.canary, output=outcome.output, numeric_classes=outcome.numeric_classes
+            )
+            self._actions.append(judge)
+
+    def _canary_judged(self, event: ev.CanaryJudged) -> None:
+        live = self._residency.get(event.deployment, event.number)
+        if live is None:
+            return
+        if event.error is None:
+            self._residency.run_passed(live, event.run)
+        else:
+            self._residency.run_failed(live, event.error)
 
     # ── attempts ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -480,12 +576,19 @@ class Scheduler:
     def _stage_finished(self, event: ev.StageFinished, now: float) -> None:
         member = self.roster.member(event.worker_id)
         slot = self._free(member, event.attempt, now)
+        request = self._wanted(event.attempt, event.worker_id)
+        is_wrong = request is not None and request.run is not None and not self._agrees(request, request.run, member, event.digest)
         if slot is not None:  # an answer that comes too late is learned from too
             member.learn(slot, event.times, now)
-            member.qos.succeeded(now)
+            if is_wrong:
+                member.qos.returned()
+            else:
+                member.qos.succeeded(now)
             self._trouble(member, now)
         self._actions.append(ev.Acknowledge(worker_id=event.worker_id, attempt=event.attempt))
-        request = self._wanted(event.attempt, event.worker_id)
+        if is_wrong and request is not None:
+            self._came_out_wrong(request, member, event.attempt, now)
+            return
         if request is None:
             self.counters["late_answers"] += 1
             return
@@ -551,7 +654,7 @@ class Scheduler:
         self.counters["attempts_failed"] += 1
         member.tally.tasks_failed += 1
         request.failed_on.add(member.worker_id)
-        if isinstance(error, ModelError):  # whose doing it was shows when another worker has tried
+        if isinstance(error, (ModelError, CanaryError)):  # whose doing it was shows when another worker has tried
             request.accused.add(member.worker_id)
         else:
             self._penalize(member, now)
@@ -598,6 +701,9 @@ class Scheduler:
         for worker_id in sorted(request.accused):
             if (member := self.roster.get(worker_id)) is not None:
                 self._penalize(member, now)
+                if request.run is not None:
+                    self.counters["wrong_workers"] += 1
+                    self._residency.distrust(member, request.need.artifact, now)
         request.accused.clear()
 
     def _trouble(self, member: Member, now: float) -> None:
@@ -762,6 +868,8 @@ class Scheduler:
         timeout_s = self.settings.attempt_timeout_s if limits is None else self._patience_s(limits[0])
         request.attempts[number] = Attempt(member.worker_id, timeout_s)
         request.attempts_made += 1
+        if request.run is not None:
+            request.run.trial.tried.add((request.stage, member.worker_id))
         if request.exact and not request.numeric_class:
             request.numeric_class = member.numeric_class
         member.take(attempt_id, need.artifact, need.cost_s, now, request.activation.size_bytes, is_alone=bool(request.suspected))

@@ -31,6 +31,7 @@ def arrived(request: msg.InferRequest, blobs: tuple[Blob, ...], *, fingerprint: 
         deployment=request.deployment,
         version=request.version,
         program=None if request.program is None else Digest(request.program),
+        interface=request.interface,
         budget_s=request.budget_s,
         exact=request.numerics == "exact",
         fingerprint=fingerprint,
@@ -39,7 +40,8 @@ def arrived(request: msg.InferRequest, blobs: tuple[Blob, ...], *, fingerprint: 
 
 
 def finished(worker_id: WorkerId, done: msg.StageDone, blobs: tuple[Blob, ...]) -> ev.StageFinished:
-    return ev.StageFinished(worker_id=worker_id, attempt=done.attempt, output=ev.Activation(done.leaves, blobs), times=done.times)
+    output = ev.Activation(done.leaves, blobs)
+    return ev.StageFinished(worker_id=worker_id, attempt=done.attempt, output=output, times=done.times, digest=done.output_digest)
 
 
 def fact(worker_id: WorkerId, message: msg.Message) -> ev.Event | None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from adapt.planning.placement import Plan, StageNeed
 from adapt.protocol.ids import WorkerId
 from adapt.scheduling import events as ev
+from adapt.scheduling.canaries import Trial
 
 
 @dataclass(slots=True)
@@ -18,6 +19,8 @@ class LiveVersion:
     is_ready: bool = False
     is_retired: bool = False
     requests: int = 0  # that live and are pinned to it
+    canaries: tuple[ev.Canary, ...] = ()  # that have to come out right before it takes requests
+    trial: Trial | None = None  # from when it is resident, if it has canaries
 
     @property
     def plan(self) -> Plan:
@@ -26,6 +29,11 @@ class LiveVersion:
     @property
     def key(self) -> tuple[str, int]:
         return (self.version.deployment, self.version.number)
+
+    @property
+    def is_untried(self) -> bool:
+        """Whether nobody may ask for it yet: its canaries have not come out."""
+        return bool(self.canaries) and not self.is_ready
 
 
 class Wanted(NamedTuple):

@@ -41,6 +41,11 @@ def growth(artifact: str) -> int:
     return 1 + (_salt(artifact) >> 1 & 1)
 
 
+def digest(value: int) -> bytes:
+    """Of a stage's output."""
+    return value.to_bytes(8, "big")
+
+
 def result(value: int, artifacts: Sequence[Digest]) -> int:
     """The value after all stages."""
     for artifact in artifacts:

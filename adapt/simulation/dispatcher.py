@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import TypeAlias
 
-from adapt.errors import AdaptError, ConnectError, WireError
+from adapt.errors import AdaptError, CanaryError, ConnectError, WireError
 from adapt.planning.placement import Plan, StageNeed, place
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import ClientId, Digest, Epoch, RoutingId, WorkerId, bulk_of, control_of
@@ -38,6 +38,7 @@ MALFORMED_LIMIT, MALFORMED_WINDOW_S = 3, 10.0  # so many unreadable messages of 
 TURN_S = 0.0004  # the most that lies between an arrival and the turn of the loop in which it is read
 MAX_MESSAGE_BYTES = 256 << 20
 DRAIN_S = 3.0  # the most that a drain may take
+JUDGE_S = 0.05  # the most that a look at an output takes
 LOOK_S = 0.1  # between two looks whether it is over
 LINGER_S = 0.01  # for a goodbye to leave
 _OF_TASKS = {msg.InferRequest, msg.ReplyAck, msg.Begun, msg.StageDone}
@@ -103,6 +104,7 @@ class Dispatcher(Process):
         )
         self.numbers: dict[str, int] = {}  # deployment -> the highest number it ever had
         self.ever: dict[tuple[str, int], ev.Version] = {}  # every version there ever was
+        self._expected: dict[tuple[str, int], tuple[int, ...]] = {}  # what has to come of each version's canaries
         self._stored: dict[tuple[str, int], ev.Version] = {}  # versions as they are written down
         self._ready: set[tuple[str, int]] = set()  # those that have taken requests
         self.counters = inspector.counters
@@ -491,6 +493,8 @@ class Dispatcher(Process):
                     self._stored[version.deployment, version.number] = version
             case ev.VersionReady(version=version):
                 self._ready.add((version.deployment, version.number))
+            case ev.JudgeCanary():
+                self.later(JUDGE_S * self.random.random(), self._judge, action)
             case ev.VersionFailed():
                 pass
             case ev.VersionReleased(version=version):
@@ -498,6 +502,13 @@ class Dispatcher(Process):
                 self._ready.discard((version.deployment, version.number))
             case _:
                 raise AssertionError(f"unknown action {action!r}")
+
+    def _judge(self, action: ev.JudgeCanary) -> None:
+        version = action.version
+        error = None
+        if action.output.leaves[0] != self._expected[version.deployment, version.number][action.canary]:
+            error = CanaryError(f"canary {action.canary} came out wrong", canary=action.canary)
+        self.tell(ev.CanaryJudged(deployment=version.deployment, number=version.number, run=action.run, error=error))
 
     def _file_bytes(self, artifact: Digest) -> int:
         for version in self._stored.values():
@@ -531,8 +542,22 @@ class Dispatcher(Process):
 
     # ── deployments ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def deploy(self, name: str, needs: tuple[StageNeed, ...], program: Digest, *, exact: bool, withdraw_after_s: float) -> bool:
-        """What the deployer does once a program has been cut. False: nobody has memory for it."""
+    def deploy(
+        self,
+        name: str,
+        needs: tuple[StageNeed, ...],
+        program: Digest,
+        *,
+        exact: bool,
+        withdraw_after_s: float,
+        canaries: tuple[ev.Canary, ...] = (),
+        expected: tuple[int, ...] = (),
+    ) -> bool:
+        """What the deployer does once a program has been cut. False: nobody has memory for it.
+
+        Args:
+            expected: what has to come out of each canary where bits need not agree.
+        """
         if not self.is_alive or self.is_stopped:
             return False
         try:
@@ -548,7 +573,8 @@ class Dispatcher(Process):
             deployment=name, number=number, program=program, codec="raw", tolerance=None, exact=exact, peak_ratio=1.0, plan=plan
         )
         self._stored[name, number] = self.ever[name, number] = version
-        self.tell(ev.VersionDeployed(version=version))
+        self._expected[name, number] = expected
+        self.tell(ev.VersionDeployed(version=version, canaries=canaries))
         self.later(withdraw_after_s, self.tell, ev.VersionWithdrawn(deployment=name, number=number))
         return True
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from adapt.errors import OverloadedError
+from adapt.errors import CanaryError, OverloadedError
 from adapt.protocol.ids import AttemptId, Digest, RequestId, WorkerId
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
@@ -229,8 +229,11 @@ class Inspector:
                 self.counters["eviction"] += 1
             case ev.VersionReady(version=version) if version.number > 1:
                 self.counters["version switched"] += 1
-            case ev.VersionFailed():
+            case ev.JudgeCanary():
+                self.counters["canary judged"] += 1
+            case ev.VersionFailed(error=error):
                 self.counters["version failed"] += 1
+                self.counters["version failed on a canary"] += isinstance(error, CanaryError)
             case ev.VersionReleased():
                 self.counters["version released"] += 1
 

@@ -9,17 +9,19 @@ probing     what is asked now has to be answered
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
 from adapt.planning.placement import StageNeed
 from adapt.protocol.ids import Digest, RequestId
+from adapt.protocol.wire import Blob
+from adapt.scheduling import events as ev
 from adapt.scheduling.qos import QosSettings
 from adapt.scheduling.requests import POISONED
 from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
 from adapt.scheduling.tokens import TokenSettings
-from adapt.simulation.arithmetic import Nature, result
+from adapt.simulation.arithmetic import Nature, digest, leaves, result
 from adapt.simulation.client import Client
 from adapt.simulation.dispatcher import Dispatcher, MakeScheduler
 from adapt.simulation.faults import Faults, Kind, World, drawn
@@ -122,6 +124,8 @@ class Simulation:
         self._pending_until: dict[str, float] = {}  # nobody waits longer for the version that was deployed last
         self._asked: dict[RequestId, Asked] = {}
         self._removed: set[str] = set()  # deployments that were removed at some time
+        self._bad: set[tuple[str, int]] = set()  # versions that are not what they should be
+        self._canary_random = self._stream("canaries")
         self._drift = self._random.choice((0.0, 0.0, 0.001, 0.02))
         self.dispatcher = self._dispatcher(make_scheduler)
         self.network.router = self.dispatcher
@@ -246,7 +250,7 @@ class Simulation:
     def _is_pending(self, name: str) -> bool:
         return self.timeline.now < self._pending_until.get(name, 0.0)
 
-    def _deploy(self, name: str) -> None:
+    def _deploy(self, name: str, *, is_bad: bool = False) -> None:
         number = self.dispatcher.numbers.get(name, 0) + 1
         needs = tuple(
             StageNeed(artifact=Digest(f"{need.artifact}.{number}"), memory_bytes=need.memory_bytes, cost_s=need.cost_s)
@@ -254,11 +258,41 @@ class Simulation:
         )
         self._needs.update({need.artifact: need for need in needs})
         program = Digest(f"{name}.{number}")
-        if self.dispatcher.deploy(name, needs, program, exact=self._is_exact[name], withdraw_after_s=WITHDRAW_S):
+        canaries, expected = self._canaries([need.artifact for need in needs], is_bad=is_bad)
+        is_begun = self.dispatcher.deploy(
+            name,
+            needs,
+            program,
+            exact=self._is_exact[name],
+            withdraw_after_s=WITHDRAW_S,
+            canaries=canaries,
+            expected=expected,
+        )
+        if is_begun:
             self._pending_until[name] = self.timeline.now + WITHDRAW_S
+            if is_bad:
+                self._bad.add((name, number))
+
+    def _canaries(self, artifacts: Sequence[Digest], *, is_bad: bool) -> tuple[tuple[ev.Canary, ...], tuple[int, ...]]:
+        """Inputs and what should come out of them; of a bad version the workers make something else, from some stage on."""
+        random = self._canary_random
+        canaries, expected = [], []
+        kinds = sorted({f"class {worker.machine.kind}" for worker in self.workers})
+        for number in range(random.randint(1, 3) if is_bad or random.random() < 0.5 else 0):
+            value = random.getrandbits(60)
+            after = [result(value, artifacts[: count + 1]) for count in range(len(artifacts))]
+            if is_bad and number == 0:  # what is wrong stays wrong
+                first = random.randrange(len(after))
+                after = [*after[:first], *(value + 1 for value in after[first:])]
+            given = ev.Activation(leaves(value, 0, Nature.PLAIN), (Blob(random.choice(SIZES_BYTES), 0, ()),))
+            numeric_class = random.choice([*kinds, "of the exporting process"])
+            canaries.append(ev.Canary(input=given, numeric_class=numeric_class, digests=tuple(map(digest, after))))
+            expected.append(after[-1])
+        return tuple(canaries), tuple(expected)
 
     def _redeploy(self) -> None:
-        self._deploy(self._random.choice(sorted(self._stages)))
+        """Now and then a version that is not what it should be: nobody may ever get an answer of it."""
+        self._deploy(self._random.choice(sorted(self._stages)), is_bad=self._canary_random.random() < 0.3)
 
     def _undeploy(self) -> None:
         name = self._random.choice(sorted(self._stages))
@@ -391,7 +425,8 @@ class Simulation:
         return {request_id: self._expected(request_id, asked) for request_id, asked in self._asked.items()}
 
     def _expected(self, request_id: RequestId, asked: Asked) -> Expected:
-        versions = [version for (name, _), version in self.dispatcher.ever.items() if name == asked.deployment]
+        ever = self.dispatcher.ever.items()
+        versions = [version for key, version in ever if key[0] == asked.deployment and key not in self._bad]
         pinned = self.history.pinned.get(request_id)
         if pinned is not None and not self._drops_results():  # else it may have run twice, and the first answer counts
             versions = [version for version in versions if version.program == pinned]

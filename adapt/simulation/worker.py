@@ -17,7 +17,7 @@ from adapt.protocol import messages as msg
 from adapt.protocol.ids import AttemptId, Digest
 from adapt.protocol.wire import Blob
 from adapt.scheduling.holdings import Answer, Holdings, Kept, Verdict
-from adapt.simulation.arithmetic import Nature, computed, growth, leaves, understood
+from adapt.simulation.arithmetic import Nature, computed, digest, growth, leaves, understood
 from adapt.simulation.dispatcher import HEARTBEAT_S
 from adapt.simulation.history import Execution, History
 from adapt.simulation.inspector import Violation
@@ -349,14 +349,17 @@ class Worker(Process):
     def _done(self, work: _Work, begun: AttemptId | None) -> tuple[msg.StageDone, tuple[Blob, ...]]:
         value, classes, nature = understood(work.order.leaves)
         artifact = work.order.artifact
-        output = leaves(computed(value, artifact), classes | 1 << self.machine.kind, nature)
+        value_after = computed(value, artifact)
+        output = leaves(value_after, classes | 1 << self.machine.kind, nature)
         if self.machine.spoils and self.random.random() < self.machine.spoils:
             output.pop()
             self._history.spoilt.add(work.order.attempt.request)
         times = msg.StageTimes(
             wait_s=max(work.began_at - work.arrived_at, 0.0), decode_s=0.0, compute_s=max(self.clock() - work.began_at, 0.0), encode_s=0.0
         )
-        done = msg.StageDone(attempt=work.order.attempt, leaves=output, times=times, input_digest=b"", output_digest=b"", begun=begun)
+        done = msg.StageDone(
+            attempt=work.order.attempt, leaves=output, times=times, input_digest=b"", output_digest=digest(value_after), begun=begun
+        )
         return done, tuple(Blob(blob.size * growth(artifact), 0, ()) for blob in work.blobs)
 
     def _refuse(self, attempt: AttemptId, error: AdaptError) -> None:

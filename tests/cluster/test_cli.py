@@ -105,11 +105,19 @@ def test_a_model_is_deployed_and_seen():
         assert seen.returncode == 0
         assert "2 of 2 workers ready" in seen.stdout and "small version 1" in seen.stdout
 
+        again = adapt("deploy", SMALL, "--seed", "1", "--name", "small", "--version", "5", address=cluster.address)
+        assert again.stdout.startswith("deployed small version 5 in 1 stage"), again.stderr
+        back = adapt("rollback", "small", address=cluster.address)
+        assert back.stdout.startswith("deployed small version 6, which is version 1 again, in 1 stage"), back.stderr
+        seen = adapt("status", address=cluster.address)
+        assert "small version 6 (1 again), before it 5" in " ".join(seen.stdout.split())
+
         for argv, status, words in (
             (["squeezenet"], 1, "did you mean torchvision/squeezenet"),
             ([SMALL, "--stages", "4000"], 1, "stages"),
             ([SMALL, "--weights", "secret.pth"], 2, "--models-dir"),
             ([SMALL, "--codec", "zfp"], 2, "needs a tolerance"),
+            ([SMALL, "--name", "small", "--version", "5"], 2, "small has had version 6"),
         ):
             refused = adapt("deploy", *argv, address=cluster.address)
             error = refused.stderr.splitlines()[-1]

@@ -21,6 +21,7 @@ EXAMPLES: list[AdaptError] = [
     errors.ExportError("data-dependent control flow"),
     errors.ExportUnavailableError("no torch here"),
     errors.PlanError("stage 2 needs 80 MB, no worker has more than 64"),
+    errors.CanaryError("stage 1 gives another output", canary=0, stage=0),
     errors.OverloadedError("queue is full", retry_after_s=0.25),
     errors.DeadlineExceededError(2.0, attempts=[{"worker": "a", "attempt": 1, "reason": None}]),
     errors.ModelError("index out of range"),

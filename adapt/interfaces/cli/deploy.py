@@ -16,6 +16,7 @@ from adapt.interfaces.cli import clients
 from adapt.interfaces.cli.doors import OK
 from adapt.models.program import OPTIMIZE
 from adapt.protocol.codecs import CODECS
+from adapt.protocol.messages import DeploymentRecord
 
 
 def add_to(commands: Any) -> argparse.ArgumentParser:
@@ -26,6 +27,7 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="MODEL", help="a torchvision model, for instance torchvision/resnet50")
     parser.add_argument("--name", help="name of the deployment (default: the model's)")
+    parser.add_argument("--version", type=int, help="number of the version, above all that there were (default: the next)")
     parser.add_argument("--stages", default="auto", help="number of stages (default: auto, what should be fastest)")
     parser.add_argument("--codec", default="auto", help=f"of activations: auto or {', '.join(CODECS)} (default: auto)")
     parser.add_argument("--tolerance", type=float, help="largest error on a link, as a share of the tensor's standard deviation")
@@ -75,12 +77,18 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             model_args=arguments,
             input_shape=shape,
             name=options.name,
+            version=options.version,
             progress=told,
         )
-        record = model.record
-    places = "; ".join(f"{number}: {', '.join(stage.workers)}" for number, stage in enumerate(record.stages, start=1))
-    print(f"deployed {record.name} version {record.version} in {counted(len(record.stages), 'stage')} ({places})")
+    print_deployed(model.record)
     return OK
+
+
+def print_deployed(record: DeploymentRecord) -> None:
+    """One line for people and scripts."""
+    places = "; ".join(f"{number}: {', '.join(stage.workers)}" for number, stage in enumerate(record.stages, start=1))
+    again = f", which is version {record.again} again," if record.again else ""
+    print(f"deployed {record.name} version {record.version}{again} in {counted(len(record.stages), 'stage')} ({places})")
 
 
 def _stages(text: str) -> int | str:

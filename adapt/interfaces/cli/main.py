@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 
-from adapt.interfaces.cli import demo, deploy, emulate, logs, plan, profile, status
+from adapt.interfaces.cli import demo, deploy, emulate, logs, plan, profile, rollback, status
 from adapt.interfaces.cli.doors import OK, run_door
 from adapt.protocol.messages import PROTOCOL_VERSION
 from adapt.version import VERSION
@@ -26,7 +26,7 @@ Exit status: 0 when all went well, 1 for a runtime error, 2 for wrong usage or c
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, description=ABOUT, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, deploy, status, profile, plan, emulate):
+    for command in (demo, deploy, rollback, status, profile, plan, emulate):
         subparser = command.add_to(commands)
         logs.add_option(subparser, default="warning")
         subparser.set_defaults(action=command.run)

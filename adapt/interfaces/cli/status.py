@@ -16,7 +16,7 @@ from adapt.interfaces.cli import clients
 from adapt.interfaces.cli.doors import OK
 from adapt.interfaces.tables import print_table
 from adapt.models.program import UNCHANGED
-from adapt.protocol.messages import DeploymentRecord, RequestRecord, StatusReport, WorkerRecord
+from adapt.protocol.messages import DeploymentRecord, ModelFileRecord, RequestRecord, StatusReport, WorkerRecord
 
 PLAIN_WIDTH = 120
 DIGEST_SHOWN = 12
@@ -35,6 +35,7 @@ WORKER_COLUMNS = (
     "computing>",
 )
 REQUEST_COLUMNS = ("request", "stage", "age>", "left>", "with", "attempts>")
+FILE_COLUMNS = ("file", "state", "version>", "reason")
 SLOW_S = 1.0
 STATE_STYLES = {"ready": "green", "suspect": "yellow", "draining": "yellow", "lost": "red"}
 
@@ -79,6 +80,8 @@ def render(report: StatusReport, console: Console) -> None:
         _print_deployment(deployment, console)
     if not report.deployments:
         console.print("no deployments", style="dim")
+    if report.files:
+        print_table(console, "files under --models-dir", FILE_COLUMNS, [_file(file) for file in report.files])
     if slow := [_request(request) for request in report.requests if request.age_s >= SLOW_S]:
         print_table(console, f"requests of more than {SLOW_S:g} s", REQUEST_COLUMNS, slow)
     if counters := {name: value for name, value in report.counters.items() if value}:
@@ -102,6 +105,11 @@ def _worker(worker: WorkerRecord, deployments: list[DeploymentRecord]) -> tuple[
         _penalty(worker),
         f"{worker.compute_s:.1f} s",
     )
+
+
+def _file(file: ModelFileRecord) -> tuple[str, ...]:
+    style = {"deployed": "green", "failed": "red"}.get(file.state, "yellow")
+    return escape(file.file), f"[{style}]{escape(file.state)}[/{style}]", str(file.version or "-"), escape(file.reason)
 
 
 def _request(request: RequestRecord) -> tuple[str, ...]:
@@ -141,9 +149,11 @@ def _stages_of(resident: list[str], deployments: list[DeploymentRecord]) -> str:
 
 def _print_deployment(deployment: DeploymentRecord, console: Console) -> None:
     tolerance = "" if deployment.tolerance is None else f", tolerance {deployment.tolerance:g}"
+    again = f" ({deployment.again} again)" if deployment.again else ""
+    earlier = f", before it {' and '.join(map(str, deployment.earlier))}" if deployment.earlier else ""
     changed = "" if deployment.arithmetic == UNCHANGED else f", {deployment.arithmetic}"
     title = (
-        f"{deployment.name} version {deployment.version}: program {deployment.program[:DIGEST_SHOWN]}, plan {deployment.epoch}, "
+        f"{deployment.name} version {deployment.version}{again}{earlier}: program {deployment.program[:DIGEST_SHOWN]}, plan {deployment.epoch}, "
         f"codec {deployment.codec}{tolerance}, numerics {deployment.numerics}{changed}"
     )
     rows = [

@@ -7,11 +7,21 @@ import json
 import socket
 
 import pytest
+from msgspec import structs
 from rich.console import Console
 
 from adapt.errors import ConfigError
 from adapt.interfaces.cli import deploy, main, status
-from adapt.protocol.messages import DeploymentRecord, DeviceFacts, LinkRecord, RequestRecord, StagePlace, StatusReport, WorkerRecord
+from adapt.protocol.messages import (
+    DeploymentRecord,
+    DeviceFacts,
+    LinkRecord,
+    ModelFileRecord,
+    RequestRecord,
+    StagePlace,
+    StatusReport,
+    WorkerRecord,
+)
 
 DEVICE = DeviceFacts(device="cpu", device_name="a processor", threads=1, numeric_class="a class")
 
@@ -52,6 +62,17 @@ def printed(given):
     stream = io.StringIO()
     status.render(given, Console(file=stream, width=status.PLAIN_WIDTH))
     return stream.getvalue()
+
+
+def test_versions_that_can_be_rolled_back_to_and_files_that_are_deployed():
+    again = structs.replace(report().deployments[0], again=1, earlier=[7, 8], version=9)
+    files = [
+        ModelFileRecord(file="m.pt2", deployment="m", state="deployed", version=3),
+        ModelFileRecord(file="n.pt2", deployment="n", state="failed", version=0, reason="no [archive]"),
+    ]
+    lines = [" ".join(line.split()) for line in printed(report(deployments=[again], files=files)).splitlines()]
+    assert any(line.startswith("resnet50 version 9 (1 again), before it 7 and 8: program cccc") for line in lines)
+    assert "m.pt2 deployed 3" in lines and "n.pt2 failed - no [archive]" in lines
 
 
 def test_a_report_for_people():

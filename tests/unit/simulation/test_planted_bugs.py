@@ -128,6 +128,19 @@ class NamesAttemptsAsEarlierReignsDid(Scheduler):
         super()._admit(event, now)
 
 
+class BelievesEveryCanary(Scheduler):
+    def _agrees(self, request, run, member, digest):
+        return True
+
+    def _canary_judged(self, event):
+        super()._canary_judged(structs.replace(event, error=None))
+
+
+class TakesRequestsUntried(Scheduler):
+    def _note(self, event, now):
+        super()._note(structs.replace(event, canaries=()) if isinstance(event, ev.VersionDeployed) else event, now)
+
+
 MUCH = (Kind.WORKER_CRASH, Kind.CONNECTION_BREAK, Kind.WORKER_STOP, Kind.WORKER_SLOW, Kind.CANCEL)
 
 
@@ -144,6 +157,8 @@ MUCH = (Kind.WORKER_CRASH, Kind.CONNECTION_BREAK, Kind.WORKER_STOP, Kind.WORKER_
         (ForgetsAnIdEarly, (Kind.CONNECTION_BREAK, Kind.CLIENT_STOP, Kind.CUT), 0),
         (RefusesAtTheMemoryLimit, (), 0),
         (KeepsAProbeForEver, (*MUCH, Kind.FRAGILE, Kind.POISON), 40),
+        (BelievesEveryCanary, (Kind.SWITCH,), 0),
+        (TakesRequestsUntried, (Kind.SWITCH,), 0),
         (NamesAttemptsAsEarlierReignsDid, (*MUCH, Kind.DISPATCHER_CRASH, Kind.DISPATCHER_STOP, Kind.CUT), 0),
     ],
 )

@@ -1,0 +1,249 @@
+"""A version with canaries takes no request before every worker that is to have it has come to what it should."""
+
+from __future__ import annotations
+
+import pytest
+
+from adapt.errors import CanaryError, InputMismatchError, ModelError, UnknownModelError
+from adapt.planning.placement import Plan, StageNeed
+from adapt.protocol.ids import Digest, Epoch, WorkerId
+from adapt.protocol.messages import StageTimes
+from adapt.scheduling import events as ev
+from adapt.scheduling.canaries import BUDGET_S, MOST_RUNS, OWN_CLIENT
+from tests.unit.scheduling.test_scheduler import Cluster, Sent, tensor
+
+RIGHT, WRONG = (b"0", b"1", b"2"), b"?"
+TIMES = StageTimes(wait_s=0.0, decode_s=0.0, compute_s=0.1, encode_s=0.0)
+
+
+def canary(*, numeric_class: str = "x", size_bytes: int = 1) -> ev.Canary:
+    return ev.Canary(input=tensor(size_bytes), numeric_class=numeric_class, digests=RIGHT)
+
+
+def version(number: int, *places: str, codec: str = "raw", interface: str = "") -> ev.Version:
+    needs = tuple(StageNeed(artifact=Digest(f"d{number}.{stage}"), memory_bytes=10, cost_s=1.0) for stage in range(len(places)))
+    at = tuple(tuple(map(WorkerId, place.split())) for place in places)
+    plan = Plan(program=Digest(f"d{number}"), epoch=Epoch(1), stages=needs, places=at)
+    return ev.Version(
+        deployment="d", number=number, program=plan.program, codec=codec, tolerance=None, exact=False, interface=interface, plan=plan
+    )
+
+
+class Trials(Cluster):
+    """A cluster in which version 1 of `d` takes requests, if it has one."""
+
+    def __init__(self, *workers: str, classes: dict[str, str] | None = None, has_first: bool = True) -> None:
+        super().__init__()
+        self.settled: list[ev.Action] = []
+        for worker in workers:
+            self.join(worker, numeric_class=(classes or {}).get(worker, "x"), credit=8)
+        if has_first:
+            self.tell(ev.VersionDeployed(version=version(1, " ".join(workers))))
+            self.load()
+        self.taken()
+
+    def try_out(self, *places: str, canaries: int = 1, codec: str = "raw", numeric_class: str = "x", load: bool = True) -> ev.Version:
+        """Version 2, loaded."""
+        second = version(2, *places, codec=codec)
+        self.tell(ev.VersionDeployed(version=second, canaries=(canary(numeric_class=numeric_class),) * canaries))
+        if load:
+            self.load()
+        return second
+
+    def come_out(self, sent: Sent, digest: bytes | None = None) -> list[ev.Action]:
+        """As it should, unless another digest is given."""
+        right = RIGHT[sent.attempt.stage]
+        return self.tell(
+            ev.StageFinished(
+                worker_id=WorkerId(sent.worker),
+                attempt=sent.attempt,
+                output=tensor(1),
+                times=TIMES,
+                digest=right if digest is None else digest,
+            )
+        )
+
+    def runs(self, *, wrong: dict[str, int] | None = None) -> list[tuple[str, int]]:
+        """All that is sent of canaries comes out, and what that leads to; at `wrong` workers, from some stage on, as it should not."""
+        done = []
+        while sent := self.sent_of_canaries():
+            for one in sent:
+                is_wrong = one.attempt.stage >= (wrong or {}).get(one.worker, 99)
+                self.settled += self.come_out(one, WRONG if is_wrong else None)
+                done.append((one.worker, one.attempt.stage))
+        return done
+
+    def sent_of_canaries(self) -> list[Sent]:
+        return [one for one in self.sent() if one.request.client == OWN_CLIENT]
+
+    def outcome(self) -> list[ev.Action]:
+        found, self.settled = [one for one in self.settled if isinstance(one, (ev.VersionReady, ev.VersionFailed))], []
+        return found
+
+    def current(self) -> int:
+        return next(found.number for found, _ in self.scheduler.versions())
+
+
+@pytest.fixture
+def trials():
+    return Trials("w1", "w2")
+
+
+def test_requests_go_to_the_old_version_until_every_canary_has_come_out(trials):
+    trials.try_out("w1", "w2")
+    (run,) = trials.sent_of_canaries()
+    trials.submit()
+    assert trials.the_one_sent().action.artifact == "d1.0"
+    trials.come_out(run)
+    (run,) = trials.sent_of_canaries()
+    trials.submit()
+    assert trials.the_one_sent().action.artifact == "d1.0", "one stage is missing"
+    (ready,) = [one for one in trials.come_out(run) if isinstance(one, ev.VersionReady)]
+    assert (ready.version.number, trials.current()) == (2, 2)
+    trials.submit()
+    assert trials.the_one_sent().action.artifact == "d2.0"
+
+
+def test_what_two_workers_come_to_is_the_versions_own_fault(trials):
+    trials.try_out("w1 w2", "w1 w2")
+    trials.runs(wrong={"w1": 1, "w2": 1})
+    (failed,) = trials.outcome()
+    assert isinstance(failed.error, CanaryError) and (failed.error.canary, failed.error.stage) == (0, 1)
+    assert ("stage 2 of 2" in str(failed.error) and "on w1 and on w2" in str(failed.error)) or "on w2 and on w1" in str(failed.error)
+    assert trials.current() == 1
+    assert all("d2.1" not in member.resident for member in trials.scheduler.roster), "it is unloaded"
+    assert trials.scheduler.live_requests == trials.scheduler.reserved_bytes == 0
+    assert trials.scheduler.counters["wrong_workers"] == 0
+
+
+def test_who_is_alone_with_another_output_loses_the_stage_and_is_penalised(trials):
+    trials.try_out("w1 w2", "w2")
+    trials.runs(wrong={"w1": 0})
+    (ready,) = trials.outcome()
+    assert isinstance(ready, ev.VersionReady) and trials.current() == 2
+    liar = trials.scheduler.roster.member(WorkerId("w1"))
+    assert liar.qos.penalty(trials.now) >= 50 and "d2.0" not in liar.resident
+    assert trials.scheduler.counters["wrong_workers"] == 1
+    trials.taken()
+    trials.submit()
+    assert trials.the_one_sent().worker == "w2"
+
+
+def test_of_the_only_holder_the_second_wrong_output_ends_the_trial(trials):
+    trials.try_out("w1", "w2")
+    assert trials.runs(wrong={"w1": 0}) == [("w1", 0), ("w1", 0)]
+    (failed,) = trials.outcome()
+    assert "stage 1 of 2" in str(failed.error) and str(failed.error).endswith("on w1")
+
+
+def test_every_holder_of_every_stage_is_tried():
+    trials = Trials("w1", "w2", "w3")
+    trials.try_out("w1 w2 w3", "w2 w3")
+    assert set(trials.runs()) == {("w1", 0), ("w2", 0), ("w3", 0), ("w2", 1), ("w3", 1)}
+    assert isinstance(trials.outcome()[0], ev.VersionReady)
+
+
+def test_the_trial_waits_until_all_have_loaded_or_cannot(trials):
+    trials.try_out("w1 w2", load=False)
+    trials.load("w1")
+    assert trials.sent_of_canaries() == []
+    trials.tell(ev.StageRefused(worker_id=WorkerId("w2"), artifact=Digest("d2.0"), error=ModelError("no room")))
+    assert trials.runs() == [("w1", 0)]
+    assert isinstance(trials.outcome()[0], ev.VersionReady)
+
+
+def test_a_worker_that_is_lost_while_it_loads_does_not_hold_up_the_trial(trials):
+    trials.try_out("w1 w2", load=False)
+    trials.load("w1")
+    trials.lose("w2")
+    trials.tell(ev.WorkerLeft(worker_id=WorkerId("w2")))
+    assert trials.runs() == [("w1", 0)]
+
+
+def test_a_run_survives_the_loss_of_its_worker(trials):
+    trials.try_out("w1 w2")
+    trials.lose(trials.sent_of_canaries()[0].worker)
+    trials.wait(1)
+    trials.runs()
+    assert trials.current() == 2 or trials.scheduler.live_requests, "it goes on elsewhere"
+
+
+@pytest.mark.parametrize("error", [None, CanaryError("0.5 off", canary=0)])
+@pytest.mark.parametrize("why", ["class", "codec"])
+def test_where_bits_need_not_agree_the_output_is_judged(trials, why, error):
+    trials.try_out("w1", "w2", codec="zfp" if why == "codec" else "raw", numeric_class="y" if why == "class" else "x")
+    (sent,) = trials.sent_of_canaries()
+    trials.come_out(sent, WRONG)
+    (sent,) = trials.sent_of_canaries()
+    (judge,) = [one for one in trials.come_out(sent, WRONG) if isinstance(one, ev.JudgeCanary)]
+    assert (judge.canary, judge.run, judge.numeric_classes) == (0, 0, ("x",))
+    assert trials.current() == 1
+    (outcome,) = [
+        one
+        for one in trials.tell(ev.CanaryJudged(deployment="d", number=2, run=judge.run, error=error))
+        if isinstance(one, (ev.VersionReady, ev.VersionFailed))
+    ]
+    assert isinstance(outcome, ev.VersionReady) == (error is None) == (trials.current() == 2)
+
+
+def test_a_model_that_raises_fails_its_trial(trials):
+    trials.try_out("w1")
+    (sent,) = trials.sent_of_canaries()
+    trials.fail(sent, ModelError("ValueError: no"))
+    (sent,) = trials.sent_of_canaries()
+    (failed,) = [one for one in trials.fail(sent, ModelError("ValueError: no")) if isinstance(one, ev.VersionFailed)]
+    assert isinstance(failed.error, CanaryError) and "ValueError: no" in str(failed.error)
+
+
+def test_without_an_answer_the_trial_ends(trials):
+    trials.try_out("w1", "w2")
+    trials.silent |= {"w1", "w2"}
+    failed = [one for one in trials.wait(BUDGET_S + 1) if isinstance(one, ev.VersionFailed)]
+    assert [found.version.number for found in failed] == [2] and trials.current() == 1
+
+
+def test_a_trial_that_nobody_waits_for_leaves_nothing_behind(trials):
+    trials.try_out("w1", "w2", canaries=3)
+    actions = trials.tell(ev.VersionWithdrawn(deployment="d", number=2))
+    assert [type(one) for one in actions if isinstance(one, (ev.VersionFailed, ev.VersionReleased))] == [
+        ev.VersionFailed,
+        ev.VersionReleased,
+    ]
+    assert trials.scheduler.live_requests == trials.scheduler.reserved_bytes == 0
+    trials.tell(ev.CanaryJudged(deployment="d", number=2, run=0, error=None))
+    assert trials.current() == 1
+
+
+def test_nobody_can_ask_for_a_version_that_is_tried():
+    trials = Trials("w1", has_first=False)
+    trials.try_out("w1")
+    for number in (0, 2):
+        trials.submit(version=number)
+        assert isinstance(trials.the_error(), UnknownModelError)
+    assert list(trials.scheduler.versions()) == []
+
+
+def test_there_are_not_more_runs_than_is_good():
+    trials = Trials(*(f"w{number}" for number in range(40)))
+    trials.try_out(" ".join(f"w{number}" for number in range(40)), canaries=16)
+    assert trials.scheduler.counters["canary_runs"] == MOST_RUNS
+
+
+def test_a_version_with_other_inputs_or_outputs_never_answers():
+    trials = Trials("w1", has_first=False)
+    trials.tell(ev.VersionDeployed(version=version(1, "w1", interface="new")))
+    trials.load()
+    trials.submit()
+    arrived = trials.arrived
+    for interface, is_taken in (("new", True), ("old", False), ("", True)):
+        trials.taken()
+        trials.sequence += 1
+        request_id = type(arrived.request_id)(arrived.request_id.client, trials.sequence)
+        trials.tell(
+            ev.RequestArrived(
+                request_id=request_id, deployment="d", version=0, program=None, interface=interface, budget_s=9.0, exact=False,
+                fingerprint=trials.sequence, input=tensor(1),
+            )
+        )  # fmt: skip
+        errors = [fail.error for fail in trials.taken(ev.Fail)]
+        assert [isinstance(error, InputMismatchError) for error in errors] == ([] if is_taken else [True])
