@@ -56,6 +56,29 @@ def test_stages_come_to_the_digests_that_were_foretold(made):
                 assert _encoded(values, "raw", None, 1 << 20)[2] == digest
 
 
+def test_of_a_folded_model_the_folded_values_are_foretold(tmp_path):
+    torch.manual_seed(0)
+    layers = [part for _ in range(2) for part in (torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU())]
+    module = torch.nn.Sequential(*layers)
+    for _ in range(3):
+        module(torch.randn(4, 8, 6, 6) + 1)  # batch norms learn what is not trivial
+    module.eval()
+    x = torch.randn(2, 8, 6, 6)
+    exported = export_module(module, (x,), directory=tmp_path, profile_repetitions=0, optimize="fold")
+    program = read_program(exported.path)
+    assert "fold" in program.changes
+    path, _, _ = rehearse(inference_copy(module), exported.path, [x], directory=tmp_path, tolerance=1e-3)
+    known = read_canaries(path)
+    assert (known.program, known.numeric_class.endswith(f"/{program.arithmetic}")) == (program.digest, True)
+    check_fits(known, program.digest, program.graph)
+    for cut in legal_cuts(program):
+        values = [x]
+        foretold = known.stage_digests(0, [cut.crossing], len(program.graph.values))
+        for artifact, digest in zip(write_stages(program, [cut.position], tmp_path), foretold, strict=True):
+            values = Stage.load(artifact.path).run(values)
+            assert _encoded(values, "raw", None, 1 << 20)[2] == digest
+
+
 def test_the_outputs_are_the_modules_own(made):
     module, _, known, _, _ = made
     for canary in known.canaries:

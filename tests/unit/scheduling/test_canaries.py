@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from adapt.errors import CanaryError, InputMismatchError, ModelError, UnknownModelError
@@ -9,7 +11,7 @@ from adapt.planning.placement import Plan, StageNeed
 from adapt.protocol.ids import Digest, Epoch, WorkerId
 from adapt.protocol.messages import StageTimes
 from adapt.scheduling import events as ev
-from adapt.scheduling.canaries import BUDGET_S, MOST_RUNS, OWN_CLIENT
+from adapt.scheduling.canaries import BUDGET_S, MOST_RUNS, OWN_CLIENT, Run, Trial
 from tests.unit.scheduling.test_scheduler import Cluster, Sent, tensor
 
 RIGHT, WRONG = (b"0", b"1", b"2"), b"?"
@@ -247,3 +249,10 @@ def test_a_version_with_other_inputs_or_outputs_never_answers():
         )  # fmt: skip
         errors = [fail.error for fail in trials.taken(ev.Fail)]
         assert [isinstance(error, InputMismatchError) for error in errors] == ([] if is_taken else [True])
+
+
+def test_bits_have_to_agree_only_with_what_the_same_arithmetic_has_computed():
+    folded = replace(version(2, "w1"), arithmetic="fold")
+    for numeric_class, is_comparable in (("x/fold", True), ("x", False), ("y/fold", False), ("x/contiguous", False)):
+        trial = Trial(folded, (canary(numeric_class=numeric_class),))
+        assert trial.is_comparable(Run(0, 0, trial), {"x"}) == is_comparable
