@@ -89,6 +89,7 @@ class Member:
     credit: int = 0
     verdict: Verdict = Verdict.SUSPECT
     is_draining: bool = False
+    is_resting: bool = False  # of its last task, for the cooldown
     slots: dict[AttemptId, Slot] = field(default_factory=dict)
     alone: int = 0  # of the slots, those behind which nothing is sent
     resident: set[Digest] = field(default_factory=set)
@@ -117,9 +118,9 @@ class Member:
 
     @property
     def has_room(self) -> bool:
-        """Whether it has credit, and is better off with one more task there than here."""
+        """Whether it has credit, does not rest, and is better off with one more task there than here."""
         held = len(self.slots)
-        return held < self.credit and not self.alone and (held < STEADY or self.held_s < AHEAD_S)
+        return held < self.credit and not self.alone and not self.is_resting and (held < STEADY or self.held_s < AHEAD_S)
 
     def backlog_s(self, now: float) -> float:
         """Seconds until it has finished what it holds. If it should have finished already, it is expected to be late by as much again."""

@@ -84,6 +84,7 @@ class SchedulerSettings:
     load_timeout_s: float = 60.0  # without progress
     client_grace_s: float = 10.0  # without a connection for so long, a client's requests are cancelled
     relief_s: float = 5.0  # so often, while there are requests, it is looked whether a slow worker needs help
+    cooldown_s: float = 0.0  # a worker that was given a task gets no other for so long
     hedge_share: float = 0.05  # of tasks that may be given to a second worker because the first is slower than usual
     max_failures: int = 8  # of one stage of one request, losses included
     max_budget_s: float = 3600.0
@@ -94,7 +95,8 @@ class SchedulerSettings:
     tokens: TokenSettings = field(default_factory=TokenSettings)
 
 
-# What can fall due, as a key of the deadline heap: "deadline", "attempt", "hedge", "retry", "forget", "client", "member", "load", "look", "breaker" or "relief", and of whom.
+# What can fall due, as a key of the deadline heap: "deadline", "attempt", "hedge", "retry", "forget", "client", "member", "load", "look",
+# "breaker", "cooldown" or "relief", and of whom.
 _Due: TypeAlias = tuple[str, RequestId | AttemptId | ClientId | WorkerId]
 
 
@@ -192,6 +194,10 @@ class Scheduler:
                 self._queues.wake_all()
             case "relief", _:
                 self._relieve(now)
+            case "cooldown", str() as worker_id:
+                member = self.roster.member(WorkerId(worker_id))
+                member.is_resting = False
+                self._wake(member)
             case (("look" | "breaker"), str() as worker_id):
                 if (member := self.roster.get(WorkerId(worker_id))) is not None:
                     self._wake(member)
@@ -874,6 +880,9 @@ class Scheduler:
             request.numeric_class = member.numeric_class
         member.take(attempt_id, need.artifact, need.cost_s, now, request.activation.size_bytes, is_alone=bool(request.suspected))
         member.qos.given(now)
+        if self.settings.cooldown_s:
+            member.is_resting = True
+            self._due.set(("cooldown", member.worker_id), now + self.settings.cooldown_s)
         self._due.set(("attempt", attempt_id), now + timeout_s)
         self.counters["tasks_dispatched"] += 1
         self.counters["hedges" if is_hedge else "retries"] += number > 1

@@ -173,6 +173,7 @@ class Simulation:
             load_timeout_s=random.choice((2.0, 8.0)),
             client_grace_s=random.choice((3.0, 6.0)),
             hedge_share=random.choice((0.0, 0.0, 0.05, 0.3)),
+            cooldown_s=random.choice((0.0, 0.0, 0.0, 0.05)),
             max_requests=random.choice((4096, 4096, 4096, 4096, 12)),
             max_retained_bytes=random.choice((2 << 30, 2 << 30, 2 << 30, 6_000_000)),
             max_kept_bytes=random.choice((MAX_KEPT_BYTES, MAX_KEPT_BYTES, 100_000)),

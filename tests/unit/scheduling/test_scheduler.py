@@ -1853,6 +1853,21 @@ def test_refused_sends_do_not_use_up_the_failures():
     assert cluster.scheduler.live_requests == 1
 
 
+def test_a_worker_rests_for_the_cooldown_after_each_task():
+    """The published rule: two seconds after an assignment nothing new goes to that worker, however soon it is done."""
+    cluster = a_cluster("w1", "w2", cooldown_s=2.0, hedge_share=0.0)
+    for _ in range(3):
+        cluster.submit()
+    first, second = cluster.sent()
+    assert {first.worker, second.worker} == {"w1", "w2"}
+    cluster.finish(first)
+    assert cluster.sent() == []
+    cluster.wait(1.9)
+    assert cluster.sent() == []
+    cluster.wait(0.1)
+    assert cluster.the_one_sent().worker == first.worker
+
+
 # ── hedges ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
