@@ -14,6 +14,7 @@ from adapt.errors import PlanError
 from adapt.protocol.ids import Digest, Epoch, WorkerId
 
 MEBIBYTE = 1 << 20
+NOBODY = "no worker is connected; start one with: adapt-worker --dispatcher ADDRESS"
 WORTH_A_COPY = 0.2  # a copy of a stage has to relieve the busiest worker by so much: what is measured is rough
 WORTH_A_COPY_S = 2e-3  # and by so much: of shorter tasks most is not the worker's time
 
@@ -35,6 +36,7 @@ class WorkerOffer:
     free_bytes: int  # of its stage budget
     load_s: float = 0.0  # seconds for one item of everything it runs already
     slowness: float = 1.0  # measured seconds per predicted second
+    numeric_class: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,7 @@ def place(needs: Sequence[StageNeed], offers: Sequence[WorkerOffer]) -> tuple[tu
         PlanError: there is no worker, or none with memory for a stage; names stage, need and the largest offer.
     """
     if not offers:
-        raise PlanError("no worker is connected; start one with: adapt-worker --dispatcher ADDRESS")
+        raise PlanError(NOBODY)
     room = {offer.worker_id: offer.free_bytes for offer in offers}
     load_s = {offer.worker_id: offer.load_s for offer in offers}
     slowness = {offer.worker_id: offer.slowness for offer in offers}
@@ -90,6 +92,31 @@ def place(needs: Sequence[StageNeed], offers: Sequence[WorkerOffer]) -> tuple[tu
         load_s[worker] += need.cost_s * slowness[worker]
     places = tuple((chosen[index],) for index in range(len(needs)))
     return _relieved(Plan(program=Digest(""), epoch=Epoch(0), stages=tuple(needs), places=places), offers).places
+
+
+def apart(offers: Sequence[WorkerOffer]) -> list[list[WorkerOffer]]:
+    """The offers by numeric class, the class that computes most first: for requests that have to stay in one."""
+    classes: dict[str, list[WorkerOffer]] = {}
+    for offer in offers:
+        classes.setdefault(offer.numeric_class, []).append(offer)
+    return sorted(classes.values(), key=lambda group: (-sum(1.0 / offer.slowness for offer in group), group[0].numeric_class))
+
+
+def place_apart(needs: Sequence[StageNeed], offers: Sequence[WorkerOffer]) -> tuple[tuple[WorkerId, ...], ...]:
+    """As `place`, in each numeric class by itself: a request that begins in one can end in it.
+
+    Raises:
+        PlanError: no class has the memory; says what the one that computes most lacks.
+    """
+    found, errors = [], []
+    for group in apart(offers):
+        try:
+            found.append(place(needs, group))
+        except PlanError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0] if errors else PlanError(NOBODY)
+    return tuple(tuple(worker for places in found for worker in places[index]) for index in range(len(needs)))
 
 
 def _relieved(plan: Plan, offers: Sequence[WorkerOffer]) -> Plan:

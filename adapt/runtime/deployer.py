@@ -22,7 +22,7 @@ from adapt.models.canaries import FILE_LIMIT_BYTES, TOLERANCE, KnownCanaries, ch
 from adapt.models.interface import interface_digest
 from adapt.models.layers import completed
 from adapt.models.program import read_program
-from adapt.planning.placement import Plan, WorkerOffer
+from adapt.planning.placement import NOBODY, Plan, WorkerOffer
 from adapt.protocol import codecs
 from adapt.protocol import messages as msg
 from adapt.protocol.codecs import TensorHeader
@@ -235,7 +235,7 @@ class Deployer:
         made = set(recipe.files)  # files that are of no use if this comes to nothing
         try:
             if not await self._around.offers(wait_s=FIRST_WORKER_S):
-                raise PlanError("no worker is connected; start one with: adapt-worker --dispatcher ADDRESS")
+                raise PlanError(NOBODY)
             await self._planning.acquire()
         except BaseException:
             self._deployments.discard(made)
@@ -292,7 +292,7 @@ class Deployer:
             program=model.program,
             codec=recipe.codec,
             tolerance=recipe.tolerance,
-            exact=recipe.numerics == "exact",
+            exact=recipe.is_exact,
             peak_ratio=model.peak_ratio,
             interface=interface_digest(model.interface),
             arithmetic=model.arithmetic,
@@ -306,10 +306,10 @@ class Deployer:
         if recipe.stages:
             model = await asyncio.to_thread(cut, self._store, recipe.program, recipe.stages)
             made |= {need.artifact for need in model.stages}
-            return model, first_plan(model, offers)
+            return model, first_plan(model, offers, exact=recipe.is_exact)
         costs_s = await asyncio.to_thread(self._known_costs, recipe.program, self._around.device_kinds())
         model, plan = await asyncio.to_thread(
-            plan_freely, self._store, recipe.program, offers, name=name, costs_s=costs_s, links=self._around.links()
+            plan_freely, self._store, recipe.program, offers, name=name, costs_s=costs_s, links=self._around.links(), exact=recipe.is_exact
         )
         made |= {need.artifact for need in model.stages}
         return model, plan
@@ -335,7 +335,7 @@ class Deployer:
         if (order.named is None) == (order.uploaded is None):
             raise ConfigError("profile: give either a named model or an uploaded program")
         if not await self._around.offers(wait_s=FIRST_WORKER_S):
-            raise PlanError("no worker is connected; start one with: adapt-worker --dispatcher ADDRESS")
+            raise PlanError(NOBODY)
         chosen(kinds_of(self._around.device_kinds()), order.device_class)  # refused before anything is exported
         program = await self._program(client_id, order)
         try:

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from adapt.planning.cost import Layout
 from adapt.planning.devices import ClusterProfile, DeviceProfile
 from adapt.planning.model import ModelProfile
 from adapt.planning.partition import partition, stage_costs_s
-from adapt.planning.placement import Plan, StageNeed, WorkerOffer, place
+from adapt.planning.placement import Plan, StageNeed, WorkerOffer, apart, place, place_apart
 from adapt.protocol.codecs import resolve_codec
 from adapt.protocol.ids import Digest, Epoch, WorkerId
 from adapt.protocol.messages import Deploy, DeploymentRecord, StagePlace
@@ -325,6 +325,7 @@ def plan_freely(
     name: str,
     costs_s: Mapping[WorkerId, Sequence[float]] | None = None,
     links: Mapping[WorkerId, Link] | None = None,
+    exact: bool = False,
 ) -> tuple[CutModel, Plan]:
     """Cut a program and place it as it should be fastest on these workers: in as many stages, with as many replicas, as is best. Blocks.
 
@@ -333,17 +334,34 @@ def plan_freely(
     Args:
         costs_s: seconds of each operator on the workers on whose kind of device the program was measured.
         links: to the workers, where they have been measured; the others are no limit.
+        exact: requests stay in one numeric class: the plan is for the one that computes most and has the memory.
 
     Raises: as `cut`; PlanError: the workers' memory cannot hold the model; says what is missing.
     """
     source = read_program(store.path(program.digest))
     profile = profile_model(name, source, program.operator_costs_s)
     measured = {worker: layer_costs_s(profile, costs) for worker, costs in (costs_s or {}).items()}
-    devices = tuple(_linked(_device(offer, profile, measured.get(offer.worker_id)), (links or {}).get(offer.worker_id)) for offer in offers)
-    layout = _best_layout(profile, ClusterProfile(devices))
+
+    def device(offer: WorkerOffer) -> DeviceProfile:
+        return _linked(_device(offer, profile, measured.get(offer.worker_id)), (links or {}).get(offer.worker_id))
+
+    group, layout = _first_that_fits(profile, apart(offers) if exact else [offers], device)
     model = _cut_at(store, program, source, choose.positions(profile, layout))
-    places = tuple(tuple(sorted(offers[device].worker_id for device in stage.devices)) for stage in layout.stages)
+    places = tuple(tuple(sorted(group[index].worker_id for index in stage.devices)) for stage in layout.stages)
     return model, Plan(program=model.program, epoch=Epoch(1), stages=model.stages, places=places)
+
+
+def _first_that_fits(
+    model: ModelProfile, groups: Sequence[Sequence[WorkerOffer]], device: Callable[[WorkerOffer], DeviceProfile]
+) -> tuple[Sequence[WorkerOffer], Layout]:
+    """A group of workers that can hold the model, and the best plan for it. Raises PlanError: what the first lacks."""
+    errors = []
+    for group in groups:
+        try:
+            return group, _best_layout(model, ClusterProfile(tuple(device(offer) for offer in group)))
+        except PlanError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _best_layout(model: ModelProfile, cluster: ClusterProfile) -> Layout:
@@ -413,9 +431,10 @@ def _peak_ratio(artifacts: Sequence[StageArtifact], source: Program) -> float:
     return max(peak_bytes / input_bytes, 1.0) if input_bytes else 1.0
 
 
-def first_plan(model: CutModel, offers: Sequence[WorkerOffer]) -> Plan:
-    """Raises PlanError: no worker has memory for a stage."""
-    return Plan(program=model.program, epoch=Epoch(1), stages=model.stages, places=place(model.stages, offers))
+def first_plan(model: CutModel, offers: Sequence[WorkerOffer], *, exact: bool) -> Plan:
+    """Raises PlanError: no worker has memory for a stage; if requests are to stay in one numeric class, none of that class."""
+    places = (place_apart if exact else place)(model.stages, offers)
+    return Plan(program=model.program, epoch=Epoch(1), stages=model.stages, places=places)
 
 
 # ── between Version and JSON ─────────────────────────────────────────────────────────────────────────────────────────

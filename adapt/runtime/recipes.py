@@ -56,6 +56,11 @@ class Recipe:
         return self.again or self.number
 
     @property
+    def is_exact(self) -> bool:
+        """Whether each request stays in one numeric class."""
+        return self.numerics == "exact"
+
+    @property
     def files(self) -> set[Digest]:
         return {self.program.digest} | ({self.canaries.digest} if self.canaries is not None else set())
 

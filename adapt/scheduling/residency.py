@@ -87,7 +87,13 @@ class Residency:
                     taken[need.artifact] = need
                     load_s += need.cost_s * member.slowness / len(workers)
         free_bytes = member.stage_budget_bytes - sum(need.memory_bytes for need in taken.values())
-        return WorkerOffer(worker_id=member.worker_id, free_bytes=free_bytes, load_s=load_s, slowness=member.slowness)
+        return WorkerOffer(
+            worker_id=member.worker_id,
+            free_bytes=free_bytes,
+            load_s=load_s,
+            slowness=member.slowness,
+            numeric_class=member.numeric_class,
+        )
 
     def next_wakeup(self) -> float | None:
         return self._due.next_wakeup()

@@ -195,9 +195,9 @@ class Scheduler:
             case "relief", _:
                 self._relieve(now)
             case "cooldown", str() as worker_id:
-                member = self.roster.member(WorkerId(worker_id))
-                member.is_resting = False
-                self._wake(member)
+                rested = self.roster.member(WorkerId(worker_id))
+                rested.is_resting = False
+                self._wake(rested)
             case (("look" | "breaker"), str() as worker_id):
                 if (member := self.roster.get(WorkerId(worker_id))) is not None:
                     self._wake(member)

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adapt.errors import PlanError
-from adapt.planning.placement import MEBIBYTE, WORTH_A_COPY, Plan, StageNeed, WorkerOffer, addition, place, relief, substitute
+from adapt.planning.placement import MEBIBYTE, WORTH_A_COPY, Plan, StageNeed, WorkerOffer, addition, place, place_apart, relief, substitute
 from adapt.protocol.ids import Digest, Epoch, WorkerId
 
 MIB = MEBIBYTE
@@ -92,6 +92,22 @@ def test_who_is_left_over_relieves_the_busiest_that_it_has_room_to_relieve():
     needs = needs_of([(6, 4), (2, 3), (1, 1)])
     offers = offers_of([(6, 0, 1.0), (2, 0, 1.0), (9, 0, 1.0), (2, 1, 1.0), (0, 1, 1.0)])
     assert place(needs, offers) == (("w2",), ("w0", "w3"), ("w1",)), "w3 has no room for the costliest, w4 for none"
+
+
+def test_of_numeric_classes_each_gets_all_stages_or_none():
+    needs = [StageNeed(artifact=Digest(name), memory_bytes=10, cost_s=1.0) for name in "abc"]
+    offers = [
+        WorkerOffer(worker_id=WorkerId(f"{kind}{number}"), free_bytes=room, numeric_class=kind)
+        for kind, room, count in (("x", 10, 3), ("y", 30, 1), ("z", 10, 2))
+        for number in range(count)
+    ]
+    places = place_apart(needs, offers)
+    assert {frozenset(worker[0] for worker in workers) for workers in places} == {frozenset("xy")}
+    assert all(len([worker for worker in workers if worker[0] == "x"]) == 1 for workers in places)
+    with pytest.raises(PlanError, match="stage"):
+        place_apart(needs, [offer for offer in offers if offer.numeric_class == "z"])
+    with pytest.raises(PlanError, match="no worker is connected"):
+        place_apart(needs, [])
 
 
 def test_no_worker_at_all_says_how_to_start_one():
