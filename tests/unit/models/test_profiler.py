@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from adapt.errors import PlanError
+from adapt.errors import ConfigError, PlanError
 from adapt.models.cut import legal_cuts, window
 from adapt.models.interpreter import Stage
 from adapt.models.layers import completed, layer_costs_s, profile_model
@@ -85,6 +85,13 @@ def test_windows_compute_what_the_program_computes(branches):
         for ours, theirs in zip(values, expected, strict=True)
     )
     assert len(seen) == len(set(seen))
+
+
+def test_a_program_without_operators_is_refused_by_name(make_case):
+    nothing = make_case(nn.Identity(), torch.randn(1, 4), repetitions=0)
+    assert not nothing.program.graph.operators
+    with pytest.raises(ConfigError, match="the program has no operators"):
+        Profiler(nothing.program)
 
 
 def test_seconds_of_layers_are_those_of_their_operators(wide):
