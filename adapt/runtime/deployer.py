@@ -31,7 +31,18 @@ from adapt.protocol.wire import Blob
 from adapt.runtime import builder
 from adapt.runtime.artifacts import ArtifactStore, Download
 from adapt.runtime.deployments import Blueprint, CutModel, Deployments, check, cut, first_plan, plan_freely
-from adapt.runtime.profiles import DeviceKind, KeptProfile, Profilers, ProfileStore, chosen, combined, form_of, kinds_of, known_costs
+from adapt.runtime.profiles import (
+    DeviceKind,
+    KeptProfile,
+    Profilers,
+    ProfileStore,
+    chosen,
+    combined,
+    form_of,
+    is_believable,
+    kinds_of,
+    known_costs,
+)
 from adapt.runtime.recipes import CanaryFile, ProfiledProgram, Recipe
 from adapt.scheduling import events as ev
 from adapt.scheduling.links import Link
@@ -393,6 +404,8 @@ class Deployer:
         return found
 
     async def _keep(self, form: str, kind: DeviceKind, worker_id: WorkerId, costs_s: tuple[float, ...]) -> None:
+        if not is_believable(costs_s):  # as completed by what a client has sent
+            return
         profile = KeptProfile(device_class=kind.name, worker=worker_id, cores=kind.cores, costs_s=costs_s)
         await asyncio.to_thread(self._profiles.write, form, profile)
 
