@@ -684,9 +684,9 @@ class Dispatcher:
         for member in self._scheduler.roster:
             session = self._sessions.named("worker", member.worker_id)
             if member.is_ready and session is not None and member.worker_id in self._last_hello:
-                heartbeat = self._peers[session.number].heartbeat
-                cores = 0.0 if heartbeat is None else heartbeat.cores
-                found[member.worker_id] = DeviceKind.of(self._last_hello[member.worker_id].device, cores)
+                hello = self._last_hello[member.worker_id]
+                told = self._peers[session.number].heartbeat or hello
+                found[member.worker_id] = DeviceKind.of(hello.device, told.cores)
         return found
 
     def version(self, deployment: str, number: int) -> ev.Version:

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,7 +34,8 @@ VERSION = 1
 KEPT = 256  # forms of programs, those measured last
 LEAST_CORES, MOST_CORES = 0.01, 1e6  # what may be believed: no control group hands out less
 BELIEVED_S = (1e-9, 1e9)  # of a whole program
-SILENCE_S = 60.0  # of a worker that should be measuring; it says something a few times a second unless others keep it busy
+SILENCE_S = 60.0  # without progress of a worker that should be measuring; it tells of some a few times a second unless others keep it busy
+MOST_STEPS = 16  # of a profile, each with words of its own
 
 Told: TypeAlias = Callable[[str, float | None], None]  # words, and the share that is done of what they say, if that is known
 
@@ -196,6 +197,14 @@ class _Waiting:
     answer: asyncio.Future[list[float | None]]
     told: Told
     heard: asyncio.Event
+    steps: dict[str, float] = field(default_factory=dict)  # how far each has come
+
+    def note(self, step: str, share: float) -> None:
+        """Only what goes forward is a sign of life."""
+        if share > self.steps.get(step, -1.0) and (step in self.steps or len(self.steps) < MOST_STEPS):
+            self.steps[step] = share
+            self.heard.set()
+            self.told(step, share)
 
 
 class Profilers:
@@ -234,10 +243,9 @@ class Profilers:
         waiting = self._waiting.get((worker_id, message.program))
         if waiting is None or waiting.answer.done():
             return
-        waiting.heard.set()
         match message:
             case msg.ProfileProgress(step=step, share=share):
-                waiting.told(f"{worker_id}: {step}", share)
+                waiting.note(f"{worker_id}: {step}", share)
             case msg.ProgramProfiled(costs_s=costs_s) if is_believable(costs_s):
                 waiting.answer.set_result(costs_s)
             case msg.ProgramProfiled(costs_s=costs_s):

@@ -217,6 +217,40 @@ def test_a_worker_that_is_busy_for_too_long_is_not_waited_for(monkeypatch):
     asyncio.run(test())
 
 
+def test_only_what_goes_forward_is_a_sign_of_life(monkeypatch):
+    monkeypatch.setattr(profiles, "SILENCE_S", 0.05)
+
+    async def test():
+        ended = asyncio.Event()
+
+        def repeat(cluster, share=0.5):  # without end
+            cluster.profilers.heard(W1, msg.ProfileProgress(program=PROGRAM, step="measuring", share=share))
+            if not ended.is_set():
+                asyncio.get_running_loop().call_later(0.005, repeat, cluster, share * 0.9)
+
+        cluster = Cluster(w1=repeat)
+        with pytest.raises(PlanError, match="no progress"):
+            await cluster.measure(W1)
+        ended.set()
+        assert cluster.told == [("w1: measuring", 0.5)]
+
+    asyncio.run(test())
+
+
+def test_a_worker_cannot_keep_everybody_waiting_with_new_words():
+    async def test():
+        def speak(cluster):
+            for number in range(10 * profiles.MOST_STEPS):
+                cluster.profilers.heard(W1, msg.ProfileProgress(program=PROGRAM, step=str(number), share=0.0))
+            profiled(W1, 0.1)(cluster)
+
+        cluster = Cluster(w1=speak)
+        await cluster.measure(W1)
+        assert len(cluster.told) == profiles.MOST_STEPS
+
+    asyncio.run(test())
+
+
 def test_who_gives_up_waiting_has_it_cancelled():
     async def test():
         begun = asyncio.Event()
