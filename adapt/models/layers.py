@@ -42,7 +42,7 @@ def profile_model(
     """
     graph = program.graph
     if not graph.operators:
-        raise ConfigError(f"{name or 'the program'} has no operators: it returns what it is given, and there is nothing to measure or to plan")
+        raise ConfigError(f"{name or 'the program'} has no operators: there is nothing to measure or to plan")
     if len(costs_s) != len(graph.operators):
         raise ConfigError(f"{name}: the profile has {len(costs_s)} operators, the program {len(graph.operators)}")
     cuts = legal_cuts(program)

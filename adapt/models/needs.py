@@ -26,7 +26,7 @@ from adapt.models.program import INT_LIMIT, Affine, Argument, Graph, Operator, S
 
 ITEM_BYTES = 8  # of the widest dtype
 LEAST_ITEM_BYTES = 4  # that convolutions and products compute with: narrower ones may be widened
-MANY_COLUMNS = 16  # times what a convolution is given and makes; fewer columns are left to its kernel, which makes a block of them at a time
+MANY_COLUMNS = 16  # times what a convolution is given and makes; of fewer its kernel makes a block at a time
 LSTM_GATES = 4
 OBJECT_ELEMENTS = 64  # what one more tensor costs, though it shares its memory, in elements
 

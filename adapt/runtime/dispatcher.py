@@ -90,7 +90,9 @@ class Dispatcher:
         )
         self._scheduler = Scheduler(_settings(config), generation=secrets.randbelow(1 << 32))
         self._tally = LinkTally()
-        self._probing = Probing(self._scheduler.roster, self.to_worker)
+        self._probing = Probing(
+            self._scheduler.roster, self.to_worker, is_profiling=lambda worker_id: self._deployer.profilers.is_asked(worker_id)
+        )
         self._sessions = Sessions(1 + secrets.randbelow(1 << 32))
         self._reign = Reign()
         self._peers: dict[int, _Peer] = {}  # by session

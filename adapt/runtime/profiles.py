@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -253,6 +252,10 @@ class Profilers:
                 waiting.answer.set_exception(PlanError(f"it says that the program takes {seconds:g} s, which nobody can have measured"))
             case msg.ProfileFailed():
                 waiting.answer.set_exception(AdaptError.from_wire(message.code, message.message, message.fields))
+
+    def is_asked(self, worker_id: WorkerId) -> bool:
+        """Whether this worker fetches or measures a program."""
+        return any(other == worker_id for other, _ in self._waiting)
 
     def worker_gone(self, worker_id: WorkerId) -> None:
         """Its session has ended; it has given up what it measured."""

@@ -61,7 +61,9 @@ def program(store):
     return export_module(torch.nn.Linear(4, 4).eval(), [torch.zeros(2, 4)], directory=store.directory, profile_repetitions=0)
 
 
-@pytest.mark.parametrize("error", [ValueError("max() arg is an empty sequence"), OverflowError("int too large"), OSError("gone"), KeyError(3)])
+@pytest.mark.parametrize(
+    "error", [ValueError("max() arg is an empty sequence"), OverflowError("int too large"), OSError("gone"), KeyError(3)]
+)
 def test_a_program_that_cannot_be_opened_is_refused_and_the_worker_lives(store, program, error):
     """Regression: what is neither ours nor the system's ended the worker process, one worker after the other."""
     (failed,) = said_of(store, program, open_profiler=raising(error))
