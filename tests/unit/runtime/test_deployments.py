@@ -111,3 +111,4 @@ def test_a_worker_that_tells_nonsense_of_its_seconds_stops_no_plan(stored, slown
     for costs_s in (None, {WorkerId("w1"): [0.001] * operators}, {WorkerId("w1"): odd, WorkerId("w2"): odd}):
         _, plan = plan_freely(*stored, offers(6, 6, slowness=(slowness, 1.0)), name="m", costs_s=costs_s)
         assert {worker for place in plan.places for worker in place} == {"w1", "w2"}
+    assert plan_freely(*stored, offers(9, 9, slowness=(slowness, 1.0)), name="m", exact=True)
