@@ -43,6 +43,7 @@ from adapt.models.program import (
 from adapt.models.tensorfile import ALIGNMENT_BYTES
 
 Leaf = torch.Tensor | int
+_Signature = tuple[Any, ...]  # shapes and ints of a run's inputs
 
 
 @dataclass(slots=True)
@@ -85,7 +86,7 @@ class Stage:
         self._steps = _compile(graph, self._first_slot, device)
         self._values, self._limit_bytes = graph.values, limit_bytes or memory_limit_bytes()
         check_graph(graph, self._limit_bytes)
-        self._known: set[tuple[Any, ...]] = set()  # shapes of inputs for which every operator has been watched
+        self._known: set[_Signature] = set()  # shapes of inputs for which every operator has been watched
 
     @classmethod
     def load(cls, path: Path | str, *, device: torch.device | str = "cpu", verify: bool = True, limit_bytes: int | None = None) -> Self:
@@ -127,14 +128,13 @@ class Stage:
                 another shape than the file claims.
         """
         self._check_inputs(inputs)
-        signature = tuple([leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in inputs])
-        watch = None if signature in self._known else self._watch(inputs)
+        signature = _signature(inputs)
+        watch = self._watch(inputs, signature)
         with torch.inference_mode():
             slots = self._filled(inputs)
             del inputs  # so that an input can be freed after its last use, if the caller lets go of it too
             self._run_steps(slots, observe, watch)
-            if watch is not None and len(self._known) < FITTED_LIMIT:
-                self._known.add(signature)
+            self._was_watched(watch, signature)
             return [self._delivered(slots[slot]) for slot in self._output_slots]
 
     def __len__(self) -> int:
@@ -148,7 +148,8 @@ class Stage:
             InputMismatchError: as `run`.
         """
         self._check_inputs(inputs)
-        return PausedRun(self._filled(inputs), self._watch(inputs))
+        signature = _signature(inputs)
+        return PausedRun(self._filled(inputs), signature, self._watch(inputs, signature))
 
     def step(self, run: PausedRun, position: int) -> None:
         """Run the operator of that position, after all before it. Raises ModelError."""
@@ -156,10 +157,16 @@ class Stage:
 
     def finish(self, run: PausedRun) -> list[Leaf]:
         """The outputs, after the last step, as `run` returns them."""
+        self._was_watched(run.watch, run.signature)
         return [self._delivered(run.slots[slot]) for slot in self._output_slots]
 
-    def _watch(self, inputs: Sequence[Leaf]) -> _Watch:
-        return _Watch(self.inputs, self._values, inputs, self._limit_bytes)
+    def _watch(self, inputs: Sequence[Leaf], signature: _Signature) -> _Watch | None:
+        return None if signature in self._known else _Watch(self.inputs, self._values, inputs, self._limit_bytes)
+
+    def _was_watched(self, watch: _Watch | None, signature: _Signature) -> None:
+        """A run has come to its end."""
+        if watch is not None and len(self._known) < FITTED_LIMIT:
+            self._known.add(signature)
 
     def _filled(self, inputs: Sequence[Leaf]) -> list[Any]:
         slots = self._initial.copy()
@@ -251,7 +258,12 @@ class PausedRun:
     """A run of a stage between two of its operators."""
 
     slots: list[Any]
-    watch: _Watch
+    signature: _Signature
+    watch: _Watch | None  # None: a run on inputs of these shapes has been watched before
+
+
+def _signature(inputs: Sequence[Leaf]) -> _Signature:
+    return tuple([leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in inputs])
 
 
 def _model_error(operator: Operator, error: Exception) -> ModelError:

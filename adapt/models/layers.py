@@ -38,9 +38,11 @@ def profile_model(
         costs_s: seconds of each operator.
 
     Raises:
-        ConfigError: the seconds are not those of this program.
+        ConfigError: the seconds are not those of this program, or it has no operators.
     """
     graph = program.graph
+    if not graph.operators:
+        raise ConfigError(f"{name or 'the program'} has no operators: there is nothing to measure or to plan")
     if len(costs_s) != len(graph.operators):
         raise ConfigError(f"{name}: the profile has {len(costs_s)} operators, the program {len(graph.operators)}")
     cuts = legal_cuts(program)

@@ -21,16 +21,26 @@ from typing import Any, TypeAlias
 import torch
 
 from adapt.errors import WireError
-from adapt.models.operators import ELEMENTWISE, IMPURE_IN_TRAINING, OPERATORS, TRAINING_FLAGS
+from adapt.models.operators import DTYPES, ELEMENTWISE, IMPURE_IN_TRAINING, OPERATORS, TRAINING_FLAGS
 from adapt.models.program import INT_LIMIT, Affine, Argument, Graph, Operator, Size, SizeSpec, TensorSpec, ValueRef, ValueSpec, WeightRef
 
 ITEM_BYTES = 8  # of the widest dtype
+LEAST_ITEM_BYTES = 4  # that convolutions and products compute with: narrower ones may be widened
+MANY_COLUMNS = 16  # times what a convolution is given and makes; of fewer its kernel makes a block at a time
 LSTM_GATES = 4
 OBJECT_ELEMENTS = 64  # what one more tensor costs, though it shares its memory, in elements
 
 
 class Shape(tuple[int, ...]):
     """Of a tensor, to be told from a list of sizes."""
+
+    item_bytes = ITEM_BYTES
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], dtype: torch.dtype) -> Shape:
+        shape = cls(sizes)
+        shape.item_bytes = dtype.itemsize
+        return shape
 
     @property
     def elements(self) -> int:
@@ -56,13 +66,13 @@ def check_graph(graph: Graph, limit_bytes: int) -> None:
     """
     for index, spec in enumerate(graph.values):
         _check_value(spec, f"values[{index}]", limit_bytes)
-    weights = [Shape(_as_seen(weight.stored.shape, weight.order)) for weight in graph.weights]
+    weights = [Shape.of(_as_seen(weight.stored.shape, weight.order), DTYPES[weight.stored.dtype]) for weight in graph.weights]
 
     def shape_of(reference: ValueRef | WeightRef) -> Any:
         if isinstance(reference, WeightRef):
             return weights[reference.index]
         spec = graph.values[reference.index]
-        return Shape(spec.shape_at(1)) if isinstance(spec, TensorSpec) else _at_one(spec.size)
+        return Shape.of(spec.shape_at(1), DTYPES[spec.dtype]) if isinstance(spec, TensorSpec) else _at_one(spec.size)
 
     for position, operator in enumerate(graph.operators):
         where = f"operators[{position}]: {operator.name}"
@@ -188,14 +198,14 @@ def check_call(call: Callable[..., Any], name: str, args: Sequence[Any], kwargs:
 
 def _real(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return Shape(value.shape)
+        return Shape.of(value.shape, value.dtype)
     return [_real(item) for item in value] if isinstance(value, list) else value
 
 
 def check_need(name: str, given: Given, limit_bytes: int, where: str) -> None:
     """Raises WireError if what the operator makes of this may take more than `limit_bytes`, or cannot be told."""
     try:
-        needed = most_elements(name, given) * ITEM_BYTES
+        needed = most_elements(name, given) * _item_bytes(name, given)
     except (ArithmeticError, AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
         raise WireError(f"{where}: arguments of the wrong kind: {type(error).__name__}: {str(error)[:100]}") from None
     if needed > limit_bytes:
@@ -204,11 +214,22 @@ def check_need(name: str, given: Given, limit_bytes: int, where: str) -> None:
 
 def most_elements(name: str, given: Given) -> int:
     """A bound for the elements of an operator's result, and of what it needs meanwhile. Raises many errors for arguments of the wrong kind."""
-    rule = _RULES.get(name.removeprefix("aten.").partition(".")[0])
+    rule = _RULES.get(_family(name))
     shapes = list(_tensors(given.values()))
     if rule is not None:
         return max(int(rule(given)), 0)
     return _broadcast(shapes) if name in ELEMENTWISE else sum(shape.elements for shape in shapes)
+
+
+def _item_bytes(name: str, given: Given) -> int:
+    if _family(name) not in _KEEP_DTYPE:
+        return ITEM_BYTES
+    return max(LEAST_ITEM_BYTES, *(shape.item_bytes for shape in _tensors(given.values())))
+
+
+def _family(name: str) -> str:
+    """Of an operator, without its overload."""
+    return name.removeprefix("aten.").partition(".")[0]
 
 
 def _named(call: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,7 +308,7 @@ def _pooled(given: Given) -> int:
 
 
 def _convolved(given: Given) -> int:
-    """The result, and the columns of one item that a kernel without blocking makes."""
+    """The result; and the columns of one item, which some kernels make at once, where they are very many."""
     image, weight = given["input"], given["weight"]
     dims = len(weight) - 2
     stride, padding, dilation = (_spread(given[name], dims) for name in ("stride", "padding", "dilation"))
@@ -299,7 +320,8 @@ def _convolved(given: Given) -> int:
     if given.get("transposed") or ("output_padding" in given and "transposed" not in given):
         return _convolved_back(given, image, weight, dims, stride, dilation)
     items = image[0] if len(image) == len(weight) else 1
-    return int(max(items * weight[0] * out, math.prod(weight[1:]) * int(given["groups"]) * out))
+    columns = math.prod(weight[1:]) * int(given["groups"]) * out
+    return _with_columns(columns, image.elements, items * weight[0] * out, items)
 
 
 def _convolved_back(
@@ -311,7 +333,12 @@ def _convolved_back(
         for side, step, gap, kernel, extra in zip(image[-dims:], stride, dilation, weight[2:], more, strict=True)
     )
     items = image[0] if len(image) == len(weight) else 1
-    return max(items * weight[1] * int(given["groups"]) * out, math.prod(weight[1:]) * math.prod(image[-dims:]))
+    columns = math.prod(weight[1:]) * math.prod(image[-dims:])
+    return _with_columns(columns, image.elements, items * weight[1] * int(given["groups"]) * out, items)
+
+
+def _with_columns(columns: int, taken: int, made: int, items: int) -> int:
+    return max(made, columns) if columns * max(items, 1) > MANY_COLUMNS * (taken + made) else made
 
 
 def _spread(value: Any, dims: int) -> list[int]:
@@ -396,19 +423,22 @@ def _selected(given: Given) -> int:
 
 
 def _recurrent(given: Given, gates: int) -> int:
-    """All gates of all steps in both directions. Kernels write outside of their memory if shapes do not agree: nobody else checks them."""
+    """All gates of all steps in both directions. Kernels write outside of their memory if shapes do not agree: nobody else checks them.
+
+    Where an LSTM's hidden state is of another width than its cell state, it is projected to that, with one more weight."""
     steps, directions = given["input"], 2 if given["bidirectional"] else 1
     states = given["hx"] if isinstance(given["hx"], list) else [given["hx"]]
-    hidden, batch = states[0][2], steps[0 if given["batch_first"] else 1]
-    _require(len(steps) == 3 and all(state == (given["num_layers"] * directions, batch, hidden) for state in states), "states")
-    _require(len(states) == (2 if gates == LSTM_GATES else 1), "states")
+    out, hidden, batch = states[0][2], states[-1][2], steps[0 if given["batch_first"] else 1]
+    ends = [(given["num_layers"] * directions, batch, width) for width in (out, hidden)]
+    _require(len(steps) == 3 and states == (ends if gates == LSTM_GATES else ends[:1]), "states")
+    parts = [(gates * hidden,)] * (2 * bool(given["has_biases"])) + [(out, hidden)] * (out != hidden)
     expected: list[tuple[int, ...]] = []
     for layer in range(given["num_layers"]):
-        width = hidden * directions if layer else steps[2]
-        expected += [(gates * hidden, width), (gates * hidden, hidden), *[(gates * hidden,)] * (2 * bool(given["has_biases"]))] * directions
+        width = out * directions if layer else steps[2]
+        expected += [(gates * hidden, width), (gates * hidden, out), *parts] * directions
         _require(len(expected) <= len(given["params"]), "weights")
     _require([tuple(shape) for shape in given["params"]] == expected, "weights")
-    return int(math.prod(steps[:2]) * max(gates * hidden, steps[2]) * 2)
+    return int(math.prod(steps[:2]) * max(gates * hidden, out, steps[2]) * 2)
 
 
 def _require(is_so: bool, what: str) -> None:
@@ -438,6 +468,10 @@ def _parted(given: Given) -> int:
     return int(max(shape.elements, abs(int(parts)) * OBJECT_ELEMENTS))
 
 
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_PRODUCTS = ("matmul", "mm", "bmm", "addmm", "baddbmm")
+_KEEP_DTYPE = frozenset((*_CONVOLUTIONS, *_PRODUCTS, "linear"))
+
 # By the name of the operator without its overload.
 _RULES: dict[str, Callable[[Given], int]] = {
     **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), _created),
@@ -455,10 +489,8 @@ _RULES: dict[str, Callable[[Given], int]] = {
     **dict.fromkeys(
         ("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool2d_with_indices", "max_pool3d"), _pooled
     ),
-    **dict.fromkeys(
-        ("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolved
-    ),
-    **dict.fromkeys(("matmul", "mm", "bmm", "addmm", "baddbmm"), _multiplied),
+    **dict.fromkeys(_CONVOLUTIONS, _convolved),
+    **dict.fromkeys(_PRODUCTS, _multiplied),
     "linear": _linear,
     "outer": _outer,
     "bilinear": _bilinear,

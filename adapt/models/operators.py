@@ -26,7 +26,7 @@ _ELEMENTWISE = """
     hardshrink.default hardsigmoid.default hardswish.default hardtanh.default isfinite.default isinf.default isnan.default
     le.Scalar le.Tensor leaky_relu.default lerp.Scalar lerp.Tensor log.default log10.default log1p.default log2.default
     log_sigmoid.default logical_and.default logical_not.default logical_or.default logical_xor.default
-    lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor maximum.default minimum.default mish.default
+    lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor max.other maximum.default min.other minimum.default mish.default
     mul.Scalar mul.Tensor nan_to_num.default ne.Scalar ne.Tensor neg.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor
     prelu.default reciprocal.default relu.default relu6.default remainder.Scalar remainder.Tensor round.default round.decimals
     rsqrt.default rsub.Scalar rsub.Tensor selu.default sigmoid.default sign.default silu.default sin.default sinh.default
@@ -36,8 +36,8 @@ _ELEMENTWISE = """
 """
 _REDUCTIONS = """
     all.default all.dim amax.default amin.default any.default any.dim argmax.default argmin.default argsort.default
-    cumsum.default linalg_vector_norm.default log_softmax.int logsumexp.default max.default max.dim max.other mean.default
-    mean.dim min.default min.dim min.other norm.ScalarOpt_dim prod.default prod.dim_int softmax.int sort.default std.correction
+    cumsum.default linalg_vector_norm.default log_softmax.int logsumexp.default max.default max.dim mean.default
+    mean.dim min.default min.dim norm.ScalarOpt_dim prod.default prod.dim_int softmax.int sort.default std.correction
     std.dim sum.default sum.dim_IntList topk.default var.correction var.dim var_mean.correction
     _log_softmax.default _softmax.default _safe_softmax.default
 """

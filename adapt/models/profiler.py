@@ -135,13 +135,15 @@ class Profiler:
         runs: list[list[float]] = []
         outputs: list[Leaf] = []
         while len(runs) <= LEAST_RUNS or (len(runs) <= self._repetitions and sum(map(sum, runs)) < ENOUGH_S):
-            times, outputs = yield from self._timed_run(stage, inputs)
+            worth = operators / (max(self._repetitions, LEAST_RUNS) + 1)
+            self._done = first + worth * len(runs)
+            times, outputs = yield from self._timed_run(stage, inputs, worth / max(len(stage), 1))
             runs.append(times)
-            self._done = first + operators * min(len(runs) / (self._repetitions + 1), 1.0)
         self._keep(piece, runs[1:])
         return outputs
 
-    def _timed_run(self, stage: Stage, inputs: Sequence[Leaf]) -> Generator[None, None, tuple[list[float], list[Leaf]]]:
+    def _timed_run(self, stage: Stage, inputs: Sequence[Leaf], worth: float) -> Generator[None, None, tuple[list[float], list[Leaf]]]:
+        """`worth`: of an operator, for `share`; on a slow device one run may take minutes."""
         is_cuda = self._device.type == "cuda"
         run = stage.begin(inputs)
         times = []
@@ -151,6 +153,7 @@ class Profiler:
             if is_cuda:
                 torch.cuda.synchronize(self._device)
             times.append(perf_counter() - began)
+            self._done += worth
             yield
         return times, stage.finish(run)
 

@@ -15,6 +15,7 @@ from adapt.protocol.ids import Digest, Epoch, WorkerId
 
 MEBIBYTE = 1 << 20
 NOBODY = "no worker is connected; start one with: adapt-worker --dispatcher ADDRESS"
+LEAST_SLOWNESS = 1e-3  # that is believed: a worker may say what it likes of its seconds
 WORTH_A_COPY = 0.2  # a copy of a stage has to relieve the busiest worker by so much: what is measured is rough
 WORTH_A_COPY_S = 2e-3  # and by so much: of shorter tasks most is not the worker's time
 
@@ -99,7 +100,9 @@ def apart(offers: Sequence[WorkerOffer]) -> list[list[WorkerOffer]]:
     classes: dict[str, list[WorkerOffer]] = {}
     for offer in offers:
         classes.setdefault(offer.numeric_class, []).append(offer)
-    return sorted(classes.values(), key=lambda group: (-sum(1.0 / offer.slowness for offer in group), group[0].numeric_class))
+    return sorted(
+        classes.values(), key=lambda group: (-sum(1.0 / max(offer.slowness, LEAST_SLOWNESS) for offer in group), group[0].numeric_class)
+    )
 
 
 def place_apart(needs: Sequence[StageNeed], offers: Sequence[WorkerOffer]) -> tuple[tuple[WorkerId, ...], ...]:

@@ -56,6 +56,7 @@ Named = Annotated[str, msgspec.Meta(max_length=64)]  # a name or digest that is 
 Address = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 PieceBytes = Annotated[int, msgspec.Meta(ge=4096, le=1 << 20)]
 Facts: TypeAlias = dict[str, Any]  # plain values, of which msgpack has no others; an error's attributes, a constructor's arguments
+Cores = Annotated[float, msgspec.Meta(ge=0.0, le=1e6)]  # that the control group of a worker allows it; 0: no limit
 Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Attempts = Annotated[list[AttemptId], msgspec.Meta(max_length=4096)]
 
@@ -86,6 +87,7 @@ class WorkerHello(Struct, frozen=True, kw_only=True):
     highest_term: Natural  # the highest term this process has met; the dispatcher's must be higher or the same reign
     software: Text
     device: DeviceFacts
+    cores: Cores = 0.0
     stage_budget_bytes: Natural  # memory for stages, above the floor of the runtime
     credit: Count  # tasks it accepts at a time: running and waiting
     resident: Annotated[list[Sha256], msgspec.Meta(max_length=4096)]  # stages that are loaded
@@ -522,7 +524,7 @@ class Heartbeat(Struct, frozen=True, kw_only=True):
     progress: Natural
     memory_percent: float  # of the host
     resident_bytes: Natural  # of stages
-    cores: Annotated[float, msgspec.Meta(ge=0.0, le=1e6)] = 0.0  # that its control group allows it; 0: no limit
+    cores: Cores = 0.0
 
 
 class Draining(Struct, frozen=True, kw_only=True):

@@ -20,8 +20,8 @@ from adapt.config import counted
 from adapt.errors import AdaptError, CanaryError, ConfigError, PlanError
 from adapt.models.canaries import FILE_LIMIT_BYTES, TOLERANCE, KnownCanaries, check_fits, deviation, read_canaries
 from adapt.models.interface import interface_digest
-from adapt.models.layers import completed
-from adapt.models.program import read_program
+from adapt.models.layers import completed, profile_model
+from adapt.models.program import Program, read_program
 from adapt.planning.placement import NOBODY, Plan, WorkerOffer
 from adapt.protocol import codecs
 from adapt.protocol import messages as msg
@@ -31,7 +31,18 @@ from adapt.protocol.wire import Blob
 from adapt.runtime import builder
 from adapt.runtime.artifacts import ArtifactStore, Download
 from adapt.runtime.deployments import Blueprint, CutModel, Deployments, check, cut, first_plan, plan_freely
-from adapt.runtime.profiles import DeviceKind, KeptProfile, Profilers, ProfileStore, chosen, combined, form_of, kinds_of, known_costs
+from adapt.runtime.profiles import (
+    DeviceKind,
+    KeptProfile,
+    Profilers,
+    ProfileStore,
+    chosen,
+    combined,
+    form_of,
+    is_believable,
+    kinds_of,
+    known_costs,
+)
 from adapt.runtime.recipes import CanaryFile, ProfiledProgram, Recipe
 from adapt.scheduling import events as ev
 from adapt.scheduling.links import Link
@@ -339,12 +350,21 @@ class Deployer:
         chosen(kinds_of(self._around.device_kinds()), order.device_class)  # refused before anything is exported
         program = await self._program(client_id, order)
         try:
+            source = await asyncio.to_thread(self._measurable, order.name, program)
             found = await self._measured(client_id, order, program)
-            source = await asyncio.to_thread(read_program, self._store.path(program.digest))
             model = await asyncio.to_thread(combined, order.name, source, found, program.operator_costs_s)
         finally:
             self._deployments.discard({program.digest})
         return msg.Profiled(call=order.call, profile=model.to_json())
+
+    def _measurable(self, name: str, program: ProfiledProgram) -> Program:
+        """Read here before any worker has to. Blocks. Raises AdaptError: it cannot be profiled."""
+        try:
+            source = read_program(self._store.path(program.digest))
+            profile_model(name, source, program.operator_costs_s)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # of sizes that nobody can have meant
+            raise ConfigError(f"{name}: the program cannot be profiled: {type(error).__name__}: {str(error)[:1000]}") from error
+        return source
 
     async def _measured(
         self, client_id: ClientId, order: msg.Profile, program: ProfiledProgram
@@ -384,6 +404,8 @@ class Deployer:
         return found
 
     async def _keep(self, form: str, kind: DeviceKind, worker_id: WorkerId, costs_s: tuple[float, ...]) -> None:
+        if not is_believable(costs_s):  # as completed by what a client has sent
+            return
         profile = KeptProfile(device_class=kind.name, worker=worker_id, cores=kind.cores, costs_s=costs_s)
         await asyncio.to_thread(self._profiles.write, form, profile)
 

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 HEADER_BYTES = 256 << 10  # of a stage's file, beside its weights, at most
 MANY_KINDS = 5  # of workers; with more, planning takes more than a second or two
 PROFILE_HOLDS = 1.5  # a worker that has proved to be slower, or faster, than its kind by more than this is taken as it is
+LEAST_LAYER_S = 1e-9  # no layer takes less; plans divide by it
+MOST_RATIO = 1e3  # of a worker's seconds to what they should be, either way; more is not believed
 PROFILE_ERROR = 0.05  # stages that differ by less are alike, as far as the quick profile knows; then fewer bytes count
 NO_LIMIT_BYTES_PER_S = 200e6  # of a link; what is faster, as within one machine, costs processor time and no more
 NO_LATENCY_S = 2e-3  # what is less is the loops' own
@@ -340,7 +342,9 @@ def plan_freely(
     """
     source = read_program(store.path(program.digest))
     profile = profile_model(name, source, program.operator_costs_s)
-    measured = {worker: layer_costs_s(profile, costs) for worker, costs in (costs_s or {}).items()}
+    measured = {
+        worker: tuple(max(cost, LEAST_LAYER_S) for cost in layer_costs_s(profile, costs)) for worker, costs in (costs_s or {}).items()
+    }
 
     def device(offer: WorkerOffer) -> DeviceProfile:
         return _linked(_device(offer, profile, measured.get(offer.worker_id)), (links or {}).get(offer.worker_id))
@@ -389,14 +393,19 @@ def _stepped(value: float) -> float:
 def _device(offer: WorkerOffer, model: ModelProfile, costs_s: tuple[float, ...] | None) -> DeviceProfile:
     budget_bytes = max(offer.free_bytes - HEADER_BYTES, 0)
     if costs_s is None:
-        return DeviceProfile(name=offer.worker_id, speed=1.0 / offer.slowness, budget_bytes=budget_bytes)
+        return DeviceProfile(name=offer.worker_id, speed=1.0 / _believed(offer.slowness), budget_bytes=budget_bytes)
     usual = sum(costs_s) / model.seconds_before[-1] if model.seconds_before[-1] > 0 else 1.0
-    drift = offer.slowness / usual if offer.slowness != 1.0 and usual > 0 else 1.0  # 1: it has done nothing yet
+    drift = _believed(offer.slowness / usual) if offer.slowness != 1.0 and usual > 0 else 1.0  # 1: it has done nothing yet
     if 1 / PROFILE_HOLDS < drift < PROFILE_HOLDS:
         drift = 1.0
     drift = _stepped(drift)  # so that workers that are alike stay alike
     costs_s = costs_s if drift == 1.0 else tuple(cost * drift for cost in costs_s)
     return DeviceProfile(name=offer.worker_id, speed=1.0 / (usual * drift or 1.0), budget_bytes=budget_bytes, costs_s=costs_s)
+
+
+def _believed(ratio: float) -> float:
+    """A worker may say what it likes of its seconds; plans have to go on."""
+    return min(max(ratio, 1 / MOST_RATIO), MOST_RATIO)
 
 
 def _cut_at(store: ArtifactStore, program: ProfiledProgram, source: Program, positions: Sequence[int]) -> CutModel:

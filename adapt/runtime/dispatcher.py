@@ -90,7 +90,9 @@ class Dispatcher:
         )
         self._scheduler = Scheduler(_settings(config), generation=secrets.randbelow(1 << 32))
         self._tally = LinkTally()
-        self._probing = Probing(self._scheduler.roster, self.to_worker)
+        self._probing = Probing(
+            self._scheduler.roster, self.to_worker, is_profiling=lambda worker_id: self._deployer.profilers.is_asked(worker_id)
+        )
         self._sessions = Sessions(1 + secrets.randbelow(1 << 32))
         self._reign = Reign()
         self._peers: dict[int, _Peer] = {}  # by session
@@ -684,9 +686,9 @@ class Dispatcher:
         for member in self._scheduler.roster:
             session = self._sessions.named("worker", member.worker_id)
             if member.is_ready and session is not None and member.worker_id in self._last_hello:
-                heartbeat = self._peers[session.number].heartbeat
-                cores = 0.0 if heartbeat is None else heartbeat.cores
-                found[member.worker_id] = DeviceKind.of(self._last_hello[member.worker_id].device, cores)
+                hello = self._last_hello[member.worker_id]
+                told = self._peers[session.number].heartbeat or hello
+                found[member.worker_id] = DeviceKind.of(hello.device, told.cores)
         return found
 
     def version(self, deployment: str, number: int) -> ev.Version:

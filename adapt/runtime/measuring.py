@@ -148,9 +148,9 @@ class Measuring:
             path = self._store.path(program)
             self._profiler = await asyncio.get_running_loop().run_in_executor(thread, self._open_profiler, path, order.repetitions)
             costs_s = await self._costs_s(program, self._profiler)
-        except (AdaptError, OSError) as error:
+        except Exception as error:  # foreign code: a program may come from anybody, and it must not end the worker
             self._program = None
-            self._refuse(program, error if isinstance(error, AdaptError) else PlanError(f"the program cannot be read: {error}"))
+            self._refuse(program, _refusal(error))
         else:
             self._program = None
             log.info("program profiled", extra={"program": program, "seconds": sum(cost or 0.0 for cost in costs_s)})
@@ -188,12 +188,7 @@ class Measuring:
                 ) > told:  # while others are served nothing is said, and the dispatcher draws its conclusion
                     told = share
                     self._send(ProfileProgress(program=program, step="measuring", share=share))
-            try:
-                done.result()
-            except (AdaptError, OSError):
-                raise
-            except Exception as error:  # foreign code: torch and the system below it
-                raise PlanError(f"the program cannot be profiled: {type(error).__name__}: {str(error)[:1000]}") from error
+            done.result()
             return profiler.costs_s
         finally:
             slices.cancel()  # on the compute thread the last reference goes, and with it the weights
@@ -202,3 +197,10 @@ class Measuring:
         log.warning("program not profiled", extra={"program": program, "reason": str(error)})
         code, message, fields = error.to_wire()
         self._send(ProfileFailed(program=program, code=code, message=message[:MESSAGE_CHARACTERS], fields=fields))
+
+
+def _refusal(error: Exception) -> AdaptError:
+    if isinstance(error, AdaptError):
+        return error
+    what = "read" if isinstance(error, OSError) else "profiled"
+    return PlanError(f"the program cannot be {what}: {type(error).__name__}: {str(error)[:1000]}")

@@ -20,10 +20,17 @@ class Probing:
 
     Args:
         send: a probe to a worker; False: it is not there.
+        is_profiling: whether a worker has been asked for a profile, for which it fetches a program.
     """
 
-    def __init__(self, roster: Roster, send: Callable[[WorkerId, LinkProbe, tuple[Blob, ...]], bool]) -> None:
-        self._roster, self._send = roster, send
+    def __init__(
+        self,
+        roster: Roster,
+        send: Callable[[WorkerId, LinkProbe, tuple[Blob, ...]], bool],
+        *,
+        is_profiling: Callable[[WorkerId], bool],
+    ) -> None:
+        self._roster, self._send, self._is_profiling = roster, send, is_profiling
         self._meters: dict[WorkerId, LinkMeter] = {}
 
     def joined(self, worker_id: WorkerId, now: float) -> None:
@@ -48,6 +55,8 @@ class Probing:
         member = self._roster.get(worker_id)
         if member is None or len(member.slots) != 1 or done.times.wait_s > WAITED_S or (slot := member.slots.get(done.attempt)) is None:
             return
+        if self._is_profiling(worker_id):
+            return
         if (meter := self._meters.get(worker_id)) is not None and meter.link is not None:
             times = done.times
             seconds = now - slot.since - times.wait_s - times.decode_s - times.compute_s - times.encode_s
@@ -59,7 +68,8 @@ class Probing:
 
     def _is_idle(self, worker_id: WorkerId) -> bool:
         member = self._roster.get(worker_id)
-        return member is not None and member.is_ready and not member.slots and not member.loading
+        is_free = member is not None and member.is_ready and not member.slots and not member.loading
+        return is_free and not self._is_profiling(worker_id)
 
 
 @functools.lru_cache(8)

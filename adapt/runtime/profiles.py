@@ -12,10 +12,9 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,7 +31,10 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 KEPT = 256  # forms of programs, those measured last
-SILENCE_S = 60.0  # of a worker that should be measuring; it says something a few times a second unless others keep it busy
+LEAST_CORES, MOST_CORES = 0.01, 1e6  # what may be believed: no control group hands out less
+BELIEVED_S = (1e-9, 1e9)  # of a whole program
+SILENCE_S = 60.0  # without progress of a worker that should be measuring; it tells of some a few times a second unless others keep it busy
+MOST_STEPS = 16  # of a profile, each with words of its own
 
 Told: TypeAlias = Callable[[str, float | None], None]  # words, and the share that is done of what they say, if that is known
 
@@ -56,6 +58,7 @@ class DeviceKind:
     @classmethod
     def of(cls, facts: msg.DeviceFacts, cores: float) -> DeviceKind:
         is_limited = facts.device == "cpu" and 0 < cores < facts.threads
+        cores = max(cores, LEAST_CORES)
         share = f", {cores:.2g} cores" if is_limited else ""
         threads = f", {counted(facts.threads, 'thread')}" if facts.device == "cpu" else ""
         return cls(
@@ -151,9 +154,16 @@ class ProfileStore:
 
 def _kept(plain: Mapping[str, Any]) -> KeptProfile:
     costs_s = tuple(float(cost) for cost in plain["costs_s"])
-    if not all(math.isfinite(cost) and cost >= 0 for cost in costs_s):
-        raise ValueError("seconds are finite and not negative")
-    return KeptProfile(device_class=str(plain["device_class"]), worker=str(plain["worker"]), cores=float(plain["cores"]), costs_s=costs_s)
+    cores = float(plain["cores"])
+    if not all(cost >= 0 for cost in costs_s) or not is_believable(costs_s) or not (cores == 0 or LEAST_CORES <= cores <= MOST_CORES):
+        raise ValueError("seconds and cores are such as there may be")
+    return KeptProfile(device_class=str(plain["device_class"]), worker=str(plain["worker"]), cores=cores, costs_s=costs_s)
+
+
+def is_believable(costs_s: Iterable[float | None]) -> bool:
+    """Whether a program may take this long; plans divide by it."""
+    least_s, most_s = BELIEVED_S
+    return least_s <= sum(cost for cost in costs_s if cost is not None) <= most_s
 
 
 def known_costs(
@@ -170,7 +180,9 @@ def known_costs(
         if profile is None or len(profile.costs_s) != operators:
             continue
         slower = (profile.cores or kind.threads) / (kind.cores or kind.threads)
-        found[worker_id] = profile.costs_s if slower == 1.0 else tuple(cost * slower for cost in profile.costs_s)
+        costs_s = profile.costs_s if slower == 1.0 else tuple(cost * slower for cost in profile.costs_s)
+        if is_believable(costs_s):
+            found[worker_id] = costs_s
     return found
 
 
@@ -184,6 +196,14 @@ class _Waiting:
     answer: asyncio.Future[list[float | None]]
     told: Told
     heard: asyncio.Event
+    steps: dict[str, float] = field(default_factory=dict)  # how far each has come
+
+    def note(self, step: str, share: float) -> None:
+        """Only what goes forward is a sign of life."""
+        if share > self.steps.get(step, -1.0) and (step in self.steps or len(self.steps) < MOST_STEPS):
+            self.steps[step] = share
+            self.heard.set()
+            self.told(step, share)
 
 
 class Profilers:
@@ -222,14 +242,20 @@ class Profilers:
         waiting = self._waiting.get((worker_id, message.program))
         if waiting is None or waiting.answer.done():
             return
-        waiting.heard.set()
         match message:
             case msg.ProfileProgress(step=step, share=share):
-                waiting.told(f"{worker_id}: {step}", share)
-            case msg.ProgramProfiled(costs_s=costs_s):
+                waiting.note(f"{worker_id}: {step}", share)
+            case msg.ProgramProfiled(costs_s=costs_s) if is_believable(costs_s):
                 waiting.answer.set_result(costs_s)
+            case msg.ProgramProfiled(costs_s=costs_s):
+                seconds = sum(cost or 0.0 for cost in costs_s)
+                waiting.answer.set_exception(PlanError(f"it says that the program takes {seconds:g} s, which nobody can have measured"))
             case msg.ProfileFailed():
                 waiting.answer.set_exception(AdaptError.from_wire(message.code, message.message, message.fields))
+
+    def is_asked(self, worker_id: WorkerId) -> bool:
+        """Whether this worker fetches or measures a program."""
+        return any(other == worker_id for other, _ in self._waiting)
 
     def worker_gone(self, worker_id: WorkerId) -> None:
         """Its session has ended; it has given up what it measured."""

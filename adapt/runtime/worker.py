@@ -289,6 +289,7 @@ class Worker:
             highest_term=max(highest_term, self._highest_term),  # of an earlier link, too
             software=f"adapt {VERSION}",
             device=self._facts,
+            cores=allowed_cores(),
             stage_budget_bytes=self._config.memory_limit_bytes,
             credit=self._config.credit,
             resident=list(self._stages.resident),

@@ -21,6 +21,8 @@ AGAIN_S = 120.0  # from one series to the next
 LOST_S = 30.0  # without an answer
 LEAST_S = 20e-6  # what clocks and loops can tell apart
 TOLD_BYTES = 64 << 10  # a task with less tells nothing about rates
+MOSTLY = 0.5  # share of its way that its payload must have taken, for a task to raise rates
+LEAST_RATE, MOST_RATE = 1e2, 1e10  # that tasks may lead to, bytes per second
 FOLLOWS, MOST_RATIO = 0.25, 4.0  # weight of one task, and the most that is believed of it
 
 
@@ -98,10 +100,14 @@ class LinkMeter:
         if self.link is None or down_bytes + up_bytes < TOLD_BYTES:
             return
         link = self.link
-        expected_s = 2 * link.latency_s + down_bytes / link.down_bytes_per_s + up_bytes / link.up_bytes_per_s
+        payload_s = down_bytes / link.down_bytes_per_s + up_bytes / link.up_bytes_per_s
+        expected_s = 2 * link.latency_s + payload_s
+        if seconds < expected_s and payload_s < MOSTLY * expected_s:  # what was saved may be latency; rates would rise without end
+            return
         ratio = min(max(seconds / expected_s, 1 / MOST_RATIO), MOST_RATIO)
         faster = ratio**-FOLLOWS
-        self.link = Link(link.latency_s, link.down_bytes_per_s * faster, link.up_bytes_per_s * faster)
+        down, up = (min(max(rate * faster, LEAST_RATE), MOST_RATE) for rate in (link.down_bytes_per_s, link.up_bytes_per_s))
+        self.link = Link(link.latency_s, down, up)
 
     def _learn(self, size: int, seconds: float, *, is_down: bool) -> None:
         largest, best, tries = self._best.get(is_down, (0, 0.0, 0))

@@ -46,6 +46,8 @@ def test_a_module_is_measured_once_and_planned_by_it(tmp_path):
         assert again.measured[0].costs_s == kind.costs_s and not any("measuring" in words for words, _ in told)
         with pytest.raises(adapt.ConfigError, match="device-class='abacus'"):
             client.profile(module, example_inputs=(x,), device_class="abacus")
+        with pytest.raises(adapt.ConfigError, match="has no operators"):  # it used to end one worker after the other
+            client.profile(torch.nn.Identity(), example_inputs=(x,))
         deployed = client.deploy(module, example_inputs=(x,))
         assert len(deployed.record.stages) == 2
         with torch.inference_mode():

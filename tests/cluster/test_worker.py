@@ -14,6 +14,7 @@ from adapt.protocol import messages as msg
 from adapt.protocol.ids import routing_ids
 from adapt.protocol.wire import Blob
 from adapt.runtime import executor
+from adapt.runtime.cores import allowed_cores
 from tests.cluster.scripted import ANSWERS, BATCH, WAIT_S, Scene, attempt, export_net, output, run
 
 
@@ -92,6 +93,7 @@ def test_a_heartbeat_tells_progress_and_memory(scene):
     async def test():
         async with scene.open() as dispatcher:
             first = await dispatcher.take(msg.Heartbeat)
+            assert scene.hello.cores == first.cores == allowed_cores()
             scene.run_stage(1)
             await dispatcher.take(msg.StageDone)
             dispatcher.got.clear()

@@ -72,7 +72,7 @@ def test_layers_that_make_much_of_little_are_refused(tmp_path, name, args):
 
 def test_a_broadcast_of_two_long_vectors_is_refused(tmp_path):
     row, column = TensorSpec("float32", (1, 2**20), (0, 1)), TensorSpec("float32", (2**20, 1), (0, 1))
-    for name in ("add.Tensor", "where.self", "mul.Tensor", "matmul.default", "pow.Tensor_Tensor"):
+    for name in ("add.Tensor", "where.self", "mul.Tensor", "matmul.default", "pow.Tensor_Tensor", "max.other", "min.other"):
         args = (ValueRef(1), X) if name == "matmul.default" else (X, ValueRef(1))
         args = (X, *args) if name == "where.self" else args
         with pytest.raises(WireError, match="may take"):
@@ -157,6 +157,11 @@ def test_a_recurrent_layer_whose_parts_do_not_fit_is_refused(tmp_path):
     with pytest.raises(WireError, match="the states do not fit the input"):
         load(crafted(tmp_path, [("aten.lstm.input", args)], inputs=inputs))
     args = (h, (h, c), tuple(weights), True, 1, 0.0, False, False, True)
+    with pytest.raises(WireError, match="the weights do not fit the input"):
+        load(crafted(tmp_path, [("aten.lstm.input", args)], inputs=inputs))
+    projected = (5, 12, 8), (1, 5, 4), (1, 5, 16), (64, 8), (64, 4), (64,), (64,), (5, 16)
+    inputs = tuple(TensorSpec("float32", shape, tuple(range(len(shape)))) for shape in projected)
+    args = (x, (h, c), (*weights, ValueRef(7)), True, 1, 0.0, False, False, True)
     with pytest.raises(WireError, match="the weights do not fit the input"):
         load(crafted(tmp_path, [("aten.lstm.input", args)], inputs=inputs))
 

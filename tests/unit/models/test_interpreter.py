@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from adapt.errors import InputMismatchError, ModelError, WireError
+from adapt.models import interpreter
 from adapt.models.cut import legal_cuts, write_stages
 from adapt.models.interpreter import Stage
 from adapt.models.operators import OPERATORS
@@ -120,6 +121,27 @@ def test_unaligned_and_strided_inputs_give_the_same_bits(named_case):
     expected = stage.run([x])[0]
     assert torch.equal(stage.run([unaligned])[0], expected)
     assert torch.equal(stage.run([strided])[0], expected)
+
+
+def test_a_paused_run_is_watched_until_one_has_come_to_its_end(branches, monkeypatch):
+    looked = []
+    monkeypatch.setattr(interpreter, "check_call", lambda call, name, *_: looked.append(name))
+    stage, (args, kwargs) = Stage.load(branches.program.path), branches.batch_of(2)
+
+    def run(steps: int | None = None) -> int:
+        looked.clear()
+        with torch.inference_mode():
+            paused = stage.begin([*args, *kwargs.values()])
+            for position in range(len(stage))[:steps]:
+                stage.step(paused, position)
+            if steps is None:
+                stage.finish(paused)
+        return len(looked)
+
+    assert run(steps=2) == 2 and run() == len(stage) > 2, "the first was given up"
+    assert run() == 0
+    stage.run([*args, *kwargs.values()])
+    assert not looked
 
 
 def test_a_stage_runs_on_several_threads_at_once(branches):

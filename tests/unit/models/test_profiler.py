@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from adapt.errors import PlanError
+from adapt.errors import ConfigError, PlanError
+from adapt.models import interpreter
+from adapt.models import profiler as models_profiler
 from adapt.models.cut import legal_cuts, window
 from adapt.models.interpreter import Stage
 from adapt.models.layers import completed, layer_costs_s, profile_model
@@ -43,6 +45,24 @@ def test_all_operators_are_measured_whatever_the_windows(branches):
         assert max(held) <= room
         assert all(cost is not None and cost >= 0 for cost in profiler.costs_s)
         assert sum(profiler.costs_s) > 0
+
+
+def test_share_grows_with_every_operator(wide, monkeypatch):
+    """Regression: it grew once in a run of a whole window, and a slow device was taken to be stuck."""
+    monkeypatch.setattr(models_profiler, "SLICE_S", 0.0)
+    profiler, shares = Profiler(wide.program, repetitions=LEAST_RUNS), [0.0]
+    while profiler.step():
+        shares.append(profiler.share)
+    steps = [after - before for before, after in pairwise(shares[1:])]  # after the first pause the weights are there, and no more
+    assert len(steps) == (LEAST_RUNS + 1) * 7 and steps == pytest.approx([1 / len(steps)] * len(steps)) and profiler.share == 1.0
+
+
+def test_timed_runs_are_not_watched(wide, monkeypatch):
+    """Regression: the check of what operators need was measured with them; it takes as long as a small one."""
+    watched = []
+    monkeypatch.setattr(interpreter, "check_call", lambda call, name, *_: watched.append(name))
+    measured(wide.program, 1 << 30)
+    assert len(watched) == 7, "those of the run to warm up"
 
 
 def test_a_layer_without_room_is_left_out_and_the_rest_is_measured(wide):
@@ -85,6 +105,13 @@ def test_windows_compute_what_the_program_computes(branches):
         for ours, theirs in zip(values, expected, strict=True)
     )
     assert len(seen) == len(set(seen))
+
+
+def test_a_program_without_operators_is_refused_by_name(make_case):
+    nothing = make_case(nn.Identity(), torch.randn(1, 4), repetitions=0)
+    assert not nothing.program.graph.operators
+    with pytest.raises(ConfigError, match="the program has no operators"):
+        Profiler(nothing.program)
 
 
 def test_seconds_of_layers_are_those_of_their_operators(wide):

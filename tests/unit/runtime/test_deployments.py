@@ -101,3 +101,14 @@ def test_measured_links_count(stored):
     assert plan.places == (("w1", "w2"),), "for what it can still take"
     _, plan = plan_freely(*stored, offers(9, 5, 5), name="m", links={WorkerId("w1"): slow})
     assert ("w1",) not in plan.places
+
+
+@pytest.mark.parametrize("slowness", [0.0, 5e-324, 1e-320, 1e300])
+def test_a_worker_that_tells_nonsense_of_its_seconds_stops_no_plan(stored, slowness):
+    """Regression: such numbers of one worker ended every deployment in a division by zero."""
+    operators = len(stored[1].operator_costs_s)
+    odd = [1e-323] * (operators - 1) + [0.001]
+    for costs_s in (None, {WorkerId("w1"): [0.001] * operators}, {WorkerId("w1"): odd, WorkerId("w2"): odd}):
+        _, plan = plan_freely(*stored, offers(6, 6, slowness=(slowness, 1.0)), name="m", costs_s=costs_s)
+        assert {worker for place in plan.places for worker in place} == {"w1", "w2"}
+    assert plan_freely(*stored, offers(9, 9, slowness=(slowness, 1.0)), name="m", exact=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 
 import pytest
 import torch
@@ -47,6 +48,14 @@ def test_a_share_of_the_cpu_makes_a_kind_of_its_own():
     assert kinds[1].title == "Cortex-A72, 1 thread, 0.3 cores"
 
 
+def test_no_share_of_the_cpu_is_less_than_there_is():
+    """Regression: one worker that told of 1e-320 cores made all plans divide by zero."""
+    tiny, none = DeviceKind.of(PI, 1e-320), DeviceKind.of(PI, 0.0)
+    assert (tiny.cores, none.cores) == (profiles.LEAST_CORES, 0.0)
+    assert known_costs({none.name: kept(none, 1.0)}, {W1: tiny}, 1) == {W1: (100.0,)}
+    assert known_costs({none.name: kept(none, 5e8)}, {W1: tiny, W2: none}, 1) == {W2: (5e8,)}
+
+
 def test_kinds_are_chosen_by_a_part_of_their_name():
     kinds = kinds_of({W1: DeviceKind.of(PI, 0.0), W2: DeviceKind.of(PC, 0.0)})
     assert [kind.workers for kind in chosen(kinds, "cortex")] == [(W1,)]
@@ -80,7 +89,16 @@ def test_what_is_kept_is_there_again(tmp_path):
     assert ProfileStore(tmp_path / "profiles").read(FORM) == {pi.device_class: pi, pc.device_class: pc}
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"version": 1, "profiles": [{}]}', '{"version": 9, "profiles": []}'])
+def written(*costs_s: float, cores: float = 0.0) -> str:
+    profile = {"device_class": "pi", "worker": "w1", "cores": cores, "costs_s": costs_s}
+    return json.dumps({"version": 1, "profiles": [profile]})
+
+
+DAMAGED = ["", "[]", '{"version": 1, "profiles": [{}]}', '{"version": 9, "profiles": []}']
+BEYOND_BELIEF = [written(0.0, 0.0), written(1e-323), written(-1.0, 2.0), written(math.nan), written(1e200), written(0.1, cores=1e-320)]
+
+
+@pytest.mark.parametrize("text", DAMAGED + BEYOND_BELIEF)
 def test_a_damaged_file_is_as_if_it_were_not_there(tmp_path, text):
     store = ProfileStore(tmp_path)
     (tmp_path / f"{FORM}.json").write_text(text)
@@ -167,6 +185,17 @@ def test_the_first_worker_that_can_measures():
     asyncio.run(test())
 
 
+@pytest.mark.parametrize("costs_s", [(0.0, 0.0), (1e-323, None), (1e9, 1e9), ()])
+def test_seconds_that_nobody_can_have_measured_are_not_taken(costs_s):
+    async def test():
+        cluster = Cluster(w1=profiled(W1, *costs_s), w2=profiled(W2, 0.1, 0.2))
+        assert await cluster.measure(W1, W2) == (W2, [0.1, 0.2])
+        with pytest.raises(PlanError, match=r"w1: it says that the program takes .* s, which nobody can have measured"):
+            await cluster.measure(W1)
+
+    asyncio.run(test())
+
+
 def test_if_nobody_can_all_reasons_are_told():
     async def test():
         cluster = Cluster(w1=refused(W1, PlanError("no room")), w2=gone(W2))
@@ -184,6 +213,40 @@ def test_a_worker_that_is_busy_for_too_long_is_not_waited_for(monkeypatch):
         with pytest.raises(PlanError, match="no progress"):
             await cluster.measure(W1)
         assert cluster.said[-1] == (W1, "CancelProfile")
+
+    asyncio.run(test())
+
+
+def test_only_what_goes_forward_is_a_sign_of_life(monkeypatch):
+    monkeypatch.setattr(profiles, "SILENCE_S", 0.05)
+
+    async def test():
+        ended = asyncio.Event()
+
+        def repeat(cluster, share=0.5):  # without end
+            cluster.profilers.heard(W1, msg.ProfileProgress(program=PROGRAM, step="measuring", share=share))
+            if not ended.is_set():
+                asyncio.get_running_loop().call_later(0.005, repeat, cluster, share * 0.9)
+
+        cluster = Cluster(w1=repeat)
+        with pytest.raises(PlanError, match="no progress"):
+            await cluster.measure(W1)
+        ended.set()
+        assert cluster.told == [("w1: measuring", 0.5)]
+
+    asyncio.run(test())
+
+
+def test_a_worker_cannot_keep_everybody_waiting_with_new_words():
+    async def test():
+        def speak(cluster):
+            for number in range(10 * profiles.MOST_STEPS):
+                cluster.profilers.heard(W1, msg.ProfileProgress(program=PROGRAM, step=str(number), share=0.0))
+            profiled(W1, 0.1)(cluster)
+
+        cluster = Cluster(w1=speak)
+        await cluster.measure(W1)
+        assert len(cluster.told) == profiles.MOST_STEPS
 
     asyncio.run(test())
 

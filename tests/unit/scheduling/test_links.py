@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapt.scheduling.links import AGAIN_S, LOST_S, MOST_BYTES, QUICK_S, SETTLED_S, Link, LinkMeter
+from adapt.scheduling.links import AGAIN_S, LEAST_RATE, LOST_S, MOST_BYTES, MOST_RATE, QUICK_S, SETTLED_S, Link, LinkMeter
 
 
 class Way:
@@ -111,3 +111,18 @@ def test_tasks_are_followed_slowly_and_small_ones_not_at_all():
     assert way.meter.link.down_bytes_per_s == pytest.approx(5e5, rel=0.01) == way.meter.link.up_bytes_per_s
     way.meter.travelled(1e6, down_bytes=100_000, up_bytes=0)  # one that is beyond belief
     assert way.meter.link.down_bytes_per_s > 3e5
+
+
+def test_rates_do_not_run_away():
+    """Regression: tasks that take less than two latencies raised both rates a quarter each, until they were infinite."""
+    way = Way(0.2, 1e6, 1e6)
+    way.series()
+    for _ in range(10_000):  # the latency is less now
+        way.meter.travelled(0.001, down_bytes=100_000, up_bytes=0)
+    assert way.meter.link == Link(pytest.approx(0.2), pytest.approx(1e6), pytest.approx(1e6))
+    way = Way(0.0, 1e6, 1e6)
+    way.series()
+    for seconds, bound in ((0.0, MOST_RATE), (1e9, LEAST_RATE)):
+        for _ in range(10_000):
+            way.meter.travelled(seconds, down_bytes=100_000, up_bytes=1 << 30)
+        assert way.meter.link.down_bytes_per_s == way.meter.link.up_bytes_per_s == bound

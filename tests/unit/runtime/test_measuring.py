@@ -1,0 +1,79 @@
+"""A worker's profiles: whatever a program does to who measures it, the worker says so and lives on."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from adapt.models.export import export_module
+from adapt.protocol import messages as msg
+from adapt.protocol.ids import Digest
+from adapt.runtime.artifacts import ArtifactStore
+from adapt.runtime.measuring import Measuring
+
+
+def slices(error: Exception | None) -> SimpleNamespace:
+    done: Future[None] = Future()
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)
+    return SimpleNamespace(done=done, cancel=done.cancel)
+
+
+def raising(error: Exception):
+    def raise_it(*_):
+        raise error
+
+    return raise_it
+
+
+def said_of(store, program, *, open_profiler, error=None):
+    """What a worker says of a program, whose background task must come to its end."""
+
+    async def measure():
+        said = []
+        measuring = Measuring(
+            store,
+            open_profiler=open_profiler,
+            begin=lambda step: slices(error),
+            send=lambda message: said.append(message) or True,
+            spawn=lambda work, name: asyncio.get_running_loop().create_task(work, name=name),
+        )
+        measuring.measure(msg.ProfileProgram(program=program.digest, file_bytes=program.path.stat().st_size, repetitions=3))
+        await measuring._task
+        return said
+
+    return asyncio.run(measure())
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ArtifactStore(tmp_path)
+
+
+@pytest.fixture
+def program(store):
+    return export_module(torch.nn.Linear(4, 4).eval(), [torch.zeros(2, 4)], directory=store.directory, profile_repetitions=0)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("max() arg is an empty sequence"), OverflowError("int too large"), OSError("gone"), KeyError(3)]
+)
+def test_a_program_that_cannot_be_opened_is_refused_and_the_worker_lives(store, program, error):
+    """Regression: what is neither ours nor the system's ended the worker process, one worker after the other."""
+    (failed,) = said_of(store, program, open_profiler=raising(error))
+    assert isinstance(failed, msg.ProfileFailed) and failed.code == "plan" and failed.program == Digest(program.digest)
+    assert failed.message.startswith("the program cannot be ") and type(error).__name__ in failed.message
+
+
+def test_so_is_one_that_fails_while_it_is_measured(store, program):
+    profiler = SimpleNamespace(costs_s=[0.1], held_bytes=0, share=0.0, step=lambda: False)
+    (failed,) = said_of(store, program, open_profiler=lambda *_: profiler, error=MemoryError("no more"))
+    assert isinstance(failed, msg.ProfileFailed) and "cannot be profiled: MemoryError: no more" in failed.message
+    (told,) = said_of(store, program, open_profiler=lambda *_: profiler)
+    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1])
