@@ -5,7 +5,8 @@
        └─refused by all──▶ failed
 
 Each canary is run as often as some stage has holders, and each run goes, stage by stage, to a holder that has not tried that stage yet:
-so every worker that is to take requests has been seen to be right. A run is a request of the dispatcher's own. It fails on one worker and
+so every worker that is to take requests has been seen to be right. A few run at a time, so that none waits long for another and clients
+have their workers. A run is a request of the dispatcher's own. It fails on one worker and
 is tried on another as any request is, so what differs is known: two workers that give another output than the exporting process, or one of
 which there is no second, speak against the version; one that is alone with it speaks against itself, and loses the stage.
 
@@ -15,6 +16,7 @@ its digest. Elsewhere the final output is, within a tolerance: by the runtime, f
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,8 +24,9 @@ from adapt.protocol.ids import ClientId, WorkerId
 from adapt.scheduling.events import Canary, Version
 
 OWN_CLIENT = ClientId(bytes(16))  # under whose name the dispatcher asks
-BUDGET_S = 60.0  # for each run
+BUDGET_S = 60.0  # for each run, from when it begins
 MOST_RUNS = 64  # of one version: with very many workers some are not tried
+MOST_AT_ONCE = 4  # of these
 
 
 @dataclass(slots=True)
@@ -37,18 +40,28 @@ class Run:
 
 @dataclass(slots=True)
 class Trial:
-    """A version that is tried. `left`: runs that have not come out right yet, or have not come out."""
+    """A version that is tried."""
 
     version: Version
     canaries: tuple[Canary, ...]
-    left: dict[int, Run] = field(default_factory=dict)
+    waiting: deque[Run] = field(default_factory=deque)  # runs that have not begun
+    begun: dict[int, Run] = field(default_factory=dict)  # runs that have, and have not come out right yet
+    at_once: int = 1
     tried: set[tuple[int, WorkerId]] = field(default_factory=set)  # (stage, worker) that got one
 
     def begin(self, holders: Sequence[int]) -> list[Run]:
-        """The runs, for stages with so many holders each."""
+        """The first runs, for stages with so many holders each: one for each holder of the narrowest, where one would wait for another."""
         times = max(min(max(holders), MOST_RUNS // len(self.canaries)), 1)
-        runs = [Run(number, number % len(self.canaries), self) for number in range(times * len(self.canaries))]
-        self.left = {run.number: run for run in runs}
+        self.waiting.extend(Run(number, number % len(self.canaries), self) for number in range(times * len(self.canaries)))
+        self.at_once = max(min(*holders, MOST_AT_ONCE), 1)
+        return self._next()
+
+    def _next(self) -> list[Run]:
+        """Those that are to begin now."""
+        runs = []
+        while self.waiting and len(self.begun) < self.at_once:
+            runs.append(run := self.waiting.popleft())
+            self.begun[run.number] = run
         return runs
 
     def untried(self, stage: int, workers: Sequence[WorkerId]) -> set[WorkerId]:
@@ -64,7 +77,12 @@ class Trial:
         """Whether a stage's output is what it has to be, as far as its bits tell."""
         return not self.is_comparable(run, numeric_classes) or digest == self.canaries[run.canary].digests[stage]
 
-    def passed(self, number: int) -> bool:
-        """This run has come out right. Whether that was the last one."""
-        self.left.pop(number, None)
-        return not self.left
+    def passed(self, number: int) -> list[Run]:
+        """This run has come out right; those that are to begin after it."""
+        self.begun.pop(number, None)
+        return self._next()
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether all runs have come out right."""
+        return not self.begun and not self.waiting

@@ -484,7 +484,8 @@ class Scheduler:
     def _tend_trials(self, now: float) -> None:
         """Begin what is to be tried, and end what is not any more."""
         for live, run in self._residency.take_runs():
-            self._begin_run(live, run, now)
+            if not live.is_retired:  # as it may have been since
+                self._begin_run(live, run, now)
         for live in self._residency.take_abandoned():
             for request in [request for request in self._requests.values() if request.run is not None and request.run.trial is live.trial]:
                 self._release(request, now)
