@@ -8,7 +8,8 @@ Each canary is run as often as some stage has holders, and each run goes, stage 
 so every worker that is to take requests has been seen to be right. A few run at a time, so that none waits long for another and clients
 have their workers. A run is a request of the dispatcher's own. It fails on one worker and
 is tried on another as any request is, so what differs is known: two workers that give another output than the exporting process, or one of
-which there is no second, speak against the version; one that is alone with it speaks against itself, and loses the stage.
+which there is no second whose bits can be compared, speak against the version; one that is alone with it speaks against itself, and loses
+the stage.
 
 Bits can only agree with what was computed in the same numeric class, and behind lossless codecs. There every stage's output is compared, by
 its digest. Elsewhere the final output is, within a tolerance: by the runtime, for that takes its bytes (`JudgeCanary`).
@@ -36,6 +37,7 @@ class Run:
     number: int
     canary: int  # which one
     trial: Trial
+    at: tuple[int, WorkerId] | None = None  # the stage, and the worker that was asked last
 
 
 @dataclass(slots=True)
@@ -47,7 +49,7 @@ class Trial:
     waiting: deque[Run] = field(default_factory=deque)  # runs that have not begun
     begun: dict[int, Run] = field(default_factory=dict)  # runs that have, and have not come out right yet
     at_once: int = 1
-    tried: set[tuple[int, WorkerId]] = field(default_factory=set)  # (stage, worker) that got one
+    tried: set[tuple[int, WorkerId]] = field(default_factory=set)  # (stage, worker) that has answered one
 
     def begin(self, holders: Sequence[int]) -> list[Run]:
         """The first runs, for stages with so many holders each: one for each holder of the narrowest, where one would wait for another."""
@@ -65,8 +67,9 @@ class Trial:
         return runs
 
     def untried(self, stage: int, workers: Sequence[WorkerId]) -> set[WorkerId]:
-        """Those of the workers that have not tried the stage; all, if none is left."""
-        fresh = {worker_id for worker_id in workers if (stage, worker_id) not in self.tried}
+        """Those of the workers that have not tried the stage, and were not asked to; all, if none is left."""
+        asked = {run.at for run in self.begun.values()}
+        fresh = {worker_id for worker_id in workers if (stage, worker_id) not in self.tried | asked}
         return fresh or set(workers)
 
     def is_comparable(self, run: Run, numeric_classes: set[str]) -> bool:

@@ -13,6 +13,7 @@ from adapt.protocol.ids import Digest, Epoch, WorkerId
 from adapt.protocol.messages import StageTimes
 from adapt.scheduling import events as ev
 from adapt.scheduling.canaries import BUDGET_S, MOST_AT_ONCE, MOST_RUNS, OWN_CLIENT, Run, Trial
+from adapt.scheduling.tokens import RetryTokens, TokenSettings
 from tests.unit.scheduling.test_scheduler import Cluster, Sent, tensor
 
 RIGHT, WRONG = (b"0", b"1", b"2"), b"?"
@@ -130,6 +131,75 @@ def test_who_is_alone_with_another_output_loses_the_stage_and_is_penalised(trial
     trials.taken()
     trials.submit()
     assert trials.the_one_sent().worker == "w2"
+
+
+def test_nobody_is_blamed_by_bits_that_cannot_be_compared():
+    """w1 comes to another output than the exporting process, w2 computes in another class: nobody knows whose doing that is."""
+    trials = Trials("w1", "w2", classes={"w2": "y"})
+    trials.try_out("w1 w2")
+    done = trials.runs(wrong={"w1": 0, "w2": 0})
+    assert done.count(("w1", 0)) == 2, "it is asked again: the version is not to be ready because of who cannot tell"
+    (failed,) = trials.outcome()
+    assert isinstance(failed.error, CanaryError) and str(failed.error).endswith("on w1")
+    assert trials.scheduler.counters["wrong_workers"] == 0
+    assert trials.scheduler.roster.member(WorkerId("w1")).qos.penalty(trials.now) == 0.0
+
+    trials.try_out("w1 w2")  # and if it is gone before it can be asked again
+    first = {sent.worker: sent for sent in trials.sent_of_canaries()}
+    trials.come_out(first["w1"], WRONG)
+    trials.taken()
+    trials.lose("w1")
+    (again,) = trials.sent_of_canaries()
+    for sent in (first["w2"], again):
+        trials.come_out(sent, WRONG)
+    for judge in trials.taken(ev.JudgeCanary):
+        trials.tell(ev.CanaryJudged(deployment="d", number=2, run=judge.run, error=None))
+    assert trials.current() == 2 and trials.scheduler.counters["wrong_workers"] == 0
+
+
+def test_a_worker_on_which_the_model_raises_once_keeps_the_stage(trials):
+    """It costs what it costs for clients' requests."""
+    trials.try_out("w1 w2", canaries=2)
+    for sent in trials.sent_of_canaries():
+        if sent.worker == "w1":
+            trials.fail(sent, ModelError("MemoryError: no room"))
+        else:
+            trials.come_out(sent)
+    trials.runs()
+    assert trials.current() == 2
+    member = trials.scheduler.roster.member(WorkerId("w1"))
+    assert "d2.0" in member.resident and 0 < member.qos.penalty(trials.now) <= 50
+    assert trials.scheduler.counters["wrong_workers"] == 0
+
+
+def test_a_worker_that_never_answered_has_not_been_tried(trials):
+    trials.try_out("w1 w2", canaries=2)
+    first = trials.sent_of_canaries()
+    (lost,) = [sent for sent in first if sent.worker == "w1"]
+    trials.lose("w1")
+    trials.silent.discard("w1")
+    trials.join("w1", credit=8, resident=("d1.0", "d2.0"))
+    for sent in first:
+        if sent.worker != "w1":
+            trials.come_out(sent)
+    assert ("w1", 0) in trials.runs()
+    assert trials.current() == 2
+    assert lost.attempt.attempt == 1
+
+
+def test_runs_take_no_tokens_of_clients_and_count_among_nothing_of_theirs():
+    trials = Trials("w1", "w2", "w3", "w4")
+    trials.scheduler._tokens = RetryTokens(TokenSettings(most=1.0, per_request=0.0, per_s=1e-9))
+    trials.try_out("w1 w2")
+    trials.fail(trials.sent_of_canaries()[0], ModelError("ValueError: no"))
+    assert len(trials.sent_of_canaries()) == 1, "it is tried again"
+    trials.submit(budget_s=1e4)
+    trials.fail(trials.the_one_sent(), ModelError("ValueError: no"))
+    trials.the_one_sent()
+    counted = trials.scheduler.counters
+    assert (counted["attempts_failed"], counted["retries"]) == (1, 1)
+    trials.wait(BUDGET_S + 1)
+    assert trials.scheduler.live_requests == 1 and counted["deadlines_exceeded"] == 0
 
 
 def test_of_the_only_holder_the_second_wrong_output_ends_the_trial(trials):
