@@ -11,8 +11,9 @@ Rules that the rest follows from:
 * A timeout ends the waiting, not the slot. A slot is free when the worker says so, or when its session ends.
 * The first valid answer of any attempt of the current stage wins; every later one is counted and dropped.
 * A loss (session ended, attempt not listed in the hello) costs the request nothing and is dispatched again at once.
-* A failure is tried elsewhere; on the same worker only if no other can run the stage and the earlier attempt has ended. It costs a
-  token, which delays it if there is none, and its worker a penalty (see qos.py) if that is to blame.
+* A failure is tried elsewhere; on the same worker only if no other can run the stage and the earlier attempt has ended (of a canary that
+  came out wrong: no other that can tell whether it is right, see canaries.py). It costs a token, which delays it if there is none, and its
+  worker a penalty (see qos.py) if that is to blame.
 * A request in whose hands workers die that otherwise succeed is not tried for ever: three deaths are its own doing. Where several may have
   been the cause, each is tried again with nothing behind it, so that another death speaks against one alone.
 * Later stages first, then the earlier deadline, then the earlier arrival.
@@ -549,7 +550,9 @@ class Scheduler:
         if isinstance(outcome, ev.Fail):
             error = outcome.error
             if not isinstance(error, CanaryError):
-                error = CanaryError(f"canary {run.canary}: {error.code}: {error}", canary=run.canary, stage=request.stage)
+                error = CanaryError(
+                    f"canary {run.canary}: {error.code}: {error}", canary=run.canary, stage=request.stage, is_deviation=False
+                )
             self._residency.run_failed(live, error)
         elif run.trial.is_comparable(run, request.numeric_classes):
             self._residency.run_passed(live, run.number)
