@@ -17,7 +17,7 @@ its digest. Elsewhere the final output is, within a tolerance: by the runtime, f
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +28,7 @@ OWN_CLIENT = ClientId(bytes(16))  # under whose name the dispatcher asks
 BUDGET_S = 60.0  # for each run, from when it begins
 MOST_RUNS = 64  # of one version: with very many workers some are not tried
 MOST_AT_ONCE = 4  # of these
+MOST_ASKED = 2  # how often a worker that does not answer is preferred, because it has not been tried
 
 
 @dataclass(slots=True)
@@ -48,6 +49,7 @@ class Trial:
     canaries: tuple[Canary, ...]
     waiting: deque[Run] = field(default_factory=deque)  # runs that have not begun
     begun: dict[int, Run] = field(default_factory=dict)  # runs that have, and have not come out right yet
+    asked: Counter[tuple[int, WorkerId]] = field(default_factory=Counter)  # how often (stage, worker) was given one
     at_once: int = 1
     tried: set[tuple[int, WorkerId]] = field(default_factory=set)  # (stage, worker) that has answered one
 
@@ -67,10 +69,15 @@ class Trial:
         return runs
 
     def untried(self, stage: int, workers: Sequence[WorkerId]) -> set[WorkerId]:
-        """Those of the workers that have not tried the stage, and were not asked to; all, if none is left."""
-        asked = {run.at for run in self.begun.values()}
-        fresh = {worker_id for worker_id in workers if (stage, worker_id) not in self.tried | asked}
+        """Those of the workers that have not tried the stage, nor are about to; all, if none is left."""
+        known = self.tried | {run.at for run in self.begun.values()}
+        fresh = {worker_id for worker_id in workers if (stage, worker_id) not in known and self.asked[stage, worker_id] < MOST_ASKED}
         return fresh or set(workers)
+
+    def give(self, run: Run, stage: int, worker_id: WorkerId) -> None:
+        """The run goes there."""
+        run.at = (stage, worker_id)
+        self.asked[stage, worker_id] += 1
 
     def is_comparable(self, run: Run, numeric_classes: set[str]) -> bool:
         """Whether what workers of these classes have made of it has to have the same bits."""

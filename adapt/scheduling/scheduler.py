@@ -891,7 +891,7 @@ class Scheduler:
         request.attempts[number] = Attempt(member.worker_id, timeout_s)
         request.attempts_made += 1
         if request.run is not None:
-            request.run.at = (request.stage, member.worker_id)
+            request.run.trial.give(request.run, request.stage, member.worker_id)
         if request.exact and not request.numeric_class:
             request.numeric_class = member.numeric_class
         member.take(attempt_id, need.artifact, need.cost_s, now, request.activation.size_bytes, is_alone=bool(request.suspected))

@@ -12,7 +12,7 @@ from adapt.planning.placement import Plan, StageNeed
 from adapt.protocol.ids import Digest, Epoch, WorkerId
 from adapt.protocol.messages import StageTimes
 from adapt.scheduling import events as ev
-from adapt.scheduling.canaries import BUDGET_S, MOST_AT_ONCE, MOST_RUNS, OWN_CLIENT, Run, Trial
+from adapt.scheduling.canaries import BUDGET_S, MOST_ASKED, MOST_AT_ONCE, MOST_RUNS, OWN_CLIENT, Run, Trial
 from adapt.scheduling.tokens import RetryTokens, TokenSettings
 from tests.unit.scheduling.test_scheduler import Cluster, Sent, tensor
 
@@ -185,6 +185,19 @@ def test_a_worker_that_never_answered_has_not_been_tried(trials):
     assert ("w1", 0) in trials.runs()
     assert trials.current() == 2
     assert lost.attempt.attempt == 1
+
+
+def test_a_worker_that_only_beats_does_not_hold_up_the_trial(trials):
+    trials.try_out("w1 w2", canaries=16)
+    asked = 0
+    while (sent := trials.sent_of_canaries()) or (trials.current() == 1 and not trials.outcome()):
+        for one in sent:
+            asked += one.worker == "w1"
+        trials.settled += trials.wait(5.0)
+        for one in sent:
+            if one.worker == "w2":
+                trials.settled += trials.come_out(one)
+    assert trials.current() == 2 and asked == MOST_ASKED
 
 
 def test_runs_take_no_tokens_of_clients_and_count_among_nothing_of_theirs():
