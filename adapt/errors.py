@@ -8,6 +8,7 @@
     ├─ InputMismatchError         an input does not fit the model's inputs
     ├─ UnknownModelError          no model or deployment has this name
     ├─ ExportError                the model cannot be turned into stages
+    │  ├─ ExportInterruptedError  ... because the process that did it was ended; another try may succeed
     │  └─ ExportUnavailableError  ... because torch is missing where it would be done
     ├─ PlanError                  the stages cannot be placed on the workers there are
     ├─ CanaryError                a new version does not give the outputs that it should; it takes no requests
@@ -120,6 +121,13 @@ class ExportError(AdaptError):
     code = "export"
 
 
+class ExportInterruptedError(ExportError):
+    """The process that exported the model was ended, or has ended itself; that says little about the model."""
+
+    code = "export-interrupted"
+    retryable = True
+
+
 class ExportUnavailableError(ExportError):
     """The model would have to be exported in a process that has no torch."""
 
@@ -137,13 +145,14 @@ class CanaryError(AdaptError):
 
     Attributes:
         canary: number of the input, from 0. stage: zero-based, where its outputs were first seen to differ; None: that is not known.
+        is_deviation: its output is another; False: there was none that could be compared.
     """
 
     code = "canary"
 
-    def __init__(self, message: str, *, canary: int, stage: int | None = None) -> None:
+    def __init__(self, message: str, *, canary: int, stage: int | None = None, is_deviation: bool = True) -> None:
         super().__init__(message)
-        self.canary, self.stage = canary, stage
+        self.canary, self.stage, self.is_deviation = canary, stage, is_deviation
 
 
 class OverloadedError(AdaptError):

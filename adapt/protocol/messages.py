@@ -421,7 +421,7 @@ class ModelFileRecord(Struct, frozen=True, kw_only=True):
 
     file: Text
     deployment: Text
-    state: Text  # "waiting" (it changes still), "deploying", "deployed", "failed"
+    state: Text  # "waiting" (it changes still), "deploying", "deployed", "failed", "removed" (the deployment, by somebody)
     version: Natural  # that was made of it last; 0: none
     reason: Text = ""  # why it failed
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapt.errors import ConfigError, ExportError, ExportUnavailableError
+from adapt.errors import ConfigError, ExportInterruptedError, ExportUnavailableError
 from adapt.protocol.ids import Digest
 from adapt.protocol.messages import NamedSource
 from adapt.runtime.child import Progress, answer, ask
@@ -74,7 +74,7 @@ async def build(
         ExportUnavailableError: there is no torch here.
         ConfigError: `source.weights` names no file under `models_dir`, or `source.input_shape` is impossible.
         UnknownModelError: no model has this name.
-        ExportError: the model cannot be exported, or the child died or took too long.
+        ExportError: the model cannot be exported; ExportInterruptedError: the child died or took too long.
     """
     if importlib.util.find_spec("torch") is None:
         raise ExportUnavailableError(
@@ -105,7 +105,7 @@ async def build_file(file: Path, *, directory: Path, timeout_s: float) -> BuiltP
         directory: where the program is stored.
 
     Raises:
-        ExportError: it holds no model that can be turned into stages, or the child died or took too long.
+        ExportError: it holds no model that can be turned into stages; ExportInterruptedError: the child died or took too long.
         WireError: it should be a program, and is broken.
     """
     staging = _staging(directory)
@@ -126,7 +126,7 @@ async def _ask(
             )
         return _store(built, staging, directory)
     except TimeoutError:
-        raise ExportError(f"the export of {what} took longer than {timeout_s:g} s and was ended") from None
+        raise ExportInterruptedError(f"the export of {what} took longer than {timeout_s:g} s and was ended") from None
     finally:
         await asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True)  # a thread: the file may have gigabytes
 

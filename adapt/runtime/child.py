@@ -21,7 +21,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
-from adapt.errors import AdaptError, ExportError, ExportUnavailableError
+from adapt.errors import AdaptError, ExportError, ExportInterruptedError, ExportUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ async def ask(module: str, request: Mapping[str, Any], *, about: str, progress: 
     words = told.decode(errors="replace")
     log.debug("child ended", extra={"about": about, "status": status, "told": words})
     if answer is None:
-        raise ExportError(_death(about, status, words))
+        raise ExportInterruptedError(_death(about, status, words))
     if "error" in answer:
         raise AdaptError.from_wire(*answer["error"])
     return dict(answer["answer"])
@@ -95,7 +95,7 @@ def answer(work: Callable[[dict[str, Any], Progress], dict[str, Any]]) -> int:
     except ImportError as error:
         write({"error": ExportUnavailableError(f"what this needs cannot be loaded: {error}").to_wire()})
     except MemoryError:
-        write({"error": ExportError("this machine has too little memory for it").to_wire()})
+        write({"error": ExportInterruptedError("this machine has too little memory for it").to_wire()})
     except Exception as error:  # the edge of foreign code: torchvision's, or that of the model
         logging.exception("failed")
         write({"error": ExportError(f"{type(error).__name__}: {str(error)[:500]}").to_wire()})

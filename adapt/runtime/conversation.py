@@ -338,7 +338,7 @@ class Conversation:
             call.times_asked += 1
 
     def _forget_call(self, call: Call) -> None:
-        if self._calls.pop(call.message.call, None) is not None and isinstance(call.message, (msg.Deploy, msg.Profile)):
+        if self._calls.pop(call.message.call, None) is not None and isinstance(call.message, (msg.Deploy, msg.Rollback, msg.Profile)):
             self._link.send(msg.CancelCall(call=call.message.call))
 
     # ── what the dispatcher says ─────────────────────────────────────────────────────────────────────────────────────

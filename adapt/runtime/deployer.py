@@ -7,6 +7,7 @@ A client's runs as a background task that talks to the rest of the dispatcher by
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -14,6 +15,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
+
+from msgspec import json
 
 from adapt.clock import Clock
 from adapt.config import counted
@@ -53,6 +56,7 @@ FIRST_WORKER_S = 30.0  # how long a deployment waits for a first worker
 STEP_LENGTH = 200  # characters of what a progress line says
 BUILD_TIMEOUT_S = 600.0
 OUTPUT_LIMIT_BYTES = 1 << 30  # of a canary
+JUDGES = 2  # canaries that are looked at at a time
 
 
 class Surroundings(Protocol):
@@ -108,6 +112,7 @@ class Deployer:
         self._calls: dict[tuple[ClientId, int], _Call] = {}
         self._loading: dict[tuple[str, int], _Loading] = {}
         self._judging: set[asyncio.Task[None]] = set()
+        self._judges = asyncio.Semaphore(JUDGES)
         self._planning = asyncio.Lock()  # from reading what workers offer until the scheduler knows what was planned with that
 
     def begin(self, client_id: ClientId, order: msg.Deploy | msg.Rollback | msg.Profile) -> None:
@@ -143,13 +148,21 @@ class Deployer:
         loading = self._loading.get((action.version.deployment, action.version.number))
         if loading is None or loading.known is None:  # nobody waits for it any more
             return
-        task = asyncio.get_running_loop().create_task(self._judge(action, loading.known, loading.tolerance), name="judge canary")
+        task = asyncio.get_running_loop().create_task(self._judge(action, loading, loading.known), name="judge canary")
         self._judging.add(task)
         task.add_done_callback(self._judging.discard)
 
-    async def _judge(self, action: ev.JudgeCanary, known: KnownCanaries, tolerance: float) -> None:
-        error = await asyncio.to_thread(judge, action, known, tolerance)
+    async def _judge(self, action: ev.JudgeCanary, loading: _Loading, known: KnownCanaries) -> None:
         version = action.version
+        try:
+            async with self._judges:
+                error = await asyncio.to_thread(judge, action, known, loading.tolerance)
+        except Exception as fault:  # no memory, or a bug of ours: the version must not wait for ever
+            log.exception("canary not judged", extra={"deployment": version.deployment, "version": version.number})
+            what = f"canary {action.canary}: its output could not be compared: {type(fault).__name__}: {fault}"
+            error = CanaryError(what, canary=action.canary, is_deviation=False)
+        if self._loading.get((version.deployment, version.number)) is not loading:  # the number may be another version's by now
+            return
         self._around.tell(ev.CanaryJudged(deployment=version.deployment, number=version.number, run=action.run, error=error))
 
     def piece_came(self, client_id: ClientId, message: msg.ArtifactPiece, blob: Blob) -> None:
@@ -207,6 +220,7 @@ class Deployer:
             raise
         recipe = Recipe(
             number=deploy.version,
+            source=_source(deploy),
             stages=deploy.stages,
             codec=codec,
             tolerance=deploy.tolerance,
@@ -219,18 +233,18 @@ class Deployer:
     def _is_present(self, deploy: msg.Deploy) -> msg.DeploymentRecord | None:
         """What the client asks for once more, having lost the answer."""
         present = self._deployments.present(deploy.name)
-        if not deploy.version or deploy.uploaded is None or present is None:
+        if not deploy.version or present is None or present.number != deploy.version:
             return None
-        is_same = (present.number, present.program.digest) == (deploy.version, deploy.uploaded.program)
+        is_same = present.source == _source(deploy) if deploy.uploaded is None else present.program.digest == deploy.uploaded.program
         return self._deployments.record(self._around.version(deploy.name, present.number)) if is_same else None
 
     async def _roll_back(self, client_id: ClientId, rollback: msg.Rollback) -> msg.DeploymentRecord:
         present = self._deployments.present(rollback.name)
-        if present is not None and rollback.version and rollback.version == present.again:  # asked once more: the answer was lost
+        if present is not None and rollback.version and rollback.version in (present.again, present.asked):  # the answer was lost
             return self._deployments.record(self._around.version(rollback.name, present.number))
         number = rollback.version or next(reversed(self._deployments.earlier(rollback.name)), 0)
         recipe = self._deployments.recipe(rollback.name, number)
-        return await self.bring_up(rollback.name, recipe.repeated(), partial(self._progress, client_id, rollback.call))
+        return await self.bring_up(rollback.name, recipe.repeated(number), partial(self._progress, client_id, rollback.call))
 
     async def bring_up(self, name: str, recipe: Recipe, say: Callable[[str], None]) -> msg.DeploymentRecord:
         """Make a version by a recipe whose files are in the store, load it beside the present one, try it, and switch to it.
@@ -449,6 +463,11 @@ class Deployer:
 
     def _progress(self, client_id: ClientId, call: int, step: str, share: float | None = None) -> None:
         self._around.to_client(client_id, msg.Progress(call=call, step=step[:STEP_LENGTH], share=share))
+
+
+def _source(deploy: msg.Deploy) -> str:
+    """By which an order for a named model is known again; "" for a program."""
+    return "" if deploy.named is None else hashlib.sha256(json.encode(deploy.named, order="sorted")).hexdigest()
 
 
 def _tolerance(recipe: Recipe) -> float:

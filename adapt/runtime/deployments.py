@@ -89,6 +89,7 @@ class Deployments:
         self._served: dict[str, int] = {}  # deployment -> the highest number of a version that took requests
         self._earlier = Earlier(keep_versions)
         self._taken: dict[str, str] = {}  # file under --models-dir -> digest of what was last made a version of
+        self._removed: set[str] = set()  # deployments that somebody has removed
 
     def restore(self) -> list[Version]:
         """The newest version of each deployment that took requests in the last reign.
@@ -99,6 +100,7 @@ class Deployments:
         self._numbers = dict(record.get("numbers", {}))
         self._served = dict(record.get("served", {}))
         self._taken = dict(record.get("files", {}))
+        self._removed = set(record.get("removed", []))
         self._earlier.restore(record.get("earlier", {}), is_there=self._store.has)
         newest: dict[str, tuple[Version, Blueprint]] = {}
         for plain in sorted(record.get("versions", []), key=lambda plain: int(plain.get("number", 0))):
@@ -172,6 +174,7 @@ class Deployments:
         """The version takes requests, and does so again after a restart. Those before it can be rolled back to."""
         before = [key for key in self._ready if key[0] == version.deployment]
         self._ready.add((version.deployment, version.number))
+        self._removed.discard(version.deployment)
         self._served[version.deployment] = max(version.number, self._served.get(version.deployment, 0))
         replaced = [recipe for key in before if key in self._blueprints and (recipe := self._blueprints[key].recipe) is not None]
         self._garbage |= self._earlier.replaced(version.deployment, replaced, self.present(version.deployment))
@@ -180,6 +183,7 @@ class Deployments:
 
     def removed(self, deployment: str) -> None:
         """It was undeployed: there is nothing to roll back to."""
+        self._removed.add(deployment)
         self._garbage |= self._earlier.forget(deployment)
         self._write()
         self._collect()
@@ -201,6 +205,10 @@ class Deployments:
     def taken(self, file: str) -> str | None:
         """Digest of what was last made a version of, of this file under --models-dir."""
         return self._taken.get(file)
+
+    def was_removed(self, deployment: str) -> bool:
+        """Whether it has been, and was not deployed again since."""
+        return deployment in self._removed
 
     def take(self, file: str, digest: str) -> None:
         self._taken[file] = digest
@@ -275,7 +283,7 @@ class Deployments:
         ]
         try:
             record = {"numbers": self._numbers, "versions": versions, "earlier": self._earlier.to_plain()}
-            record |= {"served": self._served, "files": self._taken}
+            record |= {"served": self._served, "files": self._taken, "removed": sorted(self._removed)}
             self._state.write_deployments(record)
         except OSError as error:  # a full disk must not stop inference; the next change is written with this one
             log.error("deployments not written; a restart would not know of the last change", extra={"reason": str(error)})

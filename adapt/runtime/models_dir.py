@@ -4,8 +4,10 @@
     NAME.safetensors    a program, as `export_module` writes it; a file of weights is passed over
 
 A `.pt2` is code: whoever may write into the directory may run it here. A file is looked at again and again, and taken when it has not
-changed for a second: by then it is whole, or it is found to be broken, and that it stays until it changes. Work is done on a copy, so that a
-file may change at any time. A changed file becomes the next version, with the options of the present one.
+changed for a second: by then it is whole, or it is found to be broken, and that it stays until it changes. What is not the file's own failure
+(no workers, one that was lost, a child that was killed) is tried again, after longer and longer pauses. Work is done on a copy, so that a
+file may change at any time. A changed file becomes the next version, with the options of the present one. A deployment that somebody has
+removed stays so until its file changes.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from adapt.clock import Clock
-from adapt.errors import AdaptError, ConfigError, ExportUnavailableError, OverloadedError, PlanError
+from adapt.errors import AdaptError, CanaryError, ConfigError, ExportError, ExportInterruptedError, ExportUnavailableError, WireError
 from adapt.models.canaries import TOLERANCE
 from adapt.models.layers import estimated_costs_s
 from adapt.models.program import PROGRAM_KEY, read_program
@@ -35,14 +37,14 @@ from adapt.runtime import builder
 from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.deployments import Deployments
 from adapt.runtime.recipes import CanaryFile, ProfiledProgram, Recipe
-from adapt.runtime.shelf import Shelf, Shelved, Stamp
+from adapt.runtime.shelf import Shelf, Shelved, Stamp, State
 
 log = logging.getLogger(__name__)
 
 BringUp: TypeAlias = Callable[[str, Recipe, Callable[[str], None]], Awaitable[DeploymentRecord]]  # `Deployer.bring_up`
 
 POLL_S = 0.5
-AGAIN_S = 10.0  # after a failure that need not be the file's own
+AGAIN_S, MOST_AGAIN_S = 10.0, 600.0  # after a failure that need not be the file's own; doubled each time
 REASON_LENGTH = 1000  # of a failure, in a status
 BUILD_TIMEOUT_S = 600.0
 HEAD_BYTES = 64 << 10  # of a tensor file, in which a program says that it is one
@@ -58,6 +60,7 @@ class ModelsDir:
         self._clock = clock
         self._shelf = Shelf()
         self._trouble = ""  # with the directory itself
+        self._failures: dict[str, tuple[Stamp, int]] = {}  # file -> how often it has failed as it is, by no fault of its own
 
     async def run(self) -> None:
         """Look and deploy, until it is cancelled."""
@@ -74,7 +77,13 @@ class ModelsDir:
 
     def records(self) -> list[ModelFileRecord]:
         """As users see them."""
-        return [_record(name, file) for name, file in sorted(self._shelf.files.items())]
+        return [self._record(name, file) for name, file in sorted(self._shelf.files.items())]
+
+    def _record(self, name: str, file: Shelved) -> ModelFileRecord:
+        deployment, state = _stem(name), file.state.value
+        if file.state is State.DEPLOYED and self._deployments.was_removed(deployment):
+            state = "removed"
+        return ModelFileRecord(file=name, deployment=deployment, state=state, version=file.version, reason=file.reason)
 
     def _complain(self, error: OSError) -> None:
         if str(error) != self._trouble:  # once
@@ -88,14 +97,22 @@ class ModelsDir:
                 number = await self._bring(name)
         except (AdaptError, OSError) as error:
             log.warning("model file not deployed", extra={"file": name, "reason": str(error)})
-            is_elsewhere = isinstance(error, (PlanError, OverloadedError, OSError))
-            again_at = self._clock() + AGAIN_S if is_elsewhere else None
-            self._shelf.failed(name, stamp, str(error)[:REASON_LENGTH], again_at=again_at)
+            self._shelf.failed(
+                name, stamp, str(error)[:REASON_LENGTH], again_at=None if _is_its_own(error) else self._again_at(name, stamp)
+            )
         except Exception as error:  # a bug of ours must not end the watch
             log.exception("model file not deployed", extra={"file": name})
-            self._shelf.failed(name, stamp, f"{type(error).__name__}: {error}"[:REASON_LENGTH])
+            self._shelf.failed(name, stamp, f"{type(error).__name__}: {error}"[:REASON_LENGTH], again_at=self._again_at(name, stamp))
         else:
+            self._failures.pop(name, None)
             self._shelf.deployed(name, stamp, number)
+
+    def _again_at(self, name: str, stamp: Stamp) -> float:
+        """When a file is tried once more."""
+        before, count = self._failures.get(name, (stamp, 0))
+        count = count if before == stamp else 0
+        self._failures[name] = (stamp, count + 1)
+        return self._clock() + min(AGAIN_S * 2.0 ** min(count, 16), MOST_AGAIN_S)
 
     async def _bring(self, name: str) -> int:
         """Deploy a file, unless it is what was deployed before; the version's number."""
@@ -105,14 +122,25 @@ class ModelsDir:
             copy = staging / name
             digest = await asyncio.to_thread(_copy, self._directory / name, copy)
             present = self._deployments.present(deployment)
-            if present is not None and digest == self._deployments.taken(name):
-                return present.number
+            if digest == self._deployments.taken(name):
+                if present is not None:
+                    return present.number
+                if self._deployments.was_removed(deployment):
+                    log.info("model file passed over: its deployment was removed", extra={"file": name, "deployment": deployment})
+                    return 0
             log.info("model file taken", extra={"file": name, "deployment": deployment})
             program, canaries = await self._program(copy)
             recipe = _recipe(present, program, canaries)
             if canaries is not None and recipe.canaries is None:
                 self._deployments.discard([canaries.digest])
-            record = await self._bring_up(deployment, recipe, partial(_say, name))
+            was_removed = self._deployments.was_removed(deployment)
+            try:
+                record = await self._bring_up(deployment, recipe, partial(_say, name))
+            except AdaptError:
+                if was_removed or not self._deployments.was_removed(deployment):
+                    raise
+                self._deployments.take(name, digest)  # while it was brought up
+                return 0
         finally:
             await asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True)
         self._deployments.take(name, digest)
@@ -203,5 +231,8 @@ def _stem(name: str) -> str:
     return name.removesuffix(TORCH_FILE).removesuffix(TENSOR_FILE)
 
 
-def _record(name: str, file: Shelved) -> ModelFileRecord:
-    return ModelFileRecord(file=name, deployment=_stem(name), state=file.state.value, version=file.version, reason=file.reason)
+def _is_its_own(error: Exception) -> bool:
+    """Whether a file fails in this way for as long as it is as it is."""
+    if isinstance(error, CanaryError):
+        return error.is_deviation
+    return isinstance(error, (ExportError, WireError, ConfigError)) and not isinstance(error, ExportInterruptedError)

@@ -36,13 +36,17 @@ class Recipe:
     """See the head of this file.
 
     Attributes:
-        number: of the version; 0: it has none yet. again: of the earlier version that it repeats; 0: none.
+        number: of the version; 0: it has none yet. again: of the earlier version that it repeats; 0: none. asked: of the version that was
+            asked to be repeated, which may have been a repetition itself.
+        source: digest of the order for a named model; "": it was a program.
         stages: 0: as many as is best.
         codec: resolved; numerics: as the client said it.
     """
 
     number: int = 0
     again: int = 0
+    asked: int = 0
+    source: str = ""
     stages: int
     codec: str
     tolerance: float | None
@@ -64,13 +68,16 @@ class Recipe:
     def files(self) -> set[Digest]:
         return {self.program.digest} | ({self.canaries.digest} if self.canaries is not None else set())
 
-    def repeated(self) -> Recipe:
-        return replace(self, number=0, again=self.original)
+    def repeated(self, asked: int = 0) -> Recipe:
+        """For another version; `asked`: by which number this one was asked for."""
+        return replace(self, number=0, again=self.original, asked=asked, source="")
 
     def to_plain(self) -> dict[str, Any]:
         return {
             "number": self.number,
             "again": self.again,
+            "asked": self.asked,
+            "source": self.source,
             "stages": self.stages,
             "codec": self.codec,
             "tolerance": self.tolerance,
@@ -89,6 +96,8 @@ class Recipe:
             return cls(
                 number=plain["number"],
                 again=plain["again"],
+                asked=plain.get("asked", 0),
+                source=plain.get("source", ""),
                 stages=plain["stages"],
                 codec=plain["codec"],
                 tolerance=plain["tolerance"],

@@ -44,6 +44,7 @@ class Request:
     issued: dict[int, WorkerId] = field(default_factory=dict)  # every number given for the current stage, and to whom
     failed_on: set[WorkerId] = field(default_factory=set)  # for the current stage
     accused: set[WorkerId] = field(default_factory=set)  # where the model raised in the current stage, perhaps by that worker's doing
+    deviants: set[WorkerId] = field(default_factory=set)  # where a canary came to another output in the current stage
     deaths: list[WorkerId] = field(default_factory=list)  # workers that died while they ran the current stage
     suspected: list[WorkerId] = field(default_factory=list)  # workers that died while they may have run it, or something else
     failures: int = 0  # of the current stage, losses included
@@ -128,6 +129,7 @@ class Request:
         self.issued.clear()
         self.failed_on.clear()
         self.accused.clear()
+        self.deviants.clear()
         self.deaths.clear()
         self.suspected.clear()
 

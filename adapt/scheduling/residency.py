@@ -173,7 +173,10 @@ class Residency:
         return abandoned
 
     def run_passed(self, live: LiveVersion, run: int) -> None:
-        if live.trial is not None and live.trial.passed(run) and not live.is_retired and not live.is_ready:
+        if live.trial is None or live.is_retired or live.is_ready:
+            return
+        self._runs += [(live, following) for following in live.trial.passed(run)]
+        if live.trial.has_passed:
             self._take_over(live)
 
     def run_failed(self, live: LiveVersion, error: AdaptError) -> None:

@@ -11,8 +11,9 @@ Rules that the rest follows from:
 * A timeout ends the waiting, not the slot. A slot is free when the worker says so, or when its session ends.
 * The first valid answer of any attempt of the current stage wins; every later one is counted and dropped.
 * A loss (session ended, attempt not listed in the hello) costs the request nothing and is dispatched again at once.
-* A failure is tried elsewhere; on the same worker only if no other can run the stage and the earlier attempt has ended. It costs a
-  token, which delays it if there is none, and its worker a penalty (see qos.py) if that is to blame.
+* A failure is tried elsewhere; on the same worker only if no other can run the stage and the earlier attempt has ended (of a canary that
+  came out wrong: no other that can tell whether it is right, see canaries.py). It costs a token, which delays it if there is none, and its
+  worker a penalty (see qos.py) if that is to blame.
 * A request in whose hands workers die that otherwise succeed is not tried for ever: three deaths are its own doing. Where several may have
   been the cause, each is tried again with nothing behind it, so that another death speaks against one alone.
 * Later stages first, then the earlier deadline, then the earlier arrival.
@@ -432,6 +433,10 @@ class Scheduler:
         self._actions.append(outcome)
         self.counters["requests_ok" if isinstance(outcome, ev.Answer) else "requests_failed"] += 1
 
+    def _count(self, name: str, request: Request) -> None:
+        """What becomes of clients' requests. A canary is no client's."""
+        self.counters[name] += request.run is None
+
     def _fail(self, request: Request, error: AdaptError, now: float) -> None:
         self._end(request, ev.Fail(request_id=request.request_id, error=error), now)
 
@@ -461,7 +466,7 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is None:  # it ended at this very moment
             return
-        self.counters["deadlines_exceeded"] += 1
+        self._count("deadlines_exceeded", request)
         self._fail(request, DeadlineExceededError(request.budget_s, attempts=request.history), now)
 
     def _request_cancelled(self, request_id: RequestId, now: float) -> None:
@@ -484,7 +489,8 @@ class Scheduler:
     def _tend_trials(self, now: float) -> None:
         """Begin what is to be tried, and end what is not any more."""
         for live, run in self._residency.take_runs():
-            self._begin_run(live, run, now)
+            if not live.is_retired:  # as it may have been since
+                self._begin_run(live, run, now)
         for live in self._residency.take_abandoned():
             for request in [request for request in self._requests.values() if request.run is not None and request.run.trial is live.trial]:
                 self._release(request, now)
@@ -544,7 +550,9 @@ class Scheduler:
         if isinstance(outcome, ev.Fail):
             error = outcome.error
             if not isinstance(error, CanaryError):
-                error = CanaryError(f"canary {run.canary}: {error.code}: {error}", canary=run.canary, stage=request.stage)
+                error = CanaryError(
+                    f"canary {run.canary}: {error.code}: {error}", canary=run.canary, stage=request.stage, is_deviation=False
+                )
             self._residency.run_failed(live, error)
         elif run.trial.is_comparable(run, request.numeric_classes):
             self._residency.run_passed(live, run.number)
@@ -592,6 +600,8 @@ class Scheduler:
                 member.qos.succeeded(now)
             self._trouble(member, now)
         self._actions.append(ev.Acknowledge(worker_id=event.worker_id, attempt=event.attempt))
+        if request is not None and request.run is not None:
+            request.run.trial.tried.add((request.stage, member.worker_id))
         if is_wrong and request is not None:
             self._came_out_wrong(request, member, event.attempt, now)
             return
@@ -657,10 +667,12 @@ class Scheduler:
 
     def _failed(self, request: Request, member: Member, error: AdaptError, now: float, *, is_final: bool) -> None:
         """An attempt failed by itself: try elsewhere, or give the error to the client."""
-        self.counters["attempts_failed"] += 1
+        self._count("attempts_failed", request)
         member.tally.tasks_failed += 1
         request.failed_on.add(member.worker_id)
-        if isinstance(error, (ModelError, CanaryError)):  # whose doing it was shows when another worker has tried
+        if isinstance(error, CanaryError):  # whose doing it was shows when another worker has tried
+            request.deviants.add(member.worker_id)
+        elif isinstance(error, ModelError):
             request.accused.add(member.worker_id)
         else:
             self._penalize(member, now)
@@ -684,7 +696,7 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is None or request.is_waited_for or request.ticket != 0:
             return
-        if self._tokens.take(now):
+        if request.run is not None or self._tokens.take(now):  # tokens are clients'
             self._due.clear(("retry", request_id))
             self._enqueue(request)
         else:
@@ -703,14 +715,18 @@ class Scheduler:
         self._trouble(member, now)
 
     def _blame(self, request: Request, now: float) -> None:
-        """A stage has succeeded: where the model raised on other workers, it was their doing."""
+        """A stage has succeeded: where the model raised on other workers, or came to another output than it should, it was their doing."""
         for worker_id in sorted(request.accused):
             if (member := self.roster.get(worker_id)) is not None:
                 self._penalize(member, now)
-                if request.run is not None:
+        request.accused.clear()
+        if request.deviants and request.run is not None and request.run.trial.is_comparable(request.run, request.numeric_classes):
+            for worker_id in sorted(request.deviants):
+                if (member := self.roster.get(worker_id)) is not None:
+                    self._penalize(member, now)
                     self.counters["wrong_workers"] += 1
                     self._residency.distrust(member, request.need.artifact, now)
-        request.accused.clear()
+        request.deviants.clear()  # of bits that cannot be compared nothing follows
 
     def _trouble(self, member: Member, now: float) -> None:
         """Note whether its breaker is closed, and look again when it half-opens."""
@@ -740,7 +756,7 @@ class Scheduler:
         request = self._requests.get(attempt.request)
         if request is None or not request.is_current(attempt) or attempt.attempt not in request.attempts:
             return
-        self.counters["attempt_timeouts"] += 1
+        self._count("attempt_timeouts", request)
         tried = request.attempts[attempt.attempt]
         request.note(tried.worker_id, attempt.attempt, str(AttemptTimeoutError(tried.worker_id, timeout_s=tried.timeout_s)))
         member = self.roster.get(tried.worker_id)
@@ -858,7 +874,7 @@ class Scheduler:
     def _start_again(self, request: Request) -> None:
         """Nobody is left of the class that an exact request began in: from its input on, in another. No earlier answer counts for it."""
         if request.stage > 0:
-            self.counters["restarts"] += 1
+            self._count("restarts", request)
             self._arrivals += 1
             request.start_again(self._generation + self._arrivals)
         request.numeric_class = ""
@@ -875,7 +891,7 @@ class Scheduler:
         request.attempts[number] = Attempt(member.worker_id, timeout_s)
         request.attempts_made += 1
         if request.run is not None:
-            request.run.trial.tried.add((request.stage, member.worker_id))
+            request.run.trial.give(request.run, request.stage, member.worker_id)
         if request.exact and not request.numeric_class:
             request.numeric_class = member.numeric_class
         member.take(attempt_id, need.artifact, need.cost_s, now, request.activation.size_bytes, is_alone=bool(request.suspected))
@@ -885,8 +901,9 @@ class Scheduler:
             self._due.set(("cooldown", member.worker_id), now + self.settings.cooldown_s)
         self._due.set(("attempt", attempt_id), now + timeout_s)
         self.counters["tasks_dispatched"] += 1
-        self.counters["hedges" if is_hedge else "retries"] += number > 1
-        if limits is not None and not is_hedge:
+        if number > 1:
+            self._count("hedges" if is_hedge else "retries", request)
+        if limits is not None and not is_hedge and request.run is None:
             self._hedges = min(self._hedges + self.settings.hedge_share, MOST_HEDGES)
             self._watch(attempt_id, limits[0], now)
         dispatch = ev.Dispatch(
@@ -910,7 +927,7 @@ class Scheduler:
         request = self._requests.get(attempt.request)
         if request is None or not request.is_current(attempt) or list(request.attempts) != [attempt.attempt] or request.ticket:
             return
-        if request.suspected:  # one worker at a time is risked
+        if request.suspected or request.run is not None:  # one worker at a time is risked, or tried
             return
         idle = [member for member in self._choice.eligible(request, now) if not member.slots and member.has_room]
         if idle and self._hedges >= 1.0:
@@ -1060,7 +1077,7 @@ class Scheduler:
         if suspects == 1 and is_sound:
             request.failed_on.add(member.worker_id)
         if request.is_poison:
-            self.counters["poisonous_requests"] += 1
+            self._count("poisonous_requests", request)
             self._fail(request, _poison(request), now)
         else:
             # A worker may die so soon that it is never known that nothing else was running: that has an end too.

@@ -278,7 +278,9 @@ class Inspector:
             if member is None or not member.is_ready or action.artifact not in member.resident:
                 continue
             is_suited = not request.numeric_class or member.numeric_class == request.numeric_class
-            if other not in busy and other not in request.failed_on and is_suited:
+            run = request.run if request.deviants else None  # of its output it has to be told whether it is right
+            can_tell = run is None or run.trial.is_comparable(run, request.numeric_classes | {member.numeric_class})
+            if other not in busy and other not in request.failed_on and is_suited and can_tell:
                 raise Violation(f"it failed on {worker_id}, is tried there again, and {other} could run it", request.request_id)
 
     def _ends(self, action: ev.Answer | ev.Fail, now: float) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 import adapt
 from adapt.protocol import messages as msg
@@ -406,6 +407,11 @@ async def test_a_call_that_nobody_waits_for_is_withdrawn(dispatcher):
         with pytest.raises(asyncio.CancelledError):
             await deploying
         assert (await told(dispatcher, msg.CancelCall, 2)).call == second.call
+        dispatcher.deployments = [replace(deployment(), version=2, earlier=[1])]
+        rolling_back = asyncio.create_task(client.rollback("double"))
+        asked = await told(dispatcher, msg.Rollback)
+        rolling_back.cancel()
+        assert (await told(dispatcher, msg.CancelCall, 3)).call == asked.call
 
 
 # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

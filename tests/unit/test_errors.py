@@ -19,6 +19,7 @@ EXAMPLES: list[AdaptError] = [
     errors.InputMismatchError("expected float32, got int64"),
     errors.UnknownModelError("resnet05", suggestions=["resnet50"]),
     errors.ExportError("data-dependent control flow"),
+    errors.ExportInterruptedError("its process was killed"),
     errors.ExportUnavailableError("no torch here"),
     errors.PlanError("stage 2 needs 80 MB, no worker has more than 64"),
     errors.CanaryError("stage 1 gives another output", canary=0, stage=0),

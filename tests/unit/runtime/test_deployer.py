@@ -1,18 +1,25 @@
-"""Deployments at the same moment."""
+"""Deployments at the same moment, asked for once more, and on trial."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
+from adapt.errors import AdaptError, CanaryError
+from adapt.models.canaries import KnownCanaries, KnownCanary
 from adapt.models.export import export_module
 from adapt.planning.placement import WorkerOffer
-from adapt.protocol.ids import Digest, WorkerId
+from adapt.protocol import messages as msg
+from adapt.protocol.ids import ClientId, Digest, WorkerId
+from adapt.runtime import builder, deployer
 from adapt.runtime.artifacts import ArtifactStore
-from adapt.runtime.deployer import Deployer
+from adapt.runtime.deployer import JUDGES, Deployer
 from adapt.runtime.deployments import HEADER_BYTES, Deployments
 from adapt.runtime.profiles import ProfileStore
 from adapt.runtime.recipes import ProfiledProgram, Recipe
@@ -73,3 +80,149 @@ def test_two_at_the_same_moment_are_not_planned_for_the_same_room(tmp_path):
     around = asyncio.run(both())
     assert {version.plan.places for version in around.versions.values()} == {(("w1", "w2"),), (("w2",),)}
     state.close()
+
+
+# ── asked for once more, because the answer was lost ─────────────────────────────────────────────────────────────────
+
+CLIENT = ClientId(b"c" * 16)
+ROOM_BYTES = 1 << 30
+
+
+class Serving(Around):
+    """As a dispatcher does: what is ready takes the requests of its deployment, and what it replaces is dropped."""
+
+    def __init__(self, deployments: Deployments) -> None:
+        super().__init__(ROOM_BYTES)
+        self.deployments = deployments
+        self.answers: list[msg.Message] = []
+
+    def tell(self, event: ev.VersionDeployed) -> None:
+        before = self.versions.get(event.version.deployment)
+        self.deployments.ready(event.version)
+        if before is not None:
+            self.deployments.drop(before)
+        super().tell(event)
+
+    def to_client(self, client_id, message, blobs=()) -> bool:
+        if not isinstance(message, msg.Progress):
+            self.answers.append(message)
+        return True
+
+
+@contextlib.asynccontextmanager
+async def a_deployer(tmp_path):
+    state = StateDirectory(tmp_path)
+    store = ArtifactStore(state.artifacts)
+    around = Serving(Deployments(state, store))
+    with ThreadPoolExecutor(1) as threads:
+        around.deployer = Deployer(
+            store,
+            around.deployments,
+            around,
+            profiles=ProfileStore(state.profiles),
+            models_dir=None,
+            threads=threads,
+            clock=time.monotonic,
+        )
+        yield around, store
+        await around.deployer.close()
+    state.close()
+
+
+async def ask(around: Serving, order: msg.Deploy | msg.Rollback) -> int:
+    """The number of the version that answers. Raises what the dispatcher says."""
+    around.deployer.begin(CLIENT, order)
+    await asyncio.gather(*(call.task for call in around.deployer._calls.values()))
+    answer = around.answers.pop()
+    if isinstance(answer, msg.CallFailed):
+        raise AdaptError.from_wire(answer.code, answer.message, answer.fields)
+    return answer.deployment.version
+
+
+def a_program(store: ArtifactStore, seed: int) -> ProfiledProgram:
+    torch.manual_seed(seed)
+    exported = export_module(torch.nn.Linear(4, 4).eval(), [torch.zeros(2, 4)], directory=store.directory)
+    return ProfiledProgram(Digest(exported.digest), exported.operator_costs_s)
+
+
+def test_a_roll_back_to_a_repeated_version_can_be_asked_for_once_more(tmp_path):
+    """Regression: it was compared with the first version that had the recipe, and not with the number that was asked for."""
+
+    async def roll() -> list[int]:
+        async with a_deployer(tmp_path) as (around, store):
+            with around.deployments.under_way():
+                for seed in (1, 2):
+                    recipe = Recipe(stages=1, codec="raw", tolerance=None, numerics="auto", program=a_program(store, seed))
+                    await around.deployer.bring_up("d", recipe, lambda words: None)
+            return [await ask(around, msg.Rollback(call=1, name="d", version=number)) for number in (1, 2, 3, 3, 4, 4)]
+
+    assert asyncio.run(roll()) == [3, 4, 5, 5, 6, 6]
+
+
+def test_a_named_model_with_a_number_can_be_asked_for_once_more(tmp_path, monkeypatch):
+    built = []
+
+    def order(**source) -> msg.Deploy:
+        named = msg.NamedSource(model="torchvision/resnet18", weights=None, input_shape=None, **source)
+        return msg.Deploy(call=1, name="d", stages=1, codec="raw", tolerance=None, numerics="auto", named=named, version=7)
+
+    async def deploy() -> None:
+        async with a_deployer(tmp_path) as (around, store):
+
+            async def build(source, **options):
+                built.append(source)
+                program = a_program(store, len(built))
+                return builder.BuiltProgram(store.path(program.digest), program.digest, 1, list(program.operator_costs_s))
+
+            monkeypatch.setattr(builder, "build", build)
+            first, again = order(seed=1, model_args={"a": 1, "b": 2}), order(seed=1, model_args={"b": 2, "a": 1})
+            assert [await ask(around, first), await ask(around, again), len(built)] == [7, 7, 1]
+            with pytest.raises(AdaptError, match="version=7: d has had version 7"):
+                await ask(around, order(seed=2, model_args={"a": 1, "b": 2}))
+
+    asyncio.run(deploy())
+
+
+# ── on trial ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_canary_that_cannot_be_judged_fails_its_version_and_few_are_judged_at_a_time(tmp_path, monkeypatch):
+    """Regression: what was raised beside the loop was heard by nobody, and the version waited for ever."""
+    told: list[ev.CanaryJudged] = []
+    at_work, most, changing = 0, 0, threading.Lock()
+
+    def judge(action, known, tolerance):
+        nonlocal at_work, most
+        with changing:
+            at_work += 1
+            most = max(most, at_work)
+        threading.Event().wait(0.01)  # so that others would begin meanwhile
+        with changing:
+            at_work -= 1
+        if action.run:
+            raise MemoryError("no room")
+
+    monkeypatch.setattr(deployer, "judge", judge)
+    known = KnownCanaries("p", "x", (KnownCanary((), (), ()),))
+
+    async def all_judged() -> None:
+        async with a_deployer(tmp_path) as (around, store):
+            recipe = Recipe(stages=1, codec="raw", tolerance=None, numerics="auto", program=a_program(store, 1))
+            with around.deployments.under_way():
+                await around.deployer.bring_up("d", recipe, lambda words: None)
+            around.tell = told.append
+            version = around.versions["d"]
+            settled = asyncio.get_running_loop().create_future()
+            around.deployer._loading["d", version.number] = deployer._Loading(settled, known, 0.1)
+            for run in range(3 * JUDGES):
+                output = ev.Activation((), ())
+                around.deployer.judge(ev.JudgeCanary(version=version, run=run, canary=0, output=output, numeric_classes=("x",)))
+            await asyncio.gather(*around.deployer._judging)
+
+    asyncio.run(all_judged())
+    assert most <= JUDGES
+    errors = {judged.run: judged.error for judged in told}
+    assert sorted(errors) == list(range(3 * JUDGES)) and errors.pop(0) is None
+    assert all(
+        isinstance(error, CanaryError) and "MemoryError: no room" in str(error) and not error.is_deviation for error in errors.values()
+    )

@@ -25,7 +25,7 @@ def recipe(number: int, *, again: int = 0, canaries: bool = False) -> Recipe:
 
 
 def test_a_recipe_is_the_same_after_it_was_written_down():
-    for one in (recipe(3), recipe(4, again=1, canaries=True)):
+    for one in (recipe(3), recipe(4, again=1, canaries=True), recipe(3, again=1).repeated(3)):
         assert Recipe.from_plain(json.loads(json.dumps(one.to_plain()))) == one
     with pytest.raises(ConfigError, match="recipe"):
         Recipe.from_plain({"number": 1})

@@ -19,6 +19,20 @@ def request(number: int) -> RequestId:
     return RequestId(bytes(16), number)
 
 
+def test_what_is_the_dispatchers_own_takes_nothing_of_what_clients_may_have():
+    admission = an_admission()
+    for number in range(LIMITS.max_requests):
+        admission.reserve(request(number), LIMITS.max_retained_bytes)
+    admission.grow(request(0), LIMITS.max_retained_bytes + 5)
+    admission.admit(request(10), LIMITS.max_retained_bytes - 1, predicted_wait_s=lambda: 1.0)
+    with pytest.raises(OverloadedError, match="may retain 2 bytes, and 9 of 10 are reserved"):
+        admission.admit(request(11), 2, predicted_wait_s=lambda: 1.0)
+    for number in (0, 1, 2, 3, 10):
+        admission.release(request(number))
+    assert len(admission) == admission.reserved_bytes == 0
+    admission.admit(request(12), 100, predicted_wait_s=lambda: 1.0)
+
+
 def an_admission(limits: AdmissionLimits = LIMITS) -> Admission:
     return Admission(limits, random=Random(0))
 

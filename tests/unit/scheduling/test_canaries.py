@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 
-from adapt.errors import CanaryError, InputMismatchError, ModelError, UnknownModelError
+from adapt.errors import CanaryError, InputMismatchError, ModelError, OverloadedError, UnknownModelError
 from adapt.planning.placement import Plan, StageNeed
 from adapt.protocol.ids import Digest, Epoch, WorkerId
 from adapt.protocol.messages import StageTimes
 from adapt.scheduling import events as ev
-from adapt.scheduling.canaries import BUDGET_S, MOST_RUNS, OWN_CLIENT, Run, Trial
+from adapt.scheduling.canaries import BUDGET_S, MOST_ASKED, MOST_AT_ONCE, MOST_RUNS, OWN_CLIENT, Run, Trial
+from adapt.scheduling.tokens import RetryTokens, TokenSettings
 from tests.unit.scheduling.test_scheduler import Cluster, Sent, tensor
 
 RIGHT, WRONG = (b"0", b"1", b"2"), b"?"
@@ -34,8 +36,8 @@ def version(number: int, *places: str, codec: str = "raw", interface: str = "") 
 class Trials(Cluster):
     """A cluster in which version 1 of `d` takes requests, if it has one."""
 
-    def __init__(self, *workers: str, classes: dict[str, str] | None = None, has_first: bool = True) -> None:
-        super().__init__()
+    def __init__(self, *workers: str, classes: dict[str, str] | None = None, has_first: bool = True, **settings: int) -> None:
+        super().__init__(**settings)
         self.settled: list[ev.Action] = []
         for worker in workers:
             self.join(worker, numeric_class=(classes or {}).get(worker, "x"), credit=8)
@@ -129,6 +131,88 @@ def test_who_is_alone_with_another_output_loses_the_stage_and_is_penalised(trial
     trials.taken()
     trials.submit()
     assert trials.the_one_sent().worker == "w2"
+
+
+def test_nobody_is_blamed_by_bits_that_cannot_be_compared():
+    """w1 comes to another output than the exporting process, w2 computes in another class: nobody knows whose doing that is."""
+    trials = Trials("w1", "w2", classes={"w2": "y"})
+    trials.try_out("w1 w2")
+    done = trials.runs(wrong={"w1": 0, "w2": 0})
+    assert done.count(("w1", 0)) == 2, "it is asked again: the version is not to be ready because of who cannot tell"
+    (failed,) = trials.outcome()
+    assert isinstance(failed.error, CanaryError) and str(failed.error).endswith("on w1")
+    assert trials.scheduler.counters["wrong_workers"] == 0
+    assert trials.scheduler.roster.member(WorkerId("w1")).qos.penalty(trials.now) == 0.0
+
+    trials.try_out("w1 w2")  # and if it is gone before it can be asked again
+    first = {sent.worker: sent for sent in trials.sent_of_canaries()}
+    trials.come_out(first["w1"], WRONG)
+    trials.taken()
+    trials.lose("w1")
+    (again,) = trials.sent_of_canaries()
+    for sent in (first["w2"], again):
+        trials.come_out(sent, WRONG)
+    for judge in trials.taken(ev.JudgeCanary):
+        trials.tell(ev.CanaryJudged(deployment="d", number=2, run=judge.run, error=None))
+    assert trials.current() == 2 and trials.scheduler.counters["wrong_workers"] == 0
+
+
+def test_a_worker_on_which_the_model_raises_once_keeps_the_stage(trials):
+    """It costs what it costs for clients' requests."""
+    trials.try_out("w1 w2", canaries=2)
+    for sent in trials.sent_of_canaries():
+        if sent.worker == "w1":
+            trials.fail(sent, ModelError("MemoryError: no room"))
+        else:
+            trials.come_out(sent)
+    trials.runs()
+    assert trials.current() == 2
+    member = trials.scheduler.roster.member(WorkerId("w1"))
+    assert "d2.0" in member.resident and 0 < member.qos.penalty(trials.now) <= 50
+    assert trials.scheduler.counters["wrong_workers"] == 0
+
+
+def test_a_worker_that_never_answered_has_not_been_tried(trials):
+    trials.try_out("w1 w2", canaries=2)
+    first = trials.sent_of_canaries()
+    (lost,) = [sent for sent in first if sent.worker == "w1"]
+    trials.lose("w1")
+    trials.silent.discard("w1")
+    trials.join("w1", credit=8, resident=("d1.0", "d2.0"))
+    for sent in first:
+        if sent.worker != "w1":
+            trials.come_out(sent)
+    assert ("w1", 0) in trials.runs()
+    assert trials.current() == 2
+    assert lost.attempt.attempt == 1
+
+
+def test_a_worker_that_only_beats_does_not_hold_up_the_trial(trials):
+    trials.try_out("w1 w2", canaries=16)
+    asked = 0
+    while (sent := trials.sent_of_canaries()) or (trials.current() == 1 and not trials.outcome()):
+        for one in sent:
+            asked += one.worker == "w1"
+        trials.settled += trials.wait(5.0)
+        for one in sent:
+            if one.worker == "w2":
+                trials.settled += trials.come_out(one)
+    assert trials.current() == 2 and asked == MOST_ASKED
+
+
+def test_runs_take_no_tokens_of_clients_and_count_among_nothing_of_theirs():
+    trials = Trials("w1", "w2", "w3", "w4")
+    trials.scheduler._tokens = RetryTokens(TokenSettings(most=1.0, per_request=0.0, per_s=1e-9))
+    trials.try_out("w1 w2")
+    trials.fail(trials.sent_of_canaries()[0], ModelError("ValueError: no"))
+    assert len(trials.sent_of_canaries()) == 1, "it is tried again"
+    trials.submit(budget_s=1e4)
+    trials.fail(trials.the_one_sent(), ModelError("ValueError: no"))
+    trials.the_one_sent()
+    counted = trials.scheduler.counters
+    assert (counted["attempts_failed"], counted["retries"]) == (1, 1)
+    trials.wait(BUDGET_S + 1)
+    assert trials.scheduler.live_requests == 1 and counted["deadlines_exceeded"] == 0
 
 
 def test_of_the_only_holder_the_second_wrong_output_ends_the_trial(trials):
@@ -228,7 +312,94 @@ def test_nobody_can_ask_for_a_version_that_is_tried():
 def test_there_are_not_more_runs_than_is_good():
     trials = Trials(*(f"w{number}" for number in range(40)))
     trials.try_out(" ".join(f"w{number}" for number in range(40)), canaries=16)
+    trials.runs()
     assert trials.scheduler.counters["canary_runs"] == MOST_RUNS
+    assert isinstance(trials.outcome()[0], ev.VersionReady)
+
+
+def test_a_few_run_at_a_time_and_as_many_as_the_narrowest_stage_has_holders():
+    trials = Trials("w1", "w2", "w3", "w4", "w5", "w6")
+    for places, at_once in ((("w1 w2 w3", "w4"), 1), (("w1 w2 w3", "w4 w5"), 2), (("w1 w2 w3 w4 w5 w6",), MOST_AT_ONCE)):
+        trials.try_out(*places, canaries=16)
+        assert len(trials.sent_of_canaries()) == at_once == trials.scheduler.live_requests
+        trials.tell(ev.VersionWithdrawn(deployment="d", number=2))
+
+
+def test_each_run_has_its_time_from_when_it_begins():
+    """A right version on a slow worker: all runs together take longer than one may."""
+    trials = Trials("w1")
+    trials.try_out("w1", canaries=16)
+    began = trials.now
+    while sent := trials.sent_of_canaries():
+        trials.wait(BUDGET_S / 8)
+        trials.settled += trials.come_out(sent[0])
+    assert trials.now > began + BUDGET_S
+    assert [type(one) for one in trials.outcome()] == [ev.VersionReady]
+
+
+def test_clients_are_not_refused_for_what_canaries_take():
+    trials = Trials("w1", "w2", max_requests=2, max_retained_bytes=2)
+    trials.try_out("w1 w2", canaries=4)
+    assert trials.scheduler.live_requests == trials.scheduler.reserved_bytes == 2
+    trials.submit()
+    trials.submit()
+    assert len(trials.sent()) == 4
+    trials.submit()
+    assert isinstance(trials.the_error(), OverloadedError), "there are two besides"
+
+
+@pytest.mark.parametrize("how", ["replaced", "withdrawn", "undeployed"])
+def test_a_version_that_is_given_up_before_its_runs_begin_begins_none(trials, how):
+    """Regression: what is noted together may make a version resident and retire it; it was begun all the same, for ever."""
+    second = trials.try_out("w1", "w2", canaries=2, load=False)
+    if how == "replaced":  # by one of the same stages, which nobody has to try
+        trials.tell(ev.VersionDeployed(version=replace(second, number=3)))
+    for action in trials.taken(ev.Load):
+        trials.scheduler.note(ev.StageResident(worker_id=action.worker_id, artifact=action.artifact), trials.now)
+    if how == "withdrawn":
+        trials.scheduler.note(ev.VersionWithdrawn(deployment="d", number=2), trials.now)
+    elif how == "undeployed":
+        trials.scheduler.note(ev.Undeployed(deployment="d"), trials.now)
+    actions = trials.scheduler.decide(trials.now)
+    assert [one.version.number for one in actions if isinstance(one, ev.VersionFailed)] == [2]
+    assert trials.scheduler.live_requests == trials.scheduler.reserved_bytes == 0
+    if how != "undeployed":
+        trials.submit()
+        assert trials.sent()
+    trials.wait(BUDGET_S)
+
+
+def test_trials_end_however_things_come_together():
+    """Versions that share stages, wrong outputs, losses, withdrawals, in any order: nothing is left of any trial."""
+    for seed in range(60):
+        random = Random(seed)
+        trials, number = Trials("w1", "w2", "w3"), 2
+        for _ in range(40):
+            one = random.choice(("w1", "w2", "w3"))
+            match random.randrange(10):
+                case 0 | 1:
+                    places = [" ".join(random.sample(("w1", "w2", "w3"), random.randint(1, 3))) for _ in range(random.randint(1, 3))]
+                    deployed = replace(version(random.choice((2, 100 + number)), *places), number=number)
+                    trials.tell(ev.VersionDeployed(version=deployed, canaries=(canary(),) * random.randint(0, 3)))
+                    number += 1
+                case 2:
+                    trials.load(one)
+                case 3:
+                    trials.load()
+                case 4 | 5:
+                    for sent in trials.sent():
+                        trials.come_out(sent, random.choice((None, None, None, WRONG)))
+                case 6:
+                    trials.lose(one)
+                case 7:
+                    trials.silent.discard(one)
+                    trials.join(one, credit=8)
+                case 8:
+                    trials.wait(random.choice((0.1, 3.0, BUDGET_S)))
+                case 9:
+                    trials.tell(ev.VersionWithdrawn(deployment="d", number=random.randint(2, number)))
+        trials.wait(400)
+        assert trials.scheduler.live_requests == trials.scheduler.reserved_bytes == 0, seed
 
 
 def test_a_version_with_other_inputs_or_outputs_never_answers():

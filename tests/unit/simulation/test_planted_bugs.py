@@ -222,7 +222,7 @@ def test_a_worker_that_believes_a_foreign_session_is_found(monkeypatch):
 
     monkeypatch.setattr(PeerSession, "received", received_always)
     kinds = (Kind.CONNECTION_BREAK, Kind.CUT, Kind.DISPATCHER_STOP, Kind.SLOW_LINK, Kind.DAMAGE)
-    report = first_bad(kinds=kinds, since=49)
+    report = first_bad(kinds=kinds, since=40)
     assert report.violation is not None and "credit" in str(report.violation)
 
 
