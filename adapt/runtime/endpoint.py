@@ -285,6 +285,7 @@ class RouterEndpoint:
         self._receive, self._turned, self._limit_bytes, self._piece_bytes = receive, turned, limit_bytes, piece_bytes
         self._is_turning = False
         self._assemblers: dict[RoutingId, Assembler] = {}  # of the bulk connections of those who were welcomed
+        zmq.Frame(bytes(ZERO_COPY_BYTES), copy=False)  # pyzmq now starts what it needs for that; later there may be no descriptors left
         self._greeted: dict[int, RoutingId] = {}  # descriptor -> the control connection that said hello over it
         self._transfers = itertools.count(1)
         self._outbox: dict[RoutingId, list[Letter]] = {}  # of this turn of the loop, by control connection
