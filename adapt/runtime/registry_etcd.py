@@ -334,12 +334,13 @@ class _Seat:
 
     def _loop_turns(self) -> bool:
         now = self._clock()
-        if self._asked_at is None:
-            self._asked_at = now
+        asked_at = self._asked_at  # the loop may answer at any moment
+        if asked_at is None:
+            self._asked_at = asked_at = now
             self._tell(self._turned)
-        is_turning = now - self._asked_at < HANGS_SHARE * self._lease_ttl_s
+        is_turning = now - asked_at < HANGS_SHARE * self._lease_ttl_s
         if not is_turning and not self._is_told_hanging:
-            log.error("the dispatcher's loop stands still; its seat is given up", extra={"for_s": round(now - self._asked_at, 1)})
+            log.error("the dispatcher's loop stands still; its seat is given up", extra={"for_s": round(now - asked_at, 1)})
         self._is_told_hanging = not is_turning
         return is_turning
 

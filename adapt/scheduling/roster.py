@@ -13,6 +13,7 @@ from adapt.scheduling.qos import Qos, QosSettings
 STEADY = 2  # tasks that a worker is given whatever they take: one runs, one waits
 AHEAD_S = 0.01  # it is given more, up to its credit, while all that it holds takes less than this: the way there and back takes as long
 LEARNING_RATE = 0.25  # weight of the newest sample in every moving average
+OUTRUN = 4.0  # times what was expected: the most that is believed of a task that was called off
 ENOUGH_SAMPLES = 4  # before a limit is learnt from them
 DEVIATIONS = 4  # above the average, of what is still usual; as in TCP (Jacobson and Karels, 1988: Congestion avoidance and control)
 
@@ -194,6 +195,11 @@ class Member:
         """A task was given up: its answer would have taken at least so long."""
         if (service := self.services.get(slot.artifact)) is not None:
             service.learn_at_least(waited_s)
+
+    def learn_outrun(self, slot: Slot, took_s: float) -> None:
+        """A task came back without an answer, as another worker was quicker. Of a long time only a part is believed: it may have stood still."""
+        if (service := self.services.get(slot.artifact)) is not None:
+            service.learn_at_least(min(took_s, OUTRUN * (service.busy_s + service.transfer_s)))
 
 
 class Roster:

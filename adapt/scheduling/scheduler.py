@@ -616,7 +616,7 @@ class Scheduler:
     def _attempt_cancelled(self, event: ev.AttemptCancelled, now: float) -> None:
         member = self.roster.member(event.worker_id)
         if (slot := member.slots.get(event.attempt)) is not None and _is_first(member, event.attempt):
-            member.learn_at_least(slot, now - slot.since)  # computing cannot be interrupted: it was done, for nothing
+            member.learn_outrun(slot, now - slot.since)  # computing cannot be interrupted: it was done, for nothing
         self._free(member, event.attempt, now)
         member.qos.returned()
         self._actions.append(ev.Acknowledge(worker_id=event.worker_id, attempt=event.attempt))
