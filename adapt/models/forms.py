@@ -66,9 +66,8 @@ class FormCheck:
     def __init__(self, inputs: Sequence[ValueSpec], outputs: Sequence[ValueSpec]) -> None:
         self._inputs, self._outputs = inputs, outputs
         self._fitted: set[tuple[Any, ...]] = set()
-        self._odd: dict[
-            tuple[Any, ...], set[tuple[Hashable, Hashable]]
-        ] = {}  # forms for a batch of one that did not fit -> who saw it of what
+        # Forms for a batch of one that did not fit -> the tasks of which they were seen, each with who saw it
+        self._odd: dict[tuple[Any, ...], set[tuple[Hashable, Hashable]]] = {}
 
     def __call__(self, given: Sequence[Any], made: Sequence[Any], *, task: Hashable = None, witness: Hashable = None) -> None:
         """Raises InputMismatchError, naming expected and got dtype and shape of the first that does not fit."""

@@ -1114,14 +1114,15 @@ def _running(member: Member, now: float, *, is_guessed: bool = True) -> set[Atte
     behind that. Of what is short it does not say that it has begun.
 
     But not what was sent a moment ago: it had not left, or a stalled dispatcher would blame it for all deaths that it reads of."""
-    attempts = list(member.slots)
-    begun = [attempt for attempt in attempts if member.slots[attempt].begun][-1:]  # what began before it has ended
-    found = set(begun)
-    for attempt in attempts[attempts.index(begun[0]) + 1 if begun else 0 :] if is_guessed else ():
-        slot = member.slots[attempt]
-        if slot.busy_s >= SAID_S or now - slot.since < REACHED_S:
-            break
-        found.add(attempt)
+    found: set[AttemptId] = set()
+    may_be_next = is_guessed
+    for attempt, slot in member.slots.items():
+        if slot.begun:  # what came before has ended
+            found, may_be_next = {attempt}, is_guessed
+        elif may_be_next and slot.busy_s < SAID_S and now - slot.since >= REACHED_S:
+            found.add(attempt)
+        else:
+            may_be_next = False
     return found
 
 

@@ -7,6 +7,7 @@ that has come is read before anything that is due is done.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -560,13 +561,9 @@ class Dispatcher(Process):
         """
         if not self.is_alive or self.is_stopped:
             return False
-        try:
-            places = place(needs, self.scheduler.offers())
-        except AdaptError:  # then copies of other stages give way
-            try:
-                places = place(needs, self.scheduler.offers(with_copies=True))
-            except AdaptError:
-                return False
+        places = self._places(needs)
+        if places is None:
+            return False
         self.numbers[name] = number = self.numbers.get(name, 0) + 1
         plan = Plan(program=program, epoch=Epoch(1), stages=needs, places=places)
         version = ev.Version(
@@ -577,6 +574,13 @@ class Dispatcher(Process):
         self.tell(ev.VersionDeployed(version=version, canaries=canaries))
         self.later(withdraw_after_s, self.tell, ev.VersionWithdrawn(deployment=name, number=number))
         return True
+
+    def _places(self, needs: tuple[StageNeed, ...]) -> tuple[tuple[WorkerId, ...], ...] | None:
+        """Beside what is there; else copies of other stages give way."""
+        for with_copies in (False, True):
+            with contextlib.suppress(AdaptError):
+                return place(needs, self.scheduler.offers(with_copies=with_copies))
+        return None
 
     def undeploy(self, name: str) -> None:
         if self.is_alive and not self.is_stopped:

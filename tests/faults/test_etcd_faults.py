@@ -93,7 +93,9 @@ class Scene:
         assert self.counter("evictions") == 0 and set(self.states().values()) == {"ready"}
 
     def log(self, name: str = "dispatcher") -> str:
-        return (self.cluster.directory / f"{name}.log").read_text()
+        """What it has logged so far; nothing where it has only just been started."""
+        log = self.cluster.directory / f"{name}.log"
+        return log.read_text() if log.exists() else ""
 
     def moments(self, text: str, name: str = "dispatcher") -> list[float]:
         """When lines with this text were logged, in seconds of the day."""

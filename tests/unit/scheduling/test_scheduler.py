@@ -853,13 +853,19 @@ def test_of_several_that_may_have_killed_each_is_tried_with_nothing_behind_it():
     assert not several and cluster.scheduler.counters["poisonous_requests"] == 0, "innocents are answered"
 
 
-def test_what_is_always_suspected_with_others_has_an_end_too():
-    """A worker may die so soon that the answer of the task before is lost as well: then nothing is ever certain."""
+def a_cluster_of_short_tasks() -> Cluster:
+    """One worker, which has succeeded once, and takes eight at a time."""
     cluster = Cluster()
     cluster.join("w1", credit=8)
     cluster.deploy("w1", cost_s=AHEAD_S / 20)
     cluster.submit()
     cluster.finish(cluster.the_one_sent(), busy_s=AHEAD_S / 20)
+    return cluster
+
+
+def test_what_is_always_suspected_with_others_has_an_end_too():
+    """A worker may die so soon that the answer of the task before is lost as well: then nothing is ever certain."""
+    cluster = a_cluster_of_short_tasks()
     killer = cluster.submit(budget_s=1000.0)
     deaths = 0
     while not (failed := [fail for fail in cluster.taken(ev.Fail) if fail.request_id == killer]):
@@ -876,11 +882,7 @@ def test_what_is_always_suspected_with_others_has_an_end_too():
 
 def test_what_is_behind_a_task_that_had_begun_may_have_killed_too():
     """Regression: the answer to what had begun died with its worker, which was killed by the next; that took a fourth worker."""
-    cluster = Cluster()
-    cluster.join("w1", credit=8)
-    cluster.deploy("w1", cost_s=AHEAD_S / 20)
-    cluster.submit()
-    cluster.finish(cluster.the_one_sent(), busy_s=AHEAD_S / 20)
+    cluster = a_cluster_of_short_tasks()
     ahead, killer = cluster.submit(), cluster.submit()
     first, _ = cluster.sent()
     cluster.begin(first)
