@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import settings
 settings.register_profile("adapt", deadline=None, print_blob=True)
 settings.load_profile("adapt")
 
+UNIT = Path(__file__).parent / "unit"
 LEAVE_WITHIN_S = 5.0
 MEASURED_AGAIN = 2  # what else a shared machine does passes; what our code has lost does not
 # Python's own, started on first use and kept to the end
@@ -21,10 +23,12 @@ KEPT_BY_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forkserve
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A bound on measured time that was missed is measured again."""
+    """A bound on measured time that was missed is measured again. What measures none, and starts nothing, may run beside others of its kind."""
     for item in items:
         if item.get_closest_marker("timing"):
             item.add_marker(pytest.mark.flaky(reruns=MEASURED_AGAIN))
+        elif UNIT in item.path.parents:
+            item.add_marker(pytest.mark.apart)
 
 
 def _children() -> dict[int, str]:
