@@ -16,7 +16,7 @@ from adapt.models.layers import profile_model
 from adapt.models.program import read_program
 from adapt.planning.model import ModelProfile
 from adapt.planning.placement import WorkerOffer
-from adapt.planning.replanning import Figures, Patience, as_their_kind, gain, looks_after
+from adapt.planning.replanning import Figures, Patience, as_their_kind, gain, is_worth_it, looks_after
 from adapt.protocol.ids import WorkerId
 from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.deployer import Deployer, Surroundings
@@ -140,34 +140,37 @@ class Replanner:
         slowness = _held_slowness(watched.figures, beside, kinds)
         if not beside:
             return None
-        offers = [_as_slow(beside, slowness), _as_slow(await self._around.offers(wait_s=0.0, with_copies=True), slowness)]
+        offers = [_as_slow(beside, slowness)]
+        if (with_copies := _as_slow(await self._around.offers(wait_s=0.0, with_copies=True), slowness)) != offers[0]:
+            offers.append(with_copies)
         costs_s = await asyncio.to_thread(self._deployer.known_costs, recipe.program, kinds)
         seen = (standing, offers, links, costs_s)
         if seen == watched.seen and not watched.patience.is_waiting:
             return None
         watched.seen = seen
-        terms = Terms.of(watched.model, costs_s, links)
-        best = await asyncio.to_thread(self._best, watched, terms, offers, recipe.is_exact)
-        there = offers[0]
+        terms, there = Terms.of(watched.model, costs_s, links), offers[0]
         present_s = terms.seconds(there, standing)
+        best = await asyncio.to_thread(self._best, watched, terms, offers, present_s, exact=recipe.is_exact)
         chosen = watched.patience.look(present_s, best, lambda proposal: terms.seconds(there, proposal))
         return None if chosen is None else _Outlook(chosen, present_s, terms.seconds(there, chosen))
 
-    def _best(self, watched: _Watched, terms: Terms, offers: Sequence[Sequence[WorkerOffer]], exact: bool) -> Proposal | None:
-        """Beside what is there; else copies of stages give way. None: there is no room."""
-        lack = ""
+    def _best(
+        self, watched: _Watched, terms: Terms, offers: Sequence[Sequence[WorkerOffer]], present_s: float, *, exact: bool
+    ) -> Proposal | None:
+        """Beside what is there; if that is worth nothing, where copies of stages give way. None: there is no room."""
+        best, lack = None, ""
         for offered in offers:
             try:
                 best = terms.best(offered, exact=exact)
             except PlanError as error:
                 lack = lack or str(error)
             else:
-                watched.lack = ""
-                return best
-        if lack != watched.lack:
+                if is_worth_it(present_s, terms.seconds(offered, best)):
+                    break
+        if best is None and lack != watched.lack:
             log.info("no room to cut anew beside the present stages", extra={"deployment": watched.model.name, "reason": lack})
-        watched.lack = lack
-        return None
+        watched.lack = lack if best is None else ""
+        return best
 
 
 def _held_slowness(
