@@ -323,6 +323,7 @@ class Deployer:
             self._deployments.put(version, Blueprint(model.interface, recipe.numerics, model.file_bytes, recipe, model.positions))
             loading = await self._hand_over(version, model, recipe, lambda words: None)
         self._recut = asyncio.get_running_loop().create_task(self._settled(version, loading), name=f"recut {version.deployment}")
+        await asyncio.sleep(0)  # what is cancelled before it has begun would withdraw nothing
         return self._recut
 
     async def _give_up_recut(self) -> None:

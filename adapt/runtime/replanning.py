@@ -128,6 +128,7 @@ class Replanner:
     def _failed(self, watched: _Watched, facts: dict[str, object], error: BaseException) -> None:
         """The present plan goes on."""
         log.warning("not cut anew", extra=facts | {"reason": str(error)})
+        watched.seen = None  # and then, though nothing may have changed
         watched.patience.rest(AFTER_FAILURE)
 
     # ── one look ─────────────────────────────────────────────────────────────────────────────────────────────────────

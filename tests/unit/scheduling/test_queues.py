@@ -90,7 +90,7 @@ def test_later_stages_come_first():
     queues = StageQueues()
     for key in KEYS:
         queues.push(key, Waiting(1, 1))
-    assert [queues.next_awake() for _ in range(4)] == [("a", 1, 1), ("a", 1, 0), ("b", 1, 0), None]
+    assert [queues.next_awake() for _ in range(4)] == [KEYS[1], KEYS[0], KEYS[2], None]
 
 
 def test_of_stages_alike_the_one_whose_first_request_is_first_comes_first():
