@@ -118,7 +118,7 @@ class Replanner:
             loading.cancel()
             await asyncio.wait([loading])
         if loading.cancelled():
-            self._failed(watched, facts, AdaptError("a deployment came first" if done else f"not ready within {LOAD_TIMEOUT_S:g} s"))
+            self._failed(watched, facts, AdaptError("it was called off" if done else f"not ready within {LOAD_TIMEOUT_S:g} s"))
         elif (error := loading.exception()) is not None:
             self._failed(watched, facts, error)
         else:
