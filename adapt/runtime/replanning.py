@@ -43,6 +43,11 @@ class _Watched:
     seen: Any = None  # all that a plan depends on
     lack: str = ""  # why there was no plan, as it was logged last
 
+    def put_off(self, looks: int) -> None:
+        """After so many looks it is planned again, though nothing may have changed."""
+        self.seen = None
+        self.patience.rest(looks)
+
 
 @dataclass(frozen=True, slots=True)
 class _Outlook:
@@ -75,21 +80,27 @@ class Replanner:
         self._watched = {key: self._watched[key] for version in present if (key := version.key[:2]) in self._watched}
         for version in present:
             try:
-                await self._look_at(version)
-            except Exception:  # the next look is another try
+                await self._look_at(version.key)
+            except Exception:
                 log.exception("not replanned", extra={"deployment": version.deployment})
+                if (watched := self._watched.get(version.key[:2])) is not None:
+                    watched.put_off(AFTER_FAILURE)
 
-    async def _look_at(self, version: ev.Version) -> None:
-        blueprint = self._deployments.blueprint(version)
-        if blueprint is None or blueprint.positions is None or blueprint.recipe is None or blueprint.recipe.stages:
+    async def _look_at(self, key: ev.VersionKey) -> None:
+        if (found := self._free(key)) is None:
             return
-        recipe, standing = blueprint.recipe, Proposal(blueprint.positions, version.plan.places)
-        watched = await self._watch(version, recipe)
+        watched = await self._watch(*found[:2])
         if watched.patience.is_resting() or not self._deployments.is_quiet:
             return
         async with self._deployer.planning:
+            if (found := self._free(key)) is None:  # replaced meanwhile
+                return
+            version, recipe, standing = found
             outlook = await self._outlook(watched, recipe, standing)
-            if outlook is None or not self._deployments.is_quiet:  # a deployment comes first
+            if outlook is None:
+                return
+            if not self._deployments.is_quiet:  # a deployment comes first
+                watched.put_off(0)
                 return
             facts = _facts(version, outlook)
             log.info("cutting anew", extra=facts)
@@ -99,6 +110,14 @@ class Replanner:
                 self._failed(watched, facts, error)
                 return
         await self._until_ready(watched, version, loading, facts)
+
+    def _free(self, key: ev.VersionKey) -> tuple[ev.Version, Recipe, Proposal] | None:
+        """A version that takes requests and may be cut as is best, with its plan; None: it is not such a one, or not any more."""
+        version = next((version for version in self._around.present() if version.key == key), None)
+        blueprint = None if version is None else self._deployments.blueprint(version)
+        if version is None or blueprint is None or blueprint.positions is None or blueprint.recipe is None or blueprint.recipe.stages:
+            return None
+        return version, blueprint.recipe, Proposal(blueprint.positions, version.plan.places)
 
     async def _watch(self, version: ev.Version, recipe: Recipe) -> _Watched:
         watched = self._watched.get(version.key[:2])
@@ -128,8 +147,7 @@ class Replanner:
     def _failed(self, watched: _Watched, facts: dict[str, object], error: BaseException) -> None:
         """The present plan goes on."""
         log.warning("not cut anew", extra=facts | {"reason": str(error)})
-        watched.seen = None  # and then, though nothing may have changed
-        watched.patience.rest(AFTER_FAILURE)
+        watched.put_off(AFTER_FAILURE)
 
     # ── one look ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -142,8 +160,9 @@ class Replanner:
         if not beside:
             return None
         offers = [_as_slow(beside, slowness)]
-        if (with_copies := _as_slow(await self._around.offers(wait_s=0.0, with_copies=True), slowness)) != offers[0]:
-            offers.append(with_copies)
+        if len(self._around.present()) == 1:  # no copies of other deployments' stages: nobody has asked for this
+            with_copies = _as_slow(await self._around.offers(wait_s=0.0, with_copies=True), slowness)
+            offers += [with_copies] if with_copies != offers[0] else []
         costs_s = await asyncio.to_thread(self._deployer.known_costs, recipe.program, kinds)
         seen = (standing, offers, links, costs_s)
         if seen == watched.seen and not watched.patience.is_waiting:
@@ -158,7 +177,7 @@ class Replanner:
     def _best(
         self, watched: _Watched, terms: Terms, offers: Sequence[Sequence[WorkerOffer]], present_s: float, *, exact: bool
     ) -> Proposal | None:
-        """Beside what is there; if that is worth nothing, where copies of stages give way. None: there is no room."""
+        """Beside what is there; if that is worth nothing, where copies give way. None: there is no room."""
         best, lack = None, ""
         for offered in offers:
             try:

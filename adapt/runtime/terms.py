@@ -106,7 +106,7 @@ def _linked(device: DeviceProfile, link: Link | None) -> DeviceProfile:
 
 def _stepped(value: float) -> float:
     """The nearest of four steps between doublings."""
-    return 2.0 ** (round(math.log2(value) * 4) / 4)
+    return math.exp2(round(math.log2(value) * 4) / 4)
 
 
 def _device(offer: WorkerOffer, model: ModelProfile, costs_s: tuple[float, ...] | None) -> DeviceProfile:

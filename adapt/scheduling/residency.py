@@ -42,7 +42,7 @@ class Residency:
         self._abandoned: list[LiveVersion] = []  # in the midst of their trial
         self.copies = Copies(roster, self._wanting, self.offer)
         self.loads_failed = 0
-        self.stages_moved = self.stages_copied = self.copies_dropped = 0
+        self.stages_moved = self.stages_copied = self.copies_dropped = self.versions_recut = 0
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -209,6 +209,7 @@ class Residency:
 
     def _take_over(self, live: LiveVersion) -> None:
         live.is_ready = True
+        self.versions_recut += live.version.cut > 0
         deployment = live.version.deployment
         before = self._versions.get(self._current.get(deployment, live.key))
         if before is not None and before is not live and before.key[:2] == live.key[:2] and before.plan.epoch >= live.plan.epoch:

@@ -245,6 +245,7 @@ class Scheduler:
             "stages_moved": residency.stages_moved,
             "stages_copied": residency.stages_copied,
             "copies_dropped": residency.copies_dropped,
+            "versions_recut": residency.versions_recut,
         }
 
     def versions(self) -> Iterator[tuple[ev.Version, bool]]:

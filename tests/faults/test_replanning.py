@@ -9,7 +9,7 @@ import torch
 
 import adapt
 from adapt.protocol.messages import DeploymentRecord
-from tests.faults.clusters import log_lines, states, wait_until
+from tests.faults.clusters import counter, log_lines, states, wait_until
 from tests.faults.traffic import Traffic, Workload, assert_clean
 
 pytestmark = pytest.mark.timeout(240)
@@ -53,6 +53,7 @@ def test_a_deployment_is_cut_anew_under_load_and_comes_back_so(cluster_of, wide)
         ends = [operation.ends[0].at for operation in traffic.operations.values()]
         assert any((moment_s(at) - begin_s) % DAY_S < DAY_S / 2 for at in ends if at < until), "it never stood still"
         assert (now.version, now.earlier, now.program) == (1, [], first.record.program)
+        assert counter(client, "versions_recut") >= 1
         assert set(states(client).values()) == {"ready"}
         cluster.dispatcher.kill()
         cluster.dispatcher.begin_again()
