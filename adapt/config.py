@@ -240,6 +240,8 @@ class _Settings:
             key, value, kind = item.name, getattr(self, item.name), item.metadata["kind"]
             if kind is _SECONDS and not (isinstance(value, (int, float)) and math.isfinite(value) and 0 < value <= MAX_DURATION_S):
                 raise ConfigError(f"{key}={_shown(value)}: expected seconds, above 0 and at most {MAX_DURATION_S:g}")
+            if kind is _PAUSE and not (isinstance(value, (int, float)) and 0 <= value <= MAX_DURATION_S):
+                raise ConfigError(f"{key}={_shown(value)}: expected seconds, from 0 to {MAX_DURATION_S:g}")
             if kind is _BYTES and not (isinstance(value, int) and 0 < value <= MAX_SIZE_BYTES):
                 raise ConfigError(f"{key}={_shown(value)}: expected bytes, above 0 and at most {MAX_SIZE_BYTES}")
             if kind in (_PATH, _FILE) and value is not None and not isinstance(value, Path):
@@ -520,6 +522,9 @@ class DispatcherConfig(_WithMembership, _Settings):
     hedge_share: float = _setting(_NUMBER, "of tasks that an idle worker tries too, when the first takes longer than usual (0: none)", 0.05)
     retry_tokens_per_s: float = _setting(_NUMBER, "how many more each second allows", 1.0)
     relief_s: float = _setting(_SECONDS, "how often, while there are requests, it is looked whether a slow worker needs help", 5.0)
+    replan_interval_s: float = _setting(
+        _PAUSE, "how often it is looked whether a deployment in as many stages as is best should be cut anew (0: never)", 30.0
+    )
     load_timeout_s: float = _setting(_SECONDS, "longest wait for a worker that loads a stage, without progress", 60.0)
     max_budget_s: float = _setting(_SECONDS, "longest deadline that a request may have", 3600.0)
     max_requests: int = _setting(_COUNT, "requests that may be under way at a time", 4096)

@@ -135,6 +135,11 @@ def forecast(model: ModelProfile, cluster: ClusterProfile, layout: Layout) -> Fo
     )
 
 
+def busy_s(model: ModelProfile, cluster: ClusterProfile, stage: StageLayout, device: int) -> float:
+    """Seconds that a request of the stage keeps one device busy, with the first codec of the model at both ends."""
+    return _times(model, cluster, stage, device, 0, 0).busy(cluster.is_overlapped)
+
+
 def _together(busy_s: Sequence[float]) -> float:
     return 0.0 if 0.0 in busy_s else 1.0 / sum(1.0 / seconds for seconds in busy_s)
 

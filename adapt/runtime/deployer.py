@@ -1,5 +1,6 @@
 """Deployments under way: get the program, cut it, place it, wait until its stages are resident and its canaries have come out right, say so.
-And clients' profiles: get the program, have it measured on a worker of each kind.
+And clients' profiles: get the program, have it measured on a worker of each kind. And other stages for a version that takes requests already,
+when replanning.py says so.
 
 A client's runs as a background task that talks to the rest of the dispatcher by events alone; it ends with its client's session.
 """
@@ -29,11 +30,11 @@ from adapt.planning.placement import NOBODY, Plan, WorkerOffer
 from adapt.protocol import codecs
 from adapt.protocol import messages as msg
 from adapt.protocol.codecs import TensorHeader
-from adapt.protocol.ids import ClientId, Digest, WorkerId
+from adapt.protocol.ids import ClientId, Digest, Epoch, WorkerId
 from adapt.protocol.wire import Blob
 from adapt.runtime import builder
 from adapt.runtime.artifacts import ArtifactStore, Download
-from adapt.runtime.deployments import Blueprint, CutModel, Deployments, check, cut, first_plan, plan_freely
+from adapt.runtime.deployments import Blueprint, CutModel, Deployments, check, cut, cut_as, first_plan, plan_freely
 from adapt.runtime.profiles import (
     DeviceKind,
     KeptProfile,
@@ -47,6 +48,7 @@ from adapt.runtime.profiles import (
     known_costs,
 )
 from adapt.runtime.recipes import CanaryFile, ProfiledProgram, Recipe
+from adapt.runtime.terms import Proposal
 from adapt.scheduling import events as ev
 from adapt.scheduling.links import Link
 
@@ -75,6 +77,8 @@ class Surroundings(Protocol):
     def to_worker(self, worker_id: WorkerId, message: msg.Message) -> bool: ...
 
     def links(self) -> dict[WorkerId, Link]: ...
+
+    def present(self) -> list[ev.Version]: ...
 
 
 @dataclass(slots=True)
@@ -110,10 +114,11 @@ class Deployer:
         self._profiles, self.profilers = profiles, Profilers(surroundings.to_worker)
         self._models_dir, self._threads, self._clock = models_dir, threads, clock
         self._calls: dict[tuple[ClientId, int], _Call] = {}
-        self._loading: dict[tuple[str, int], _Loading] = {}
+        self._loading: dict[ev.VersionKey, _Loading] = {}
         self._judging: set[asyncio.Task[None]] = set()
         self._judges = asyncio.Semaphore(JUDGES)
-        self._planning = asyncio.Lock()  # from reading what workers offer until the scheduler knows what was planned with that
+        self.planning = asyncio.Lock()  # from reading what workers offer until the scheduler knows what was planned with that
+        self._recut: asyncio.Task[None] | None = None  # waits for a version's other stages
 
     def begin(self, client_id: ClientId, order: msg.Deploy | msg.Rollback | msg.Profile) -> None:
         """Start work; its answer goes to the client."""
@@ -136,7 +141,7 @@ class Deployer:
 
     def settled(self, version: ev.Version, error: AdaptError | None) -> None:
         """The scheduler says that the version is ready, or why it never will be."""
-        loading = self._loading.get((version.deployment, version.number))
+        loading = self._loading.get(version.key)
         if loading is not None and not loading.settled.done():
             if error is None:
                 loading.settled.set_result(None)
@@ -145,7 +150,7 @@ class Deployer:
 
     def judge(self, action: ev.JudgeCanary) -> None:
         """Compare a canary's output with what is expected, beside the loop; then the scheduler is told."""
-        loading = self._loading.get((action.version.deployment, action.version.number))
+        loading = self._loading.get(action.version.key)
         if loading is None or loading.known is None:  # nobody waits for it any more
             return
         task = asyncio.get_running_loop().create_task(self._judge(action, loading, loading.known), name="judge canary")
@@ -161,9 +166,10 @@ class Deployer:
             log.exception("canary not judged", extra={"deployment": version.deployment, "version": version.number})
             what = f"canary {action.canary}: its output could not be compared: {type(fault).__name__}: {fault}"
             error = CanaryError(what, canary=action.canary, is_deviation=False)
-        if self._loading.get((version.deployment, version.number)) is not loading:  # the number may be another version's by now
+        if self._loading.get(version.key) is not loading:  # the number may be another version's by now
             return
-        self._around.tell(ev.CanaryJudged(deployment=version.deployment, number=version.number, run=action.run, error=error))
+        deployment, number, cut = version.key
+        self._around.tell(ev.CanaryJudged(deployment=deployment, number=number, cut=cut, run=action.run, error=error))
 
     def piece_came(self, client_id: ClientId, message: msg.ArtifactPiece, blob: Blob) -> None:
         for download in self._downloads(client_id, message.artifact):
@@ -174,7 +180,7 @@ class Deployer:
             download.missing()
 
     async def close(self) -> None:
-        tasks = [*(call.task for call in self._calls.values()), *self._judging]
+        tasks = [*(call.task for call in self._calls.values()), *self._judging, *([self._recut] if self._recut is not None else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -261,14 +267,15 @@ class Deployer:
         try:
             if not await self._around.offers(wait_s=FIRST_WORKER_S):
                 raise PlanError(NOBODY)
-            await self._planning.acquire()
+            await self.planning.acquire()
         except BaseException:
             self._deployments.discard(made)
             raise
         try:
+            await self._give_up_recut()
             version, loading = await self._begin(name, recipe, say, made)
         finally:
-            self._planning.release()
+            self.planning.release()
         await self._settled(version, loading)
         log.info("deployed", extra={"deployment": name, "version": version.number, "stages": len(version.plan.stages)})
         return self._deployments.record(self._around.version(version.deployment, version.number))
@@ -280,6 +287,10 @@ class Deployer:
         except BaseException:
             self._deployments.discard(made)
             raise
+        return version, await self._hand_over(version, model, recipe, say)
+
+    async def _hand_over(self, version: ev.Version, model: CutModel, recipe: Recipe, say: Callable[[str], None]) -> _Loading:
+        """Tell the scheduler of a version that is written down; or drop it."""
         try:
             known, canaries = await asyncio.to_thread(self._known, recipe, model)
         except BaseException:
@@ -290,9 +301,37 @@ class Deployer:
         tried = f", to be tried on {counted(len(canaries), 'input')}" if canaries else ""
         say(f"loading {counted(len(plan.stages), 'stage')} on {counted(workers, 'worker')}{tried}")
         loading = _Loading(asyncio.get_running_loop().create_future(), known, _tolerance(recipe))
-        self._loading[version.deployment, version.number] = loading
+        self._loading[version.key] = loading
         self._around.tell(ev.VersionDeployed(version=version, canaries=canaries))
-        return version, loading
+        return loading
+
+    async def recut(self, present: ev.Version, recipe: Recipe, proposal: Proposal) -> asyncio.Task[None]:
+        """Cut a version that takes requests as it is proposed now, and hand it to the scheduler: loaded beside the present one, tried, and
+        switched to. A deployment that begins meanwhile comes first: then it is given up.
+
+        To be called with `planning` held.
+
+        Returns:
+            What waits until that is done; it raises AdaptError: the stages cannot be loaded, or are not right.
+
+        Raises:
+            AdaptError: it cannot be cut.
+        """
+        with self._deployments.under_way():
+            model, plan = await asyncio.to_thread(cut_as, self._store, recipe.program, proposal, epoch=Epoch(present.plan.epoch + 1))
+            version = replace(present, cut=self._deployments.next_cut(present), peak_ratio=model.peak_ratio, plan=plan)
+            self._deployments.put(version, Blueprint(model.interface, recipe.numerics, model.file_bytes, recipe, model.positions))
+            loading = await self._hand_over(version, model, recipe, lambda words: None)
+        self._recut = asyncio.get_running_loop().create_task(self._settled(version, loading), name=f"recut {version.deployment}")
+        await asyncio.sleep(0)  # what is cancelled before it has begun would withdraw nothing
+        return self._recut
+
+    async def _give_up_recut(self) -> None:
+        """Unless it is done."""
+        if self._recut is not None:
+            self._recut.cancel()
+            await asyncio.wait([self._recut])
+            self._recut = None
 
     def _known(self, recipe: Recipe, model: CutModel) -> tuple[KnownCanaries | None, tuple[ev.Canary, ...]]:
         """The canaries of a recipe, and what has to come of them stage by stage. Blocks. Raises WireError: they are not for this program."""
@@ -323,7 +362,7 @@ class Deployer:
             arithmetic=model.arithmetic,
             plan=plan,
         )
-        blueprint = Blueprint(model.interface, recipe.numerics, model.file_bytes, replace(recipe, number=number))
+        blueprint = Blueprint(model.interface, recipe.numerics, model.file_bytes, replace(recipe, number=number), model.positions)
         self._deployments.put(version, blueprint)
         return version, model
 
@@ -332,14 +371,14 @@ class Deployer:
             model = await asyncio.to_thread(cut, self._store, recipe.program, recipe.stages)
             made |= {need.artifact for need in model.stages}
             return model, first_plan(model, offers, exact=recipe.is_exact)
-        costs_s = await asyncio.to_thread(self._known_costs, recipe.program, self._around.device_kinds())
+        costs_s = await asyncio.to_thread(self.known_costs, recipe.program, self._around.device_kinds())
         model, plan = await asyncio.to_thread(
             plan_freely, self._store, recipe.program, offers, name=name, costs_s=costs_s, links=self._around.links(), exact=recipe.is_exact
         )
         made |= {need.artifact for need in model.stages}
         return model, plan
 
-    def _known_costs(self, program: ProfiledProgram, kinds: dict[WorkerId, DeviceKind]) -> dict[WorkerId, tuple[float, ...]]:
+    def known_costs(self, program: ProfiledProgram, kinds: dict[WorkerId, DeviceKind]) -> dict[WorkerId, tuple[float, ...]]:
         """Seconds of each operator on the workers whose kind was measured. Blocks."""
         kept = self._profiles.read(form_of(self._store.path(program.digest)))
         return known_costs(kept, kinds, len(program.operator_costs_s))
@@ -349,10 +388,11 @@ class Deployer:
         try:
             await loading.settled
         except asyncio.CancelledError:
-            self._around.tell(ev.VersionWithdrawn(deployment=version.deployment, number=version.number))
+            deployment, number, cut = version.key
+            self._around.tell(ev.VersionWithdrawn(deployment=deployment, number=number, cut=cut))
             raise
         finally:
-            del self._loading[version.deployment, version.number]
+            del self._loading[version.key]
 
     # ── profiles ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -10,43 +10,32 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from adapt.errors import AdaptError, ConfigError, PlanError
+from adapt.errors import AdaptError, ConfigError
 from adapt.models.cut import StageArtifact, legal_cuts, write_stages
 from adapt.models.forms import FormCheck
 from adapt.models.interface import Interface, interface_digest
-from adapt.models.layers import layer_costs_s, profile_model
+from adapt.models.layers import profile_model
 from adapt.models.program import Program, check_optimize, read_graph, read_program
-from adapt.planning import choose
-from adapt.planning.cost import Layout
-from adapt.planning.devices import ClusterProfile, DeviceProfile
-from adapt.planning.model import ModelProfile
 from adapt.planning.partition import partition, stage_costs_s
-from adapt.planning.placement import Plan, StageNeed, WorkerOffer, apart, place, place_apart
+from adapt.planning.placement import Plan, StageNeed, WorkerOffer, place, place_apart
 from adapt.protocol.codecs import resolve_codec
 from adapt.protocol.ids import Digest, Epoch, WorkerId
 from adapt.protocol.messages import Deploy, DeploymentRecord, StagePlace
 from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.recipes import KEPT, Earlier, ProfiledProgram, Recipe
 from adapt.runtime.state import StateDirectory
-from adapt.scheduling.events import Version
+from adapt.runtime.terms import Proposal, Terms
+from adapt.scheduling.events import Version, VersionKey
 from adapt.scheduling.links import Link
 
 log = logging.getLogger(__name__)
 
-HEADER_BYTES = 256 << 10  # of a stage's file, beside its weights, at most
-MANY_KINDS = 5  # of workers; with more, planning takes more than a second or two
-PROFILE_HOLDS = 1.5  # a worker that has proved to be slower, or faster, than its kind by more than this is taken as it is
-LEAST_LAYER_S = 1e-9  # no layer takes less; plans divide by it
-MOST_RATIO = 1e3  # of a worker's seconds to what they should be, either way; more is not believed
 PROFILE_ERROR = 0.05  # stages that differ by less are alike, as far as the quick profile knows; then fewer bytes count
-NO_LIMIT_BYTES_PER_S = 200e6  # of a link; what is faster, as within one machine, costs processor time and no more
-NO_LATENCY_S = 2e-3  # what is less is the loops' own
 NUMERICS = ("auto", "close", "exact")
 
 
@@ -57,6 +46,7 @@ class CutModel:
     program: Digest
     interface: str
     stages: tuple[StageNeed, ...]
+    positions: tuple[int, ...]  # of the cuts, among the program's operators
     file_bytes: tuple[int, ...]
     peak_ratio: float
     leaving: tuple[tuple[int, ...], ...]  # for each stage but the last: the program's values that leave it, in order
@@ -72,6 +62,7 @@ class Blueprint:
     numerics: str
     file_bytes: tuple[int, ...]  # of each stage's artifact
     recipe: Recipe | None = None  # of versions that an older ADAPT has written down
+    positions: tuple[int, ...] | None = None  # of the cuts, among the program's operators; None: an older ADAPT has not written them down
 
 
 class Deployments:
@@ -79,9 +70,9 @@ class Deployments:
 
     def __init__(self, state: StateDirectory, store: ArtifactStore, *, keep_versions: int = KEPT) -> None:
         self._state, self._store = state, store
-        self._versions: dict[tuple[str, int], Version] = {}
-        self._blueprints: dict[tuple[str, int], Blueprint] = {}
-        self._ready: set[tuple[str, int]] = set()  # versions that have taken requests
+        self._versions: dict[VersionKey, Version] = {}
+        self._blueprints: dict[VersionKey, Blueprint] = {}
+        self._ready: set[VersionKey] = set()  # versions that have taken requests
         self._garbage: set[Digest] = set()  # artifacts that no version needs any more
         self._under_way = 0  # deployments that may be about to need them again
         self._forms: dict[Digest, FormCheck | None] = {}
@@ -103,14 +94,14 @@ class Deployments:
         self._removed = set(record.get("removed", []))
         self._earlier.restore(record.get("earlier", {}), is_there=self._store.has)
         newest: dict[str, tuple[Version, Blueprint]] = {}
-        for plain in sorted(record.get("versions", []), key=lambda plain: int(plain.get("number", 0))):
+        for plain in sorted(record.get("versions", []), key=lambda plain: (int(plain.get("number", 0)), int(plain.get("cut", 0)))):
             version, blueprint = _version_from_plain(plain)
             if plain.get("is_ready") and all(self._store.has(need.artifact) for need in version.plan.stages):
                 newest[version.deployment] = (version, blueprint)
         for version, blueprint in newest.values():
-            self._blueprints[version.deployment, version.number] = blueprint
-            self._versions[version.deployment, version.number] = version
-            self._ready.add((version.deployment, version.number))
+            self._blueprints[version.key] = blueprint
+            self._versions[version.key] = version
+            self._ready.add(version.key)
         self._sweep()
         return list(self._versions.values())
 
@@ -133,6 +124,11 @@ class Deployments:
         self._garbage.update(artifacts)
         self._collect()
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no deployment is prepared or loaded."""
+        return not self._under_way
+
     @contextlib.contextmanager
     def under_way(self) -> Iterator[None]:
         """While a deployment is prepared no artifact is removed: it may be about to need one that another has given up."""
@@ -149,7 +145,7 @@ class Deployments:
         Raises:
             ConfigError: the wanted one is not above those.
         """
-        self.check_number(deployment, wanted, also=[number for name, number in self._versions if name == deployment])
+        self.check_number(deployment, wanted, also=[key[1] for key in self._versions if key[0] == deployment])
         number = wanted or self._numbers.get(deployment, 0) + 1
         self._numbers[deployment] = max(number, self._numbers.get(deployment, 0))
         self._write()
@@ -161,9 +157,17 @@ class Deployments:
         if wanted and wanted <= highest:
             raise ConfigError(f"version={wanted}: {deployment} has had version {highest}; give a higher number, or none for the next")
 
+    def blueprint(self, version: Version) -> Blueprint | None:
+        """None: it was dropped."""
+        return self._blueprints.get(version.key)
+
+    def next_cut(self, version: Version) -> int:
+        """For the same version in other stages."""
+        return 1 + max((key[2] for key in self._versions if key[:2] == version.key[:2]), default=version.cut)
+
     def put(self, version: Version, blueprint: Blueprint | None = None) -> None:
         """Remember a version, or its new plan."""
-        key = (version.deployment, version.number)
+        key = version.key
         if blueprint is not None:
             self._blueprints[key] = blueprint
         if key in self._blueprints:
@@ -173,7 +177,7 @@ class Deployments:
     def ready(self, version: Version) -> None:
         """The version takes requests, and does so again after a restart. Those before it can be rolled back to."""
         before = [key for key in self._ready if key[0] == version.deployment]
-        self._ready.add((version.deployment, version.number))
+        self._ready.add(version.key)
         self._removed.discard(version.deployment)
         self._served[version.deployment] = max(version.number, self._served.get(version.deployment, 0))
         replaced = [recipe for key in before if key in self._blueprints and (recipe := self._blueprints[key].recipe) is not None]
@@ -190,8 +194,8 @@ class Deployments:
 
     def present(self, deployment: str) -> Recipe | None:
         """Of the newest version that has taken requests."""
-        number = max((number for name, number in self._ready if name == deployment), default=0)
-        blueprint = self._blueprints.get((deployment, number))
+        key = max((key for key in self._ready if key[0] == deployment), default=(deployment, 0, 0))
+        blueprint = self._blueprints.get(key)
         return None if blueprint is None else blueprint.recipe
 
     def earlier(self, deployment: str) -> list[int]:
@@ -216,7 +220,7 @@ class Deployments:
 
     def drop(self, version: Version) -> None:
         """Forget a version, and the artifacts that only it needed."""
-        key = (version.deployment, version.number)
+        key = version.key
         self._versions.pop(key, None)
         blueprint = self._blueprints.pop(key, None)
         self._ready.discard(key)
@@ -256,7 +260,7 @@ class Deployments:
 
     def record(self, version: Version) -> DeploymentRecord:
         """The version as users see it."""
-        blueprint = self._blueprints[version.deployment, version.number]
+        blueprint = self._blueprints[version.key]
         plan = version.plan
         places = [
             StagePlace(artifact=need.artifact, file_bytes=size, cost_s=need.cost_s, workers=list(workers))
@@ -349,71 +353,20 @@ def plan_freely(
     Raises: as `cut`; PlanError: the workers' memory cannot hold the model; says what is missing.
     """
     source = read_program(store.path(program.digest))
-    profile = profile_model(name, source, program.operator_costs_s)
-    measured = {
-        worker: tuple(max(cost, LEAST_LAYER_S) for cost in layer_costs_s(profile, costs)) for worker, costs in (costs_s or {}).items()
-    }
-
-    def device(offer: WorkerOffer) -> DeviceProfile:
-        return _linked(_device(offer, profile, measured.get(offer.worker_id)), (links or {}).get(offer.worker_id))
-
-    group, layout = _first_that_fits(profile, apart(offers) if exact else [offers], device)
-    model = _cut_at(store, program, source, choose.positions(profile, layout))
-    places = tuple(tuple(sorted(group[index].worker_id for index in stage.devices)) for stage in layout.stages)
-    return model, Plan(program=model.program, epoch=Epoch(1), stages=model.stages, places=places)
+    terms = Terms.of(profile_model(name, source, program.operator_costs_s), costs_s or {}, links or {})
+    return _as_proposed(store, program, source, terms.best(offers, exact=exact), Epoch(1))
 
 
-def _first_that_fits(
-    model: ModelProfile, groups: Sequence[Sequence[WorkerOffer]], device: Callable[[WorkerOffer], DeviceProfile]
-) -> tuple[Sequence[WorkerOffer], Layout]:
-    """A group of workers that can hold the model, and the best plan for it. Raises PlanError: what the first lacks."""
-    errors = []
-    for group in groups:
-        try:
-            return group, _best_layout(model, ClusterProfile(tuple(device(offer) for offer in group)))
-        except PlanError as error:
-            errors.append(error)
-    raise errors[0]
+def cut_as(store: ArtifactStore, program: ProfiledProgram, proposal: Proposal, *, epoch: Epoch) -> tuple[CutModel, Plan]:
+    """Cut a program where it was proposed. Blocks. Raises WireError: the file is not a program."""
+    return _as_proposed(store, program, read_program(store.path(program.digest)), proposal, epoch)
 
 
-def _best_layout(model: ModelProfile, cluster: ClusterProfile) -> Layout:
-    """Of very many kinds of workers, planning takes long; those that differ little are then taken to be alike, if there is a plan for that."""
-    if len(cluster.classes) > MANY_KINDS:
-        with contextlib.suppress(PlanError):
-            return choose.plan(model, cluster.coarse(model.memory_bytes(0, len(model.layers)))).layout
-    return choose.plan(model, cluster).layout
-
-
-def _linked(device: DeviceProfile, link: Link | None) -> DeviceProfile:
-    """In steps, so that links that are alike stay alike."""
-    if link is None:
-        return device
-    down, up = (math.inf if rate > NO_LIMIT_BYTES_PER_S else _stepped(rate) for rate in (link.down_bytes_per_s, link.up_bytes_per_s))
-    latency_s = _stepped(link.latency_s) if link.latency_s > NO_LATENCY_S else 0.0
-    return replace(device, down_bytes_per_s=down, up_bytes_per_s=up, latency_s=latency_s)
-
-
-def _stepped(value: float) -> float:
-    """The nearest of four steps between doublings."""
-    return 2.0 ** (round(math.log2(value) * 4) / 4)
-
-
-def _device(offer: WorkerOffer, model: ModelProfile, costs_s: tuple[float, ...] | None) -> DeviceProfile:
-    budget_bytes = max(offer.free_bytes - HEADER_BYTES, 0)
-    if costs_s is None:
-        return DeviceProfile(name=offer.worker_id, speed=1.0 / _believed(offer.slowness), budget_bytes=budget_bytes)
-    usual = sum(costs_s) / model.seconds_before[-1] if model.seconds_before[-1] > 0 else 1.0
-    drift = _believed(offer.slowness / usual) if offer.slowness != 1.0 and usual > 0 else 1.0  # 1: it has done nothing yet
-    if 1 / PROFILE_HOLDS < drift < PROFILE_HOLDS:
-        drift = 1.0
-    drift = _stepped(drift)  # so that workers that are alike stay alike
-    costs_s = costs_s if drift == 1.0 else tuple(cost * drift for cost in costs_s)
-    return DeviceProfile(name=offer.worker_id, speed=1.0 / (usual * drift or 1.0), budget_bytes=budget_bytes, costs_s=costs_s)
-
-
-def _believed(ratio: float) -> float:
-    """A worker may say what it likes of its seconds; plans have to go on."""
-    return min(max(ratio, 1 / MOST_RATIO), MOST_RATIO)
+def _as_proposed(
+    store: ArtifactStore, program: ProfiledProgram, source: Program, proposal: Proposal, epoch: Epoch
+) -> tuple[CutModel, Plan]:
+    model = _cut_at(store, program, source, proposal.positions)
+    return model, Plan(program=model.program, epoch=epoch, stages=model.stages, places=proposal.places)
 
 
 def _cut_at(store: ArtifactStore, program: ProfiledProgram, source: Program, positions: Sequence[int]) -> CutModel:
@@ -428,6 +381,7 @@ def _cut_at(store: ArtifactStore, program: ProfiledProgram, source: Program, pos
         program=program.digest,
         interface=Interface.of(source).to_json(),
         stages=tuple(needs),
+        positions=tuple(positions),
         file_bytes=tuple(artifact.file_bytes for artifact in artifacts),
         peak_ratio=_peak_ratio(artifacts, source),
         leaving=tuple(crossing[position] for position in positions),
@@ -462,6 +416,7 @@ def _version_to_plain(version: Version, blueprint: Blueprint) -> dict[str, Any]:
     return {
         "deployment": version.deployment,
         "number": version.number,
+        "cut": version.cut,
         "program": version.program,
         "codec": version.codec,
         "tolerance": version.tolerance,
@@ -472,6 +427,7 @@ def _version_to_plain(version: Version, blueprint: Blueprint) -> dict[str, Any]:
         "interface": blueprint.interface,
         "recipe": None if blueprint.recipe is None else blueprint.recipe.to_plain(),
         "epoch": plan.epoch,
+        "positions": blueprint.positions,
         "stages": [
             {"artifact": n.artifact, "memory_bytes": n.memory_bytes, "cost_s": n.cost_s, "file_bytes": size, "workers": list(workers)}
             for n, size, workers in zip(plan.stages, blueprint.file_bytes, plan.places, strict=True)
@@ -492,6 +448,7 @@ def _version_from_plain(plain: dict[str, Any]) -> tuple[Version, Blueprint]:
         version = Version(
             deployment=plain["deployment"],
             number=plain["number"],
+            cut=plain.get("cut", 0),
             program=plan.program,
             codec=plain["codec"],
             tolerance=plain["tolerance"],
@@ -502,6 +459,7 @@ def _version_from_plain(plain: dict[str, Any]) -> tuple[Version, Blueprint]:
             plan=plan,
         )
         recipe = None if plain.get("recipe") is None else Recipe.from_plain(plain["recipe"])
-        return version, Blueprint(plain["interface"], plain["numerics"], tuple(s["file_bytes"] for s in stages), recipe)
+        positions = None if plain.get("positions") is None else tuple(plain["positions"])
+        return version, Blueprint(plain["interface"], plain["numerics"], tuple(s["file_bytes"] for s in stages), recipe, positions)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"deployments.json has an entry that cannot be read ({error!r}); remove the file to start afresh") from error

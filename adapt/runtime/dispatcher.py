@@ -37,6 +37,7 @@ from adapt.runtime.models_dir import ModelsDir
 from adapt.runtime.probing import Probing
 from adapt.runtime.profiles import DeviceKind, ProfileStore
 from adapt.runtime.registry import Listener, Registry, open_registry
+from adapt.runtime.replanning import Replanner
 from adapt.runtime.state import StateDirectory
 from adapt.runtime.status import LinkTally, counters, request_records, worker_records
 from adapt.scheduling import events as ev
@@ -110,6 +111,7 @@ class Dispatcher:
             threads=self._threads,
             clock=clock,
         )
+        self._replanner = Replanner(self._store, self._deployments, self._deployer, self, interval_s=config.replan_interval_s)
         self._models: ModelsDir | None = None
         if config.models_dir is not None:
             self._models = ModelsDir(config.models_dir, self._store, self._deployments, self._deployer.bring_up, clock=clock)
@@ -143,6 +145,8 @@ class Dispatcher:
             self._restore()
             if self._models is not None:
                 self._spawn(self._models.run(), name="models-dir")
+            if self._config.replan_interval_s:
+                self._spawn(self._replanner.run(), name="replanning")
             print(f"adapt-dispatcher ready listen={self._endpoint.address} term={self._reign.term} pid={os.getpid()}", flush=True)
             await self._stopping.wait()
             status = await self._drain()
@@ -690,6 +694,10 @@ class Dispatcher:
                 told = self._peers[session.number].heartbeat or hello
                 found[member.worker_id] = DeviceKind.of(hello.device, told.cores)
         return found
+
+    def present(self) -> list[ev.Version]:
+        """The versions that take requests and are ready."""
+        return [version for version, is_ready in self._scheduler.versions() if is_ready]
 
     def version(self, deployment: str, number: int) -> ev.Version:
         """A version that takes requests. Raises UnknownModelError: it was replaced or removed meanwhile."""

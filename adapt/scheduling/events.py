@@ -26,12 +26,17 @@ class Activation(Struct, frozen=True):
         return sum(blob.size for blob in self.blobs)
 
 
+VersionKey: TypeAlias = tuple[str, int, int]  # deployment, number, cut
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
-    """One version of a deployment: the unit that requests are pinned to."""
+    """One version of a deployment, as it has been cut: the unit that requests are pinned to. Users see its number; another cut of the same
+    number is the same program in other stages."""
 
     deployment: str
     number: int
+    cut: int = 0  # how often it had been cut anew before
     program: Digest
     codec: str
     tolerance: float | None
@@ -40,6 +45,10 @@ class Version:
     interface: str = ""  # digest of its inputs and outputs; a request may insist on it
     arithmetic: str = ""  # what the program adds to the numeric class of its results
     plan: Plan = field(compare=False)
+
+    @property
+    def key(self) -> VersionKey:
+        return (self.deployment, self.number, self.cut)
 
     @property
     def is_lossless(self) -> bool:
@@ -214,6 +223,7 @@ class OutcomeAcknowledged(Struct, frozen=True, kw_only=True):
 
 class VersionDeployed(Struct, frozen=True, kw_only=True):
     """A version's stages are made resident; when they are, and all canaries came out as they should, it takes the requests of its deployment.
+    Another cut of a version that takes them already does so under a later epoch.
 
     `is_restored`: it did so already in an earlier reign, and does from now on; its workers may come back with its stages."""
 
@@ -227,6 +237,7 @@ class CanaryJudged(Struct, frozen=True, kw_only=True):
 
     deployment: str
     number: int
+    cut: int = 0
     run: int
     error: AdaptError | None
 
@@ -236,6 +247,7 @@ class VersionWithdrawn(Struct, frozen=True, kw_only=True):
 
     deployment: str
     number: int
+    cut: int = 0
 
 
 class Undeployed(Struct, frozen=True, kw_only=True):

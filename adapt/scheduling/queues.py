@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from adapt.scheduling.requests import Request
 
-StageKey: TypeAlias = tuple[str, int, int]  # deployment, number of its version, stage
+StageKey: TypeAlias = tuple[str, int, int, int]  # deployment, number and cut of its version, stage
 _LAST = (math.inf, 0)
 Entry: TypeAlias = tuple[float, int, int, Request]  # deadline, arrival, ticket, request
 
@@ -58,13 +58,13 @@ class StageQueues:
         """The stage to look at next, which sleeps from now on: later stages first, of those alike the one whose first request is."""
         if len(self._awake) < 2:
             return self._awake.pop() if self._awake else None
-        key = min(self._awake, key=lambda k: (-k[2], self._first(k), k))
+        key = min(self._awake, key=lambda k: (-k[-1], self._first(k), k))
         self._awake.discard(key)
         return key
 
     def turn_ends(self, key: StageKey) -> tuple[float, int]:
         """The place in line, deadline and arrival, from which on another awake stage as late as this one comes first."""
-        return min((self._first(other) for other in self._awake if other[2] == key[2] and other != key), default=_LAST)
+        return min((self._first(other) for other in self._awake if other[-1] == key[-1] and other != key), default=_LAST)
 
     def wake_again(self, key: StageKey) -> None:
         """The stage has more for whoever has room; others come first."""

@@ -2,7 +2,8 @@
 
 A stage's places are the workers that the plan names for it; it is *resident* on those that have loaded it. A version becomes ready
 when each of its stages is resident somewhere and its canaries have come out right (see canaries.py); a retired version is released when
-its last request has ended.
+its last request has ended. A version that is cut anew is two for a while, of one number: the earlier cut takes requests until the later one
+is ready.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import replace
 
 from adapt.errors import AdaptError, InputMismatchError, UnknownModelError, WorkerLostError
 from adapt.planning.placement import Plan, StageNeed, WorkerOffer, addition, orphans, relief, substitute
-from adapt.protocol.ids import Digest, WorkerId
+from adapt.protocol.ids import Digest, Epoch, WorkerId
 from adapt.scheduling import events as ev
 from adapt.scheduling.canaries import Run, Trial
 from adapt.scheduling.copies import Copies
@@ -34,14 +35,14 @@ class Residency:
 
     def __init__(self, roster: Roster, actions: list[ev.Action], *, woken: Callable[[], None], load_timeout_s: float) -> None:
         self._roster, self._actions, self._woken, self._load_timeout_s = roster, actions, woken, load_timeout_s
-        self._versions: dict[tuple[str, int], LiveVersion] = {}
-        self._current: dict[str, int] = {}  # deployment -> the version that takes new requests
+        self._versions: dict[ev.VersionKey, LiveVersion] = {}
+        self._current: dict[str, ev.VersionKey] = {}  # deployment -> the version that takes new requests
         self._due: Deadlines[tuple[WorkerId, Digest]] = Deadlines()  # loads that must show progress
         self._runs: list[tuple[LiveVersion, Run]] = []  # of canaries, that are to begin
         self._abandoned: list[LiveVersion] = []  # in the midst of their trial
         self.copies = Copies(roster, self._wanting, self.offer)
         self.loads_failed = 0
-        self.stages_moved = self.stages_copied = self.copies_dropped = 0
+        self.stages_moved = self.stages_copied = self.copies_dropped = self.versions_recut = 0
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -52,7 +53,7 @@ class Residency:
             UnknownModelError: there is none, or it has another program than the request was pinned to.
             InputMismatchError: it has other inputs or outputs than the client expects.
         """
-        live = self._versions.get((deployment, number or self._current.get(deployment, 0)))
+        live = self._asked_for(deployment, number)
         if live is None or live.is_untried:
             raise UnknownModelError(deployment, suggestions=sorted(self._current)[:5])
         if program is not None and program != live.version.program:
@@ -64,18 +65,26 @@ class Residency:
             )
         return live
 
+    def _asked_for(self, deployment: str, number: int) -> LiveVersion | None:
+        """Of several cuts the one that was ready last."""
+        current = self._versions.get(self._current.get(deployment, ("", 0, 0)))
+        if not number or (current is not None and current.version.number == number):
+            return current
+        cuts = [live for live in self._versions.values() if live.key[:2] == (deployment, number)]
+        return max(cuts, key=lambda live: (live.is_ready, live.version.cut), default=None)
+
     def live(self, version: ev.Version) -> LiveVersion:
-        return self._versions[version.deployment, version.number]
+        return self._versions[version.key]
 
     def places(self, key: StageKey) -> tuple[WorkerId, ...]:
         """The workers of a stage; none if its version has been released."""
-        live = self._versions.get(key[:2])
-        return () if live is None else live.plan.places[key[2]]
+        live = self._versions.get(key[:-1])
+        return () if live is None else live.plan.places[key[-1]]
 
     def current(self) -> Iterator[LiveVersion]:
         """The versions that take new requests."""
-        for deployment, number in self._current.items():
-            yield self._versions[deployment, number]
+        for key in self._current.values():
+            yield self._versions[key]
 
     def offer(self, member: Member) -> WorkerOffer:
         """What the worker has to give beyond what the plans in force take."""
@@ -107,8 +116,11 @@ class Residency:
     def deploy(self, version: ev.Version, now: float, *, is_restored: bool = False, canaries: tuple[ev.Canary, ...] = ()) -> None:
         live = LiveVersion(version, is_ready=is_restored, canaries=canaries)
         self._versions[live.key] = live
+        if version.cut and not is_restored and not self._has_earlier_cut(version):
+            self._retire(live, AdaptError(f"version {version.number} of {version.deployment} takes no requests any more"))
+            return
         if not canaries:  # else nobody may wait for it yet
-            self._current.setdefault(version.deployment, version.number)
+            self._current.setdefault(version.deployment, version.key)
         for need, workers in zip(version.plan.stages, version.plan.places, strict=True):
             for worker_id in workers:
                 member = self._roster.member(worker_id)
@@ -119,13 +131,21 @@ class Residency:
                     self._left_version(live, member, now)
         self._check_ready(live)
 
-    def withdraw(self, deployment: str, number: int) -> None:
+    def _has_earlier_cut(self, version: ev.Version) -> bool:
+        """Whether this number takes the requests of its deployment."""
+        return self._current.get(version.deployment, ("", 0, 0))[1] == version.number
+
+    def withdraw(self, key: ev.VersionKey) -> None:
         """Nobody waits for this version any more: unless it is ready by now, it never will be."""
-        live = self._versions.get((deployment, number))
+        live = self._versions.get(key)
         if live is not None and not live.is_ready:
-            if self._current.get(deployment) == number:
-                del self._current[deployment]
-            self._retire(live, AdaptError(f"version {number} of {deployment} was withdrawn before it was ready"))
+            self._take_from(live)
+            self._retire(live, AdaptError(f"version {key[1]} of {key[0]} was withdrawn before it was ready"))
+
+    def _take_from(self, live: LiveVersion) -> None:
+        """It never was ready, and requests may wait for it: no more of them."""
+        if self._current.get(live.version.deployment) == live.key:
+            del self._current[live.version.deployment]
 
     def undeploy(self, deployment: str) -> None:
         if self._current.pop(deployment, None) is not None:
@@ -184,25 +204,29 @@ class Residency:
         if not live.is_ready:
             self._retire(live, error)
 
-    def get(self, deployment: str, number: int) -> LiveVersion | None:
-        return self._versions.get((deployment, number))
+    def get(self, key: ev.VersionKey) -> LiveVersion | None:
+        return self._versions.get(key)
 
     def _take_over(self, live: LiveVersion) -> None:
         live.is_ready = True
+        self.versions_recut += live.version.cut > 0
+        deployment = live.version.deployment
+        before = self._versions.get(self._current.get(deployment, live.key))
+        if before is not None and before is not live and before.key[:2] == live.key[:2] and before.plan.epoch >= live.plan.epoch:
+            self._replan(live, replace(live.plan, epoch=Epoch(before.plan.epoch + 1)))
         self._actions.append(ev.VersionReady(version=live.version))
-        deployment, number = live.key
-        self._current[deployment] = number
-        self._retire_below(deployment, number)
+        self._current[deployment] = live.key
+        self._retire_below(deployment, live.key)
 
     def _holders(self, live: LiveVersion, stage: int) -> int:
         artifact = live.plan.stages[stage].artifact
         return sum(self._roster.has(worker_id, artifact) for worker_id in live.plan.places[stage])
 
-    def _retire_below(self, deployment: str, number: int | None) -> None:
-        """Retire the versions of the deployment that are older than `number`, or all."""
+    def _retire_below(self, deployment: str, key: ev.VersionKey | None) -> None:
+        """Retire the versions of the deployment that are older than this one, or all."""
         for live in list(self._versions.values()):
-            if live.key[0] == deployment and (number is None or live.key[1] < number):
-                how = "undeployed" if number is None else f"replaced by version {number}"
+            if live.key[0] == deployment and (key is None or live.key < key):
+                how = "undeployed" if key is None else f"replaced by version {key[1]}"
                 self._retire(live, AdaptError(f"version {live.key[1]} of {deployment} was {how} before it was ready"))
 
     def _retire(self, live: LiveVersion, error: AdaptError) -> None:
@@ -452,8 +476,7 @@ class Residency:
         spare = [m for m in self._roster if m.is_ready and m.worker_id not in places and not m.refuses(artifact, now)]
         if self._substitute(live, stage, spare, now) or places:
             return
-        if self._current.get(live.version.deployment) == live.version.number:
-            del self._current[live.version.deployment]
+        self._take_from(live)
         self._retire(live, error)
 
     def _substitute(self, live: LiveVersion, stage: int, spare: list[Member], now: float) -> bool:

@@ -245,6 +245,7 @@ class Scheduler:
             "stages_moved": residency.stages_moved,
             "stages_copied": residency.stages_copied,
             "copies_dropped": residency.copies_dropped,
+            "versions_recut": residency.versions_recut,
         }
 
     def versions(self) -> Iterator[tuple[ev.Version, bool]]:
@@ -313,7 +314,7 @@ class Scheduler:
             case ev.VersionDeployed():
                 self._residency.deploy(event.version, now, is_restored=event.is_restored, canaries=event.canaries)
             case ev.VersionWithdrawn():
-                self._residency.withdraw(event.deployment, event.number)
+                self._residency.withdraw((event.deployment, event.number, event.cut))
             case ev.CanaryJudged():
                 self._canary_judged(event)
             case ev.Undeployed():
@@ -544,7 +545,7 @@ class Scheduler:
 
     def _run_ended(self, request: Request, run: Run, outcome: ev.Answer | ev.Fail) -> None:
         """A canary has come out: right, to be judged, or wrong."""
-        live = self._residency.get(request.version.deployment, request.version.number)
+        live = self._residency.get(request.version.key)
         if live is None:  # given up meanwhile
             return
         if isinstance(outcome, ev.Fail):
@@ -563,7 +564,7 @@ class Scheduler:
             self._actions.append(judge)
 
     def _canary_judged(self, event: ev.CanaryJudged) -> None:
-        live = self._residency.get(event.deployment, event.number)
+        live = self._residency.get((event.deployment, event.number, event.cut))
         if live is None:
             return
         if event.error is None:
@@ -799,7 +800,7 @@ class Scheduler:
     # ── the queue ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _enqueue(self, request: Request) -> None:
-        self._queues.push((request.version.deployment, request.version.number, request.stage), request)
+        self._queues.push((*request.version.key, request.stage), request)
 
     def _wake(self, member: Member) -> None:
         """The worker may have credit again: look at every queue of a stage that it can run."""

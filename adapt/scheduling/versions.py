@@ -27,8 +27,8 @@ class LiveVersion:
         return self.version.plan
 
     @property
-    def key(self) -> tuple[str, int]:
-        return (self.version.deployment, self.version.number)
+    def key(self) -> ev.VersionKey:
+        return self.version.key
 
     @property
     def is_untried(self) -> bool:

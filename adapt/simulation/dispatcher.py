@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TypeAlias
 
@@ -104,10 +104,10 @@ class Dispatcher(Process):
             renewed=lambda worker_id: self._lease_told(ev.LeaseRenewed(worker_id=worker_id)),
         )
         self.numbers: dict[str, int] = {}  # deployment -> the highest number it ever had
-        self.ever: dict[tuple[str, int], ev.Version] = {}  # every version there ever was
-        self._expected: dict[tuple[str, int], tuple[int, ...]] = {}  # what has to come of each version's canaries
-        self._stored: dict[tuple[str, int], ev.Version] = {}  # versions as they are written down
-        self._ready: set[tuple[str, int]] = set()  # those that have taken requests
+        self.ever: dict[ev.VersionKey, ev.Version] = {}  # every version there ever was
+        self._expected: dict[ev.VersionKey, tuple[int, ...]] = {}  # what has to come of each version's canaries
+        self._stored: dict[ev.VersionKey, ev.Version] = {}  # versions as they are written down
+        self._ready: set[ev.VersionKey] = set()  # those that have taken requests
         self.counters = inspector.counters
         self.is_alive = False
         inspector.unread = self._unread
@@ -138,7 +138,7 @@ class Dispatcher(Process):
 
     def _restore(self) -> None:
         newest = {key[0]: version for key, version in sorted(self._stored.items()) if key in self._ready}
-        self._stored = {(version.deployment, version.number): version for version in newest.values()}
+        self._stored = {version.key: version for version in newest.values()}
         self._ready = set(self._stored)
         for worker_id in sorted({worker for version in newest.values() for places in version.plan.places for worker in places}):
             self._handle(ev.WorkerExpected(worker_id=worker_id))
@@ -490,26 +490,27 @@ class Dispatcher(Process):
                     self.sessions.end(session.number)
                     self._greeted.pop(session.number, None)
             case ev.PlanChanged(version=version):
-                if (version.deployment, version.number) in self._stored:
-                    self._stored[version.deployment, version.number] = version
+                if version.key in self._stored:
+                    self._stored[version.key] = version
             case ev.VersionReady(version=version):
-                self._ready.add((version.deployment, version.number))
+                self._ready.add(version.key)
             case ev.JudgeCanary():
                 self.later(JUDGE_S * self.random.random(), self._judge, action)
             case ev.VersionFailed():
                 pass
             case ev.VersionReleased(version=version):
-                self._stored.pop((version.deployment, version.number), None)
-                self._ready.discard((version.deployment, version.number))
+                self._stored.pop(version.key, None)
+                self._ready.discard(version.key)
             case _:
                 raise AssertionError(f"unknown action {action!r}")
 
     def _judge(self, action: ev.JudgeCanary) -> None:
         version = action.version
         error = None
-        if action.output.leaves[0] != self._expected[version.deployment, version.number][action.canary]:
+        if action.output.leaves[0] != self._expected[version.key][action.canary]:
             error = CanaryError(f"canary {action.canary} came out wrong", canary=action.canary)
-        self.tell(ev.CanaryJudged(deployment=version.deployment, number=version.number, run=action.run, error=error))
+        deployment, number, cut = version.key
+        self.tell(ev.CanaryJudged(deployment=deployment, number=number, cut=cut, run=action.run, error=error))
 
     def _file_bytes(self, artifact: Digest) -> int:
         for version in self._stored.values():
@@ -569,11 +570,34 @@ class Dispatcher(Process):
         version = ev.Version(
             deployment=name, number=number, program=program, codec="raw", tolerance=None, exact=exact, peak_ratio=1.0, plan=plan
         )
-        self._stored[name, number] = self.ever[name, number] = version
-        self._expected[name, number] = expected
-        self.tell(ev.VersionDeployed(version=version, canaries=canaries))
-        self.later(withdraw_after_s, self.tell, ev.VersionWithdrawn(deployment=name, number=number))
+        self._begin(version, withdraw_after_s, canaries, expected)
         return True
+
+    def recut(
+        self,
+        present: ev.Version,
+        needs: tuple[StageNeed, ...],
+        *,
+        withdraw_after_s: float,
+        canaries: tuple[ev.Canary, ...] = (),
+        expected: tuple[int, ...] = (),
+    ) -> ev.Version | None:
+        """The same version in other stages, as `deploy`; None: nobody has memory for them."""
+        places = self._places(needs)
+        if places is None:
+            return None
+        cut = 1 + max(key[2] for key in self.ever if key[:2] == present.key[:2])
+        plan = Plan(program=present.program, epoch=Epoch(present.plan.epoch + 1), stages=needs, places=places)
+        version = replace(present, cut=cut, plan=plan)
+        self._begin(version, withdraw_after_s, canaries, expected)
+        return version
+
+    def _begin(self, version: ev.Version, withdraw_after_s: float, canaries: tuple[ev.Canary, ...], expected: tuple[int, ...]) -> None:
+        self._stored[version.key] = self.ever[version.key] = version
+        self._expected[version.key] = expected
+        self.tell(ev.VersionDeployed(version=version, canaries=canaries))
+        deployment, number, cut = version.key
+        self.later(withdraw_after_s, self.tell, ev.VersionWithdrawn(deployment=deployment, number=number, cut=cut))
 
     def _places(self, needs: tuple[StageNeed, ...]) -> tuple[tuple[WorkerId, ...], ...] | None:
         """Beside what is there; else copies of other stages give way."""

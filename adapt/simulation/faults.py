@@ -22,7 +22,7 @@ OUTAGE_S = (0.1, 6.0)  # how long most of them last
 
 
 class Kind(StrEnum):
-    """The last four are no moments but what the run is made of."""
+    """Cancels and odd inputs are no moments but what the run is made of. New kinds come last: what seeds draw stays."""
 
     WORKER_CRASH = "a worker crashes"
     WORKER_STOP = "a worker stands still"
@@ -51,6 +51,7 @@ class Kind(StrEnum):
     POISON = "inputs that kill"
     WRONG = "inputs that the model cannot take"
     FRAGILE = "inputs that one kind of worker cannot take"
+    RECUT = "a version is cut anew"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,6 +62,7 @@ class World:
         another: makes another process for a worker's machine.
         redeploy: deploys another version of some deployment.
         undeploy: removes some deployment.
+        recut: cuts the present version of some deployment anew.
     """
 
     timeline: Timeline
@@ -72,6 +74,7 @@ class World:
     another: Callable[[Machine], Worker]
     redeploy: Callable[[], None]
     undeploy: Callable[[], None]
+    recut: Callable[[], None]
 
     @property
     def wires(self) -> list[Wire]:
@@ -117,6 +120,7 @@ class Faults:
             Kind.EVICTION: self._evict,
             Kind.SWITCH: world.redeploy,
             Kind.UNDEPLOY: world.undeploy,
+            Kind.RECUT: world.recut,
         }
 
     def schedule(self, begin: float, end: float) -> None:

@@ -111,6 +111,8 @@ class Inspector:
         self._listed: dict[WorkerId, int] = {}  # how many attempts its last hello named
         self._deaths: dict[RequestId, int] = {}  # of workers, while they ran it
         self._late = 0
+        self._ready: dict[str, ev.VersionKey] = {}  # of each deployment, what became ready last
+        self._epochs: dict[ev.VersionKey, int] = {}
 
     # ── before and after each fact ───────────────────────────────────────────────────────────────────────────────────
 
@@ -227,8 +229,10 @@ class Inspector:
                     raise Violation("it is accepted, and lives not", request_id)
             case ev.Evict():
                 self.counters["eviction"] += 1
-            case ev.VersionReady(version=version) if version.number > 1:
-                self.counters["version switched"] += 1
+            case ev.PlanChanged(version=version):
+                self._epochs[version.key] = version.plan.epoch
+            case ev.VersionReady(version=version):
+                self._version_ready(version)
             case ev.JudgeCanary():
                 self.counters["canary judged"] += 1
             case ev.VersionFailed(error=error):
@@ -236,6 +240,17 @@ class Inspector:
                 self.counters["version failed on a canary"] += isinstance(error, CanaryError)
             case ev.VersionReleased():
                 self.counters["version released"] += 1
+
+    def _version_ready(self, version: ev.Version) -> None:
+        if version.cut:
+            self.counters["version cut anew"] += 1
+        elif version.number > 1:
+            self.counters["version switched"] += 1
+        before = self._ready.get(version.deployment)
+        if before is not None and before[:2] == version.key[:2] and self._epochs[before] >= version.plan.epoch:
+            raise Violation(f"{version.key} is ready under epoch {version.plan.epoch}, and the cut before it had {self._epochs[before]}")
+        self._ready[version.deployment] = version.key
+        self._epochs[version.key] = version.plan.epoch
 
     def _dispatches(self, action: ev.Dispatch) -> None:
         assert self._scheduler is not None

@@ -124,8 +124,8 @@ class Simulation:
         self._pending_until: dict[str, float] = {}  # nobody waits longer for the version that was deployed last
         self._asked: dict[RequestId, Asked] = {}
         self._removed: set[str] = set()  # deployments that were removed at some time
-        self._bad: set[tuple[str, int]] = set()  # versions that are not what they should be
-        self._canary_random = self._stream("canaries")
+        self._bad: set[ev.VersionKey] = set()  # versions that are not what they should be
+        self._canary_random, self._recut_random = self._stream("canaries"), self._stream("recuts")
         self._drift = self._random.choice((0.0, 0.0, 0.001, 0.02))
         self.dispatcher = self._dispatcher(make_scheduler)
         self.network.router = self.dispatcher
@@ -143,6 +143,7 @@ class Simulation:
             another=self._worker,
             redeploy=self._redeploy,
             undeploy=self._undeploy,
+            recut=self._recut,
         )
         self.faults = Faults(world, self._stream("faults"), self.kinds)
 
@@ -272,7 +273,7 @@ class Simulation:
         if is_begun:
             self._pending_until[name] = self.timeline.now + WITHDRAW_S
             if is_bad:
-                self._bad.add((name, number))
+                self._bad.add((name, number, 0))
 
     def _canaries(self, artifacts: Sequence[Digest], *, is_bad: bool) -> tuple[tuple[ev.Canary, ...], tuple[int, ...]]:
         """Inputs and what should come out of them; of a bad version the workers make something else, from some stage on."""
@@ -294,6 +295,28 @@ class Simulation:
     def _redeploy(self) -> None:
         """Now and then a version that is not what it should be: nobody may ever get an answer of it."""
         self._deploy(self._random.choice(sorted(self._stages)), is_bad=self._canary_random.random() < 0.3)
+
+    def _recut(self) -> None:
+        """The present version of a deployment in other stages, now and then in such as are not what they should be."""
+        random, dispatcher = self._recut_random, self.dispatcher
+        name, is_bad = random.choice(sorted(self._stages)), random.random() < 0.3
+        if not dispatcher.is_alive or dispatcher.is_stopped or (present := dispatcher.current(name)) is None:
+            return
+        cost_s = sum(need.cost_s for need in self._stages[name])
+        count, salt = random.randint(1, 3), random.getrandbits(32)
+        needs = tuple(
+            StageNeed(
+                artifact=Digest(f"{name}.{stage}.{present.number}.{salt:x}"),
+                memory_bytes=random.choice((1, 2, 4)) * MEBIBYTE,
+                cost_s=cost_s / count,
+            )
+            for stage in range(count)
+        )
+        self._needs.update({need.artifact: need for need in needs})
+        canaries, expected = self._canaries([need.artifact for need in needs], is_bad=is_bad)
+        version = dispatcher.recut(present, needs, withdraw_after_s=WITHDRAW_S, canaries=canaries, expected=expected)
+        if version is not None and is_bad:
+            self._bad.add(version.key)
 
     def _undeploy(self) -> None:
         name = self._random.choice(sorted(self._stages))

@@ -77,7 +77,8 @@ def _value(value: object) -> str:
         case Activation():
             return f"{_value(value.leaves)}, {value.size_bytes} bytes"
         case Version():
-            return f"{value.deployment}/{value.number} epoch {value.plan.epoch} places {_value(value.plan.places)}"
+            cut = f".{value.cut}" if value.cut else ""
+            return f"{value.deployment}/{value.number}{cut} epoch {value.plan.epoch} places {_value(value.plan.places)}"
         case AdaptError():
             return f"{value.code}: {value}"
         case Blob():

@@ -85,6 +85,11 @@ def test_flag_and_variable_mean_the_same(flag, variable, field, value):
     assert getattr(load_dispatcher(flag, value), field) == getattr(load_dispatcher(**{variable: value}), field)
 
 
+def test_what_may_be_none_may_be_0():
+    assert load_dispatcher().replan_interval_s == 30.0
+    assert load_dispatcher("--replan-interval", "0").replan_interval_s == 0.0
+
+
 def test_an_empty_variable_is_not_given():
     assert load_dispatcher(ADAPT_LISTEN="").listen == "tcp://127.0.0.1:5570"
 
@@ -136,6 +141,10 @@ def test_a_missing_file_is_refused(tmp_path):
     [
         (["--lease-ttl", "0"], "lease_ttl_s=0.0: expected seconds, above 0"),
         (["--lease-ttl", "nan"], "lease_ttl_s=nan"),
+        (["--replan-interval", "-1"], "replan_interval_s=-1.0: expected seconds, from 0"),
+        (["--replan-interval", "nan"], "replan_interval_s=nan"),
+        (["--replan-interval", "never"], "--replan-interval='never': expected a number"),
+        (["--cooldown", "inf"], "cooldown_s=inf: expected seconds, from 0"),
         (["--lease-ttl", "inf"], "lease_ttl_s=inf"),
         (["--lease-ttl", "2 minutes"], "--lease-ttl='2 minutes': expected seconds"),
         (["--lease-ttl", "0.4"], "expected more than heartbeat_s=0.5"),

@@ -20,10 +20,11 @@ from adapt.protocol.ids import ClientId, Digest, WorkerId
 from adapt.runtime import builder, deployer
 from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.deployer import JUDGES, Deployer
-from adapt.runtime.deployments import HEADER_BYTES, Deployments
+from adapt.runtime.deployments import Deployments
 from adapt.runtime.profiles import ProfileStore
 from adapt.runtime.recipes import ProfiledProgram, Recipe
 from adapt.runtime.state import StateDirectory
+from adapt.runtime.terms import HEADER_BYTES
 from adapt.scheduling import events as ev
 
 
@@ -213,7 +214,7 @@ def test_a_canary_that_cannot_be_judged_fails_its_version_and_few_are_judged_at_
             around.tell = told.append
             version = around.versions["d"]
             settled = asyncio.get_running_loop().create_future()
-            around.deployer._loading["d", version.number] = deployer._Loading(settled, known, 0.1)
+            around.deployer._loading[version.key] = deployer._Loading(settled, known, 0.1)
             for run in range(3 * JUDGES):
                 output = ev.Activation((), ())
                 around.deployer.judge(ev.JudgeCanary(version=version, run=run, canary=0, output=output, numeric_classes=("x",)))

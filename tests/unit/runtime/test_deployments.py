@@ -10,7 +10,8 @@ from adapt.models.export import export_module
 from adapt.planning.placement import WorkerOffer
 from adapt.protocol.ids import Digest, WorkerId
 from adapt.runtime.artifacts import ArtifactStore
-from adapt.runtime.deployments import HEADER_BYTES, MANY_KINDS, ProfiledProgram, plan_freely
+from adapt.runtime.deployments import ProfiledProgram, plan_freely
+from adapt.runtime.terms import HEADER_BYTES, MANY_KINDS
 from adapt.scheduling.links import Link
 
 WIDTH, LAYERS = 256, 8

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from adapt.scheduling.queues import StageQueues
 
-KEYS = [("a", 1, 0), ("a", 1, 1), ("b", 1, 0)]
+KEYS = [("a", 1, 0, 0), ("a", 1, 0, 1), ("b", 1, 0, 0)]
 
 
 @dataclass(eq=False)
@@ -73,7 +73,7 @@ def test_what_waits_comes_out_once_in_order(steps):
                 queues.wake(lambda asked, key=key: asked == key)
                 awake |= {key} if waiting[key] else set()
             case "next":
-                last = min(awake, key=lambda asked: (-asked[2], first_of(waiting[asked]), asked), default=None)
+                last = min(awake, key=lambda asked: (-asked[-1], first_of(waiting[asked]), asked), default=None)
                 found = queues.next_awake()
                 while found != last:  # a queue may be looked at in vain, never be overlooked
                     assert found is not None and not waiting[found]
@@ -90,7 +90,7 @@ def test_later_stages_come_first():
     queues = StageQueues()
     for key in KEYS:
         queues.push(key, Waiting(1, 1))
-    assert [queues.next_awake() for _ in range(4)] == [("a", 1, 1), ("a", 1, 0), ("b", 1, 0), None]
+    assert [queues.next_awake() for _ in range(4)] == [KEYS[1], KEYS[0], KEYS[2], None]
 
 
 def test_of_stages_alike_the_one_whose_first_request_is_first_comes_first():

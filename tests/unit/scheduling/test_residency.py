@@ -46,11 +46,14 @@ class House:
         member.verdict = Verdict.READY
         self.residency.joined(member, self.now)
 
-    def deploy(self, number: int, *places: str, model: str = "m", deployment: str = "d", is_exact: bool = False) -> ev.Version:
+    def deploy(
+        self, number: int, *places: str, model: str = "m", deployment: str = "d", is_exact: bool = False, cut: int = 0
+    ) -> ev.Version:
         """A version with one stage per place; a place lists its workers, separated by blanks."""
         version = ev.Version(
             deployment=deployment,
             number=number,
+            cut=cut,
             program=Digest(model),
             codec="raw",
             tolerance=None,
@@ -142,7 +145,86 @@ def test_a_replaced_version_stays_until_its_last_request_has_ended():
     assert house.taken()[-1] == ev.VersionReleased(version=first)
     with pytest.raises(UnknownModelError):
         house.residency.find("d", 1, None)
-    assert house.residency.places(("d", 1, 0)) == ()
+    assert house.residency.places(("d", 1, 0, 0)) == ()
+
+
+# ── a version is cut anew ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_another_cut_takes_over_when_it_is_resident_under_the_same_number_and_a_later_epoch():
+    house = House("w1", "w2")
+    first = house.deploy(1, "w1", model="old")
+    house.load("w1", "old.0")
+    house.residency.request_began(house.residency.live(first))
+    house.join("w3")  # the present plan changes meanwhile
+    assert house.places() == (("w1", "w3"),)
+    second = house.deploy(1, "w2", "w1", model="new", cut=1)
+    house.taken()
+    house.load("w2", "new.0")
+    assert house.residency.find("d", 0, None).version == house.residency.find("d", 1, None).version == first
+    house.load("w1", "new.1")
+    changed, ready = house.taken()
+    assert isinstance(changed, ev.PlanChanged) and ready == ev.VersionReady(version=changed.version)
+    assert changed.version == second and changed.version.plan.epoch > house.residency.live(first).plan.epoch == 2
+    for number in (0, 1):
+        assert house.residency.find("d", number, None).version == second
+    assert [live.version for live in house.residency.current()] == [second]
+    house.residency.request_ended(first)
+    assert house.taken()[-1] == ev.VersionReleased(version=first)
+    assert house.residency.find("d", 1, None).version == second
+
+
+def test_another_cut_that_cannot_be_loaded_leaves_the_present_one_to_serve():
+    house = House("w1")
+    first = house.deploy(1, "w1", model="old")
+    house.load("w1", "old.0")
+    second = house.deploy(1, "w1", "w1", model="new", cut=1)
+    house.load("w1", "new.0")
+    house.taken()
+    house.refuse("w1", "new.1")
+    failed, *unloaded, released = [action for action in house.taken() if not isinstance(action, ev.PlanChanged)]
+    assert isinstance(failed, ev.VersionFailed) and failed.version == second and released == ev.VersionReleased(version=failed.version)
+    assert unloaded == [ev.Unload(worker_id=WorkerId("w1"), artifact=Digest("new.0"))]
+    assert house.residency.find("d", 0, None).version == first and house.member("w1").resident == {"old.0"}
+
+
+def test_another_cut_is_withdrawn_without_the_present_one():
+    house = House("w1")
+    first = house.deploy(1, "w1", model="old")
+    house.load("w1", "old.0")
+    second = house.deploy(1, "w1", model="new", cut=1)
+    house.residency.withdraw(second.key)
+    assert ev.VersionReleased(version=second) in house.taken()
+    house.residency.withdraw(first.key)  # it is ready
+    assert house.residency.find("d", 0, None).version == first
+
+
+@pytest.mark.parametrize("how", ["undeployed", "replaced"])
+def test_no_other_cut_of_what_takes_no_requests_any_more(how):
+    house = House("w1")
+    house.deploy(1, "w1", model="old")
+    house.load("w1", "old.0")
+    if how == "undeployed":
+        house.residency.undeploy("d")
+    else:
+        house.deploy(2, "w1", model="next")
+        house.load("w1", "next.0")
+    house.taken()
+    late = house.deploy(1, "w1", model="new", cut=1)
+    failed, released = house.taken()
+    assert isinstance(failed, ev.VersionFailed) and released == ev.VersionReleased(version=late)
+    assert [live.version.number for live in house.residency.current()] == ([2] if how == "replaced" else [])
+
+
+def test_a_newer_version_replaces_all_cuts_of_an_older_one():
+    house = House("w1")
+    house.deploy(1, "w1", model="old")
+    house.load("w1", "old.0")
+    house.deploy(1, "w1", model="new", cut=1)
+    house.deploy(2, "w1", model="next")
+    house.load("w1", "next.0")
+    assert [live.version.key for live in house.residency.current()] == [("d", 2, 0)]
+    assert house.member("w1").resident == {"next.0"} and not house.member("w1").loading
 
 
 def test_stages_that_another_version_shares_are_kept():

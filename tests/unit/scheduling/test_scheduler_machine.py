@@ -51,8 +51,8 @@ SETTINGS = SchedulerSettings(
 )
 
 
-def artifact(deployment: str, number: int, stage: int) -> Digest:
-    return Digest(f"{deployment}.{number}.{stage}")
+def artifact(deployment: str, number: int, stage: int, cut: int = 0) -> Digest:
+    return Digest(f"{deployment}.{number}.{stage}.{cut}")
 
 
 @dataclass
@@ -88,6 +88,7 @@ class Cluster(RuleBasedStateMachine):
         self.is_gathering = False
         self.acks: dict[WorkerId, list[AttemptId]] = {worker_id: [] for worker_id in WORKERS}  # not said yet
         self.numbers = {"a": 0, "b": 0}
+        self.cuts = 0
         self.dispatched: set[AttemptId] = set()
 
     # ── delivering actions ───────────────────────────────────────────────────────────────────────────────────────────
@@ -222,16 +223,22 @@ class Cluster(RuleBasedStateMachine):
             while self.workers[worker_id].asked:
                 self.load(worker_id)
 
-    @rule(deployment=st.sampled_from(["a", "b"]))
-    def deploy(self, deployment: str) -> None:
+    @rule(deployment=st.sampled_from(["a", "b"]), is_recut=st.booleans())
+    def deploy(self, deployment: str, is_recut: bool = False) -> None:
+        """A new version, or the present one in other stages."""
         self.settle()
         offers = self.scheduler.offers()
         if not offers:
             return
-        self.numbers[deployment] += 1
-        number = self.numbers[deployment]
+        present = next((version for version, is_ready in self.scheduler.versions() if version.deployment == deployment and is_ready), None)
+        if present is not None and is_recut:
+            self.cuts += 1
+            number, cut = present.number, self.cuts
+        else:
+            self.numbers[deployment] += 1
+            number, cut = self.numbers[deployment], 0
         needs = tuple(
-            StageNeed(artifact=artifact(deployment, number, s), memory_bytes=10, cost_s=COST_S[deployment]) for s in range(STAGES)
+            StageNeed(artifact=artifact(deployment, number, s, cut), memory_bytes=10, cost_s=COST_S[deployment]) for s in range(STAGES)
         )
         try:
             places = place(needs, offers)
@@ -239,7 +246,15 @@ class Cluster(RuleBasedStateMachine):
             return
         plan = Plan(program=Digest(f"{deployment}.{number}"), epoch=Epoch(1), stages=needs, places=places)
         version = ev.Version(
-            deployment=deployment, number=number, program=plan.program, codec="raw", tolerance=None, exact=False, peak_ratio=2.0, plan=plan
+            deployment=deployment,
+            number=number,
+            cut=cut,
+            program=plan.program,
+            codec="raw",
+            tolerance=None,
+            exact=False,
+            peak_ratio=2.0,
+            plan=plan,
         )
         self.tell(ev.VersionDeployed(version=version))
 

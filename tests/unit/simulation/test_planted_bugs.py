@@ -141,6 +141,18 @@ class TakesRequestsUntried(Scheduler):
         super()._note(structs.replace(event, canaries=()) if isinstance(event, ev.VersionDeployed) else event, now)
 
 
+class GoesOnInAnotherCut(Scheduler):
+    """A request that has begun goes over to the stages of the newest cut."""
+
+    def _enqueue(self, request):
+        live = self._residency.find(request.version.deployment, request.version.number, None) if request.run is None else None
+        if live is not None and live.version.cut > request.version.cut and 0 < request.stage < len(live.plan.stages):
+            self._residency.request_began(live)
+            self._residency.request_ended(request.version)
+            request.version = live.version
+        super()._enqueue(request)
+
+
 MUCH = (Kind.WORKER_CRASH, Kind.CONNECTION_BREAK, Kind.WORKER_STOP, Kind.WORKER_SLOW, Kind.CANCEL)
 
 
@@ -159,6 +171,8 @@ MUCH = (Kind.WORKER_CRASH, Kind.CONNECTION_BREAK, Kind.WORKER_STOP, Kind.WORKER_
         (KeepsAProbeForEver, (*MUCH, Kind.FRAGILE, Kind.POISON), 40),
         (BelievesEveryCanary, (Kind.SWITCH,), 0),
         (TakesRequestsUntried, (Kind.SWITCH,), 0),
+        (TakesRequestsUntried, (Kind.RECUT,), 0),
+        (GoesOnInAnotherCut, (Kind.RECUT,), 0),
         (NamesAttemptsAsEarlierReignsDid, (*MUCH, Kind.DISPATCHER_CRASH, Kind.DISPATCHER_STOP, Kind.CUT), 0),
     ],
 )

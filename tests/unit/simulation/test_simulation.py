@@ -30,6 +30,7 @@ RARE_PATHS = {
     "model raised on other workers only", "neutral answers", "numeric re-pin",
     # stages
     "stage moved", "stage copied", "copy gave way", "stage refused by a worker", "version switched", "version failed", "version released",
+    "version cut anew",
     "canary runs", "canary judged", "wrong outputs", "version failed on a canary",
 }  # fmt: skip
 
