@@ -463,6 +463,21 @@ class Cluster(RuleBasedStateMachine):
             self.work(WORKERS[turn % len(WORKERS)], how)
             self.load(WORKERS[turn % len(WORKERS)])
 
+    @precondition(lambda self: self.share > 0)
+    @rule(hows=st.lists(st.sampled_from(["done", "done", "done", "quick", "wire"]), min_size=6, max_size=12), is_lie=st.booleans())
+    def agree(self, hows: list[str], is_lie: bool) -> None:
+        """Everybody is well and has what was planned for it, and much is computed: without this, there is seldom a second, let alone a third."""
+        for worker in list(self.workers.values()):
+            if worker.is_draining:
+                continue
+            self.start(worker.worker_id)
+            if not worker.is_connected:
+                self.reconnect(worker.worker_id)
+            while self.workers[worker.worker_id].asked:
+                self.load(worker.worker_id)
+        self.submit_many(CLIENTS[0], "a", 3, False)
+        self.bustle(["lie" if is_lie and WORKERS[turn % len(WORKERS)] == LIAR else how for turn, how in enumerate(hows)])
+
     @rule(worker_id=st.sampled_from(WORKERS))
     def begin(self, worker_id: WorkerId) -> None:
         worker = self.workers[worker_id]
