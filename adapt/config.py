@@ -519,7 +519,9 @@ class DispatcherConfig(_WithMembership, _Settings):
     cooldown_s: float = _setting(_PAUSE, "a worker that was given a task gets no other for so long (0: credit alone decides)", 0.0)
     hedge_share: float = _setting(_NUMBER, "of tasks that an idle worker tries too, when the first takes longer than usual (0: none)", 0.05)
     verify_share: float = _setting(
-        _NUMBER, "of tasks whose answers are believed only when a second worker of the same numeric class has come to the same bits (0 to 1)", 0.0
+        _NUMBER,
+        "of tasks whose answers are believed only when a second worker of the same numeric class has come to the same bits (0 to 1)",
+        0.0,
     )
     retry_tokens_per_s: float = _setting(_NUMBER, "how many more each second allows", 1.0)
     relief_s: float = _setting(_SECONDS, "how often, while there are requests, it is looked whether a slow worker needs help", 5.0)

@@ -1065,7 +1065,8 @@ class Scheduler:
         request = self._requests.get(attempt.request)
         if request is None or not request.is_current(attempt) or list(request.attempts) != [attempt.attempt] or request.ticket:
             return
-        if request.suspected or request.run is not None or request.check is not None:  # one worker at a time is risked, or tried; or two are asked
+        # One worker at a time is risked, or tried; of what is verified, two are asked anyway.
+        if request.suspected or request.run is not None or request.check is not None:
             return
         idle = [member for member in self._choice.eligible(request, now) if not member.slots and member.has_room]
         if idle and self._hedges >= 1.0:
