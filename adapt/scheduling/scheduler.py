@@ -14,6 +14,7 @@ Rules that the rest follows from:
 * A failure is tried elsewhere; on the same worker only if no other can run the stage and the earlier attempt has ended (of a canary that
   came out wrong: no other that can tell whether it is right, see canaries.py). It costs a token, which delays it if there is none, and its
   worker a penalty (see qos.py) if that is to blame.
+* A task that was drawn to be verified goes on when two workers have come to the same, or nobody is left who could tell (see verification.py).
 * A request in whose hands workers die that otherwise succeed is not tried for ever: three deaths are its own doing. Where several may have
   been the cause, each is tried again with nothing behind it, so that another death speaks against one alone.
 * Later stages first, then the earlier deadline, then the earlier arrival.
@@ -879,9 +880,9 @@ class Scheduler:
             self._verified(request, check, agreed, now)
             return
         is_due = not check.is_split and now >= check.take_at
-        check.is_given_up |= is_lost
         if not is_due and (request.ticket or self._is_told_soon(request, check)):
             return
+        check.is_given_up |= is_lost
         may_wait = check.is_split or not (is_due or check.is_given_up)
         if may_wait and self._choice.eligible(request, now):
             for attempt in request.attempts.values():
