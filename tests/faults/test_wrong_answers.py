@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import adapt
 from tests.faults.clusters import counter, states, wait_until, workers_of
@@ -64,12 +65,18 @@ def test_f9_what_the_model_really_computes_is_right_even_if_it_is_no_number(clus
         assert counter(client, "attempts_failed") == 0
 
 
+def until_all_have(client: adapt.Client, model: adapt.Model) -> None:
+    """Its one stage."""
+    artifact = model.record.stages[0].artifact
+    wait_until(lambda: all(artifact in worker.resident for worker in client.status().workers))
+
+
 def test_a_worker_that_lies_is_found_and_nobody_gets_its_answers(cluster_of, workload):
     """Its answers have the right form and are wrong numbers. Two others have the stage."""
     cluster = cluster_of(3, dispatcher=VERIFYING)
     with adapt.Client(cluster.address) as client:
         model = workload.deploy(client, stages=1)
-        wait_until(lambda: all(worker.resident for worker in client.status().workers))
+        until_all_have(client, model)
         mark = cluster.mishaps.plan("value", only="w2")
         with Traffic(cluster.address, workload, count=60) as traffic:
             inputs = iter(workload.marked(mark, index) for index in range(len(workload.inputs)))
@@ -92,7 +99,7 @@ def test_where_two_differ_and_there_is_no_third_nobody_gets_an_answer(cluster_of
     cluster = cluster_of(2, dispatcher=VERIFYING)
     with adapt.Client(cluster.address) as client:
         model = workload.deploy(client, stages=1)
-        wait_until(lambda: all(worker.resident for worker in client.status().workers))
+        until_all_have(client, model)
         mark = cluster.mishaps.plan("value", only="w2")
         with pytest.raises(adapt.DisagreementError, match="w1 and w2 came to different outputs") as caught:
             model(workload.marked(mark))
@@ -100,3 +107,18 @@ def test_where_two_differ_and_there_is_no_third_nobody_gets_an_answer(cluster_of
         assert all(record.penalty > 0 for record in workers_of(client.status()).values())
         assert model(workload.inputs[0]).equal(workload.expect(workload.inputs[0]))
         assert (counter(client, "disagreements"), counter(client, "verified")) == (1, 1)
+
+
+def test_packed_answers_and_batches_are_verified_by_the_same_rule(cluster_of, workload):
+    """What two workers pack of the same bits is the same, with an error bound too."""
+    cluster = cluster_of(2, dispatcher=VERIFYING)
+    with adapt.Client(cluster.address) as client:
+        for codec, tolerance in (("raw", None), ("lz4", None), ("zfp+lz4", 0.1)):
+            model = client.deploy(
+                workload.module, example_inputs=(workload.inputs[0],), stages=1, name="packed", codec=codec, tolerance=tolerance
+            )
+            until_all_have(client, model)
+            for x in (*workload.inputs[:8], torch.cat(list(workload.inputs[:5]))):
+                y = model(x)
+                assert tolerance is not None or y.equal(workload.expect(x))
+        assert (counter(client, "verified"), counter(client, "unverified"), counter(client, "disagreements")) == (27, 0, 0)
