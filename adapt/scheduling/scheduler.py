@@ -680,7 +680,7 @@ class Scheduler:
                 member.qos.returned()
                 if isinstance(event.error, StageNotResidentError):
                     self._residency.absent(member, request.need.artifact, now)
-                self._again(request, event.error, now, is_free=tried.is_check, is_lost=True)
+                self._again(request, event.error, now, is_check=tried.is_check, is_lost=True)
             case ModelError():  # perhaps this worker was short of memory; the same kind of error twice is the model's own
                 kind = str(event.error).partition(":")[0]
                 is_final, request.model_error = kind == request.model_error, kind
