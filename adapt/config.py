@@ -520,6 +520,11 @@ class DispatcherConfig(_WithMembership, _Settings):
     retry_tokens_per_request: float = _setting(_NUMBER, "how many more each request allows", 0.2)
     cooldown_s: float = _setting(_PAUSE, "a worker that was given a task gets no other for so long (0: credit alone decides)", 0.0)
     hedge_share: float = _setting(_NUMBER, "of tasks that an idle worker tries too, when the first takes longer than usual (0: none)", 0.05)
+    verify_share: float = _setting(
+        _NUMBER,
+        "of tasks whose answers are believed only when a second worker of the same numeric class has come to the same bits (0 to 1)",
+        0.0,
+    )
     retry_tokens_per_s: float = _setting(_NUMBER, "how many more each second allows", 1.0)
     relief_s: float = _setting(_SECONDS, "how often, while there are requests, it is looked whether a slow worker needs help", 5.0)
     replan_interval_s: float = _setting(
@@ -561,6 +566,8 @@ class DispatcherConfig(_WithMembership, _Settings):
             raise ConfigError(f"silence_s={self.silence_s:g}: expected more than heartbeat_s={self.heartbeat_s:g}")
         if self.lease_ttl_s <= self.heartbeat_s:
             raise ConfigError(f"lease_ttl_s={self.lease_ttl_s:g}: expected more than heartbeat_s={self.heartbeat_s:g}")
+        if not 0.0 <= self.verify_share <= 1.0:
+            raise ConfigError(f"verify_share={self.verify_share:g}: expected a share of all tasks, from 0 (none) to 1")
         _check_range("max_requests", self.max_requests, 1, 1 << 20)
         _check_range("keep_versions", self.keep_versions, 0, 64)
         _check_range("max_message_bytes", self.max_message_bytes, MIN_MESSAGE_BYTES, 1 << 40)

@@ -15,6 +15,7 @@
     ├─ OverloadedError            refused at the door; try again after `retry_after_s`
     ├─ DeadlineExceededError      the request's deadline came before its answer
     ├─ ModelError                 the model itself raised
+    ├─ DisagreementError          workers came to different outputs, and there is nobody who could tell which is right
     ├─ PoisonError                the request kills the workers that run it
     ├─ StageNotResidentError      inside attempts' histories: the worker has yet to load the stage
     ├─ WorkerLostError            inside attempts' histories: a worker fell silent
@@ -180,6 +181,24 @@ class ModelError(AdaptError):
     """The model itself raised; the message is the model's own."""
 
     code = "model"
+
+
+class DisagreementError(AdaptError):
+    """Workers of one numeric class came to different bits from the same input, and there is no other that could tell which are right. The
+    request has no answer, as it might be a wrong one; asked again it may be computed elsewhere.
+
+    Attributes:
+        stage: zero-based. workers: who differ, by name.
+    """
+
+    code = "disagreement"
+
+    def __init__(self, stage: int, *, workers: list[str]) -> None:
+        super().__init__(
+            f"stage {stage}: {' and '.join(workers)} came to different outputs from the same input, though they should agree to the last bit, "
+            "and no other worker could tell which is right; look at these machines, or give the stage to a third worker of their kind"
+        )
+        self.stage, self.workers = stage, list(workers)
 
 
 class PoisonError(AdaptError):

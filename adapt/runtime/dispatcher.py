@@ -796,6 +796,7 @@ def _settings(config: DispatcherConfig) -> SchedulerSettings:
             decay_per_s=config.breaker_decay,
         ),
         hedge_share=config.hedge_share,
+        verify_share=config.verify_share,
         cooldown_s=config.cooldown_s,
         relief_s=config.relief_s,
         tokens=TokenSettings(most=config.retry_tokens, per_request=config.retry_tokens_per_request, per_s=config.retry_tokens_per_s),

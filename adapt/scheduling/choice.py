@@ -36,6 +36,8 @@ class Choice:
                 continue
             if request.suits(member.numeric_class):
                 able.append(member)
+        if (check := request.check) is not None and check.answers:  # only the same bits, or not, tell whether they are right
+            able = [m for m in able if check.may_tell(m.worker_id, m.numeric_class) and m.worker_id not in request.failed_on]
         if request.deviants and (run := request.run) is not None:  # only the same bits, or not, tell who is wrong
             able = [member for member in able if run.trial.is_comparable(run, request.numeric_classes | {member.numeric_class})] or able
         able = [member for member in able if member.worker_id not in request.failed_on] or able

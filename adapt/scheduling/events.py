@@ -318,6 +318,7 @@ class Answer(Struct, frozen=True, kw_only=True):
     output: Activation
     attempts: int
     numeric_classes: tuple[str, ...]
+    unverified: int = 0  # stages that were to be verified, and could not
 
 
 class Fail(Struct, frozen=True, kw_only=True):

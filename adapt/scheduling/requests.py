@@ -10,6 +10,7 @@ from adapt.planning.placement import StageNeed
 from adapt.protocol.ids import AttemptId, RequestId, TaskId, WorkerId
 from adapt.scheduling.canaries import Run
 from adapt.scheduling.events import Activation, Answer, Fail, Version
+from adapt.scheduling.verification import Check
 
 POISONED = 3  # deaths of workers that make a request the cause
 HISTORY_LIMIT = 32  # attempts of one request whose story is kept for its error
@@ -22,6 +23,7 @@ class Attempt:
     worker_id: WorkerId
     timeout_s: float
     is_expired: bool = False  # its wait has ended; its slot has not, and its answer still counts
+    is_check: bool = False  # made to verify another's answer: how it fails costs the request nothing
 
 
 @dataclass(slots=True)
@@ -53,6 +55,8 @@ class Request:
     numeric_class: str = ""  # pinned by the first dispatch of an exact request
     numeric_classes: set[str] = field(default_factory=set)
     run: Run | None = None  # it is no client's, but a canary's
+    check: Check | None = None  # the current stage is to be verified
+    unverified: int = 0  # stages that were to be, and could not
     history: list[Plain] = field(default_factory=list)
 
     @property
@@ -63,7 +67,12 @@ class Request:
     @property
     def is_choosy(self) -> bool:
         """Whether it may refuse a worker that the next request in its queue would take."""
-        return bool(self.attempts or self.failed_on or self.numeric_class or self.run)
+        return bool(self.attempts or self.failed_on or self.numeric_class or self.run or self.check)
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the current stage has an answer that is held until it is verified."""
+        return self.check is not None and bool(self.check.answers)
 
     @property
     def need(self) -> StageNeed:
@@ -87,8 +96,9 @@ class Request:
 
     @property
     def retained_bytes(self) -> int:
-        """Of its activation, and of its input if that is kept."""
-        return self.activation.size_bytes + (self.input.size_bytes if self.input is not None else 0)
+        """Of its activation, of its input if that is kept, and of answers that are held."""
+        held_bytes = 0 if self.check is None else self.check.held_bytes
+        return self.activation.size_bytes + (self.input.size_bytes if self.input is not None else 0) + held_bytes
 
     @property
     def task(self) -> TaskId:
@@ -118,12 +128,14 @@ class Request:
         assert self.input is not None, "only exact requests keep their input"
         self.generation = generation
         self.numeric_classes.clear()
+        self.unverified = 0
         self._enter(0, self.input)
 
     def _enter(self, stage: int, activation: Activation) -> None:
         self.activation, self.stage = activation, stage
         self.failures = 0
         self.model_error = None
+        self.check = None
         self.ticket = 0
         self.attempts.clear()
         self.issued.clear()

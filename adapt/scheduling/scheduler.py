@@ -14,6 +14,7 @@ Rules that the rest follows from:
 * A failure is tried elsewhere; on the same worker only if no other can run the stage and the earlier attempt has ended (of a canary that
   came out wrong: no other that can tell whether it is right, see canaries.py). It costs a token, which delays it if there is none, and its
   worker a penalty (see qos.py) if that is to blame.
+* A task that was drawn to be verified goes on when two workers have come to the same, or nobody is left who could tell (see verification.py).
 * A request in whose hands workers die that otherwise succeed is not tried for ever: three deaths are its own doing. Where several may have
   been the cause, each is tried again with nothing behind it, so that another death speaks against one alone.
 * Later stages first, then the earlier deadline, then the earlier arrival.
@@ -34,6 +35,7 @@ from adapt.errors import (
     AttemptTimeoutError,
     CanaryError,
     DeadlineExceededError,
+    DisagreementError,
     ModelError,
     OverloadedError,
     PoisonError,
@@ -57,6 +59,7 @@ from adapt.scheduling.requests import POISONED, Attempt, Ended, EndedRequests, R
 from adapt.scheduling.residency import REFUSED_S, Residency
 from adapt.scheduling.roster import Member, Roster, Slot
 from adapt.scheduling.tokens import RetryTokens, TokenSettings
+from adapt.scheduling.verification import Check, Told, is_drawn
 from adapt.scheduling.versions import LiveVersion
 
 STORY_LENGTH = 200
@@ -70,6 +73,8 @@ MOST_HEDGES = 10.0  # at once, after a time without any
 SAID_S = 0.01  # of what should take longer, a worker says that it has begun
 REACHED_S = 0.001  # what was sent less than this ago has not reached its worker
 WORTH_S = 0.01  # a better worker is waited for if that saves more than this
+SPARE = 2.0  # times what the stages that follow should take: so much time is left to them when an answer is to be verified
+SPARE_SHARE = 0.1  # of a request's budget: the least that is
 LOOK_AGAIN_S = 0.01  # the least pause before looking whether a busy worker is still worth waiting for
 
 
@@ -87,6 +92,7 @@ class SchedulerSettings:
     relief_s: float = 5.0  # so often, while there are requests, it is looked whether a slow worker needs help
     cooldown_s: float = 0.0  # a worker that was given a task gets no other for so long
     hedge_share: float = 0.05  # of tasks that may be given to a second worker because the first is slower than usual
+    verify_share: float = 0.0  # of tasks whose answers are believed only when another worker has come to the same bits
     max_failures: int = 8  # of one stage of one request, losses included
     max_budget_s: float = 3600.0
     max_requests: int = 4096
@@ -97,7 +103,7 @@ class SchedulerSettings:
 
 
 # What can fall due, as a key of the deadline heap: "deadline", "attempt", "hedge", "retry", "forget", "client", "member", "load", "look",
-# "breaker", "cooldown" or "relief", and of whom.
+# "breaker", "cooldown", "verify" or "relief", and of whom.
 _Due: TypeAlias = tuple[str, RequestId | AttemptId | ClientId | WorkerId]
 
 
@@ -191,6 +197,9 @@ class Scheduler:
                 self.roster.forget(WorkerId(worker_id))
             case "retry", RequestId() as request_id:
                 self._retry(request_id, now)
+            case "verify", RequestId() as request_id:
+                if (request := self._requests.get(request_id)) is not None and request.is_answered:
+                    self._weigh(request, now)
             case "load", str():
                 self._queues.wake_all()
             case "relief", _:
@@ -448,6 +457,8 @@ class Scheduler:
         request.activation, request.input = _NOTHING, None  # its place in a queue may outlive it; the bytes are reserved no more
         self._due.clear(("deadline", request.request_id))
         self._due.clear(("retry", request.request_id))
+        if request.check is not None:
+            self._due.clear(("verify", request.request_id))
         if request.run is None:
             self._due.set(("forget", request.request_id), max(request.deadline, now) + REMEMBER_S)
         self._admission.release(request.request_id)
@@ -608,31 +619,43 @@ class Scheduler:
             return
         if request is None:
             self.counters["late_answers"] += 1
-            return
-        request.numeric_classes.add(member.numeric_class)
+        elif request.check is not None:
+            self._compare(request, request.check, member, event, now)
+        else:
+            self._go_on(request, event.output, member.numeric_class, now)
+
+    def _go_on(self, request: Request, output: ev.Activation, numeric_class: str, now: float) -> None:
+        """The current stage has come to this: the next one has its turn, or the client its answer."""
+        request.numeric_classes.add(numeric_class)
         if request.exact:  # it may have been let go of its class since this attempt was made
-            request.numeric_class = member.numeric_class
+            request.numeric_class = numeric_class
         self.counters["tasks_done"] += 1
         self._blame(request, now)
         if request.stage + 1 == len(request.version.plan.stages):
             answer = ev.Answer(
                 request_id=request.request_id,
-                output=event.output,
+                output=output,
                 attempts=request.attempts_made,
                 numeric_classes=request.version.classes(request.numeric_classes),
+                unverified=request.unverified,
             )
             self._end(request, answer, now)
         else:
             self._call_off(request)
-            request.advance(event.output)
+            if request.check is not None:
+                self._due.clear(("verify", request.request_id))
+            request.advance(output)
             self._admission.grow(request.request_id, request.retained_bytes)
             self._enqueue(request)
 
     def _wanted(self, attempt: AttemptId, worker_id: WorkerId) -> Request | None:
         """The request that an answer to `attempt` by this worker can still advance."""
         request = self._requests.get(attempt.request)
-        is_wanted = request is not None and request.is_current(attempt) and request.issued[attempt.attempt] == worker_id
-        return request if is_wanted else None
+        if request is None or not request.is_current(attempt) or request.issued[attempt.attempt] != worker_id:
+            return None
+        if request.check is not None and worker_id in request.check.answers:  # said again, or by a second attempt of the same worker
+            return None
+        return request
 
     def _free(self, member: Member, attempt: AttemptId, now: float) -> Slot | None:
         """Free the attempt's slot; what waits for this worker may go now."""
@@ -649,7 +672,7 @@ class Scheduler:
         self._free(member, event.attempt, now)
         self._actions.append(ev.Acknowledge(worker_id=event.worker_id, attempt=event.attempt))
         request = self._wanted(event.attempt, event.worker_id)
-        if request is None or request.attempts.pop(event.attempt.attempt, None) is None:
+        if request is None or (tried := request.attempts.pop(event.attempt.attempt, None)) is None:
             return
         request.note(event.worker_id, event.attempt.attempt, f"{event.error.code}: {event.error}")
         match event.error:
@@ -658,15 +681,15 @@ class Scheduler:
                 member.qos.returned()
                 if isinstance(event.error, StageNotResidentError):
                     self._residency.absent(member, request.need.artifact, now)
-                self._again(request, event.error, now)
+                self._again(request, event.error, now, is_check=tried.is_check, is_lost=True)
             case ModelError():  # perhaps this worker was short of memory; the same kind of error twice is the model's own
                 kind = str(event.error).partition(":")[0]
                 is_final, request.model_error = kind == request.model_error, kind
-                self._failed(request, member, event.error, now, is_final=is_final)
+                self._failed(request, member, event.error, now, is_final=is_final, is_check=tried.is_check)
             case _:
-                self._failed(request, member, event.error, now, is_final=not event.error.retryable)
+                self._failed(request, member, event.error, now, is_final=not event.error.retryable, is_check=tried.is_check)
 
-    def _failed(self, request: Request, member: Member, error: AdaptError, now: float, *, is_final: bool) -> None:
+    def _failed(self, request: Request, member: Member, error: AdaptError, now: float, *, is_final: bool, is_check: bool = False) -> None:
         """An attempt failed by itself: try elsewhere, or give the error to the client."""
         self._count("attempts_failed", request)
         member.tally.tasks_failed += 1
@@ -677,18 +700,23 @@ class Scheduler:
             request.accused.add(member.worker_id)
         else:
             self._penalize(member, now)
-        if is_final:
+        if is_final and not request.is_answered:
             self._fail(request, error, now)
         else:
-            self._again(request, error, now)
+            self._again(request, error, now, is_check=is_check)
 
-    def _again(self, request: Request, error: AdaptError, now: float, *, is_free: bool = False) -> None:
+    def _again(
+        self, request: Request, error: AdaptError, now: float, *, is_free: bool = False, is_check: bool = False, is_lost: bool = False
+    ) -> None:
         """Queue the current stage once more, unless it has failed too often or another attempt is still waited for."""
-        request.failures += not is_free
+        if request.is_answered:  # it was asked only whether that is right
+            self._weigh(request, now, is_lost=is_lost)
+            return
+        request.failures += not (is_free or is_check)
         if request.failures >= self.settings.max_failures:
             self._fail(request, error, now)
         elif is_free:
-            self._resume(request)
+            self._resume(request, now)
         else:
             self._retry(request.request_id, now)
 
@@ -697,16 +725,20 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is None or request.is_waited_for or request.ticket != 0:
             return
-        if request.run is not None or self._tokens.take(now):  # tokens are clients'
+        if request.is_answered:
+            self._weigh(request, now)
+        elif request.run is not None or self._tokens.take(now):  # tokens are clients'
             self._due.clear(("retry", request_id))
             self._enqueue(request)
         else:
             self.counters["retries_delayed"] += 1
             self._due.set(("retry", request_id), self._tokens.next_at(now))
 
-    def _resume(self, request: Request) -> None:
+    def _resume(self, request: Request, now: float) -> None:
         """Queue the current stage at once, unless an attempt is waited for or it is queued already."""
-        if not request.is_waited_for and request.ticket == 0:
+        if request.is_answered:
+            self._weigh(request, now, is_lost=True)
+        elif not request.is_waited_for and request.ticket == 0:
             self._due.clear(("retry", request.request_id))
             self._enqueue(request)
 
@@ -723,11 +755,15 @@ class Scheduler:
         request.accused.clear()
         if request.deviants and request.run is not None and request.run.trial.is_comparable(request.run, request.numeric_classes):
             for worker_id in sorted(request.deviants):
-                if (member := self.roster.get(worker_id)) is not None:
-                    self._penalize(member, now)
-                    self.counters["wrong_workers"] += 1
-                    self._residency.distrust(member, request.need.artifact, now)
+                self._convict(worker_id, request.need.artifact, now)
         request.deviants.clear()  # of bits that cannot be compared nothing follows
+
+    def _convict(self, worker_id: WorkerId, artifact: Digest, now: float) -> None:
+        """What this worker has made of the stage was wrong: another one shows it."""
+        if (member := self.roster.get(worker_id)) is not None:
+            self._penalize(member, now)
+            self.counters["wrong_workers"] += 1
+            self._residency.distrust(member, artifact, now)
 
     def _trouble(self, member: Member, now: float) -> None:
         """Note whether its breaker is closed, and look again when it half-opens."""
@@ -751,7 +787,7 @@ class Scheduler:
         self._actions.append(ev.Acknowledge(worker_id=event.worker_id, attempt=event.attempt))
         request = self._wanted(event.attempt, event.worker_id)
         if request is not None and request.attempts.pop(event.attempt.attempt, None) is not None:
-            self._resume(request)
+            self._resume(request, now)
 
     def _attempt_timed_out(self, attempt: AttemptId, now: float) -> None:
         request = self._requests.get(attempt.request)
@@ -775,7 +811,9 @@ class Scheduler:
         attempt.is_expired = True
         if request.is_waited_for:
             return
-        if self._has_alternative(request, now):
+        if request.is_answered:
+            self._weigh(request, now, is_lost=True)
+        elif self._has_alternative(request, now):
             self._actions.append(ev.Cancel(worker_id=attempt.worker_id, attempt=attempt_id))
             self._retry(request.request_id, now)
         else:
@@ -794,8 +832,101 @@ class Scheduler:
             request.attempts_made -= 1
         self._liveness.disconnected(event.worker_id, now)
         self._session_ended(event.worker_id, "the socket refused a message", now, is_guessed=False)
-        if request is not None and request.request_id in self._requests:
-            self._resume(request)
+        if request is not None and request.request_id in self._requests and request.is_current(event.attempt):
+            self._resume(request, now)
+
+    # ── verification ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _check_too(self, request: Request, member: Member, now: float) -> None:
+        """Of a task that was drawn another worker of the same class computes the same, if one has room; else one does later."""
+        if request.check is None:
+            if request.run is not None or not is_drawn(request.task, self.settings.verify_share):
+                return
+            request.check = Check()
+        if request.deaths or request.suspected:  # one worker at a time is risked
+            return
+        able = [
+            other
+            for other in self._choice.eligible(request, now)
+            if other.has_room and other.numeric_class == member.numeric_class and other.worker_id not in request.failed_on
+        ]
+        if able:
+            self._dispatch(request, self._choice.best(request, able, {}, now)[0], now, is_check=True)
+
+    def _compare(self, request: Request, check: Check, member: Member, event: ev.StageFinished, now: float) -> None:
+        """An answer to a task that was drawn: it is held until it is known to be right."""
+        request.attempts.pop(event.attempt.attempt, None)
+        was_split = check.is_split
+        if not check.hear(member.worker_id, member.numeric_class, event.output, event.digest):
+            self.counters["late_answers"] += 1
+        elif check.is_split and not was_split:
+            self.counters["disagreements"] += 1
+        if len(check.answers) == 1:
+            check.take_at = max(request.deadline - self._spare_s(request), now)
+            self._due.set(("verify", request.request_id), check.take_at)
+        self._admission.grow(request.request_id, request.retained_bytes)
+        request.ticket = 0  # whether somebody else is to compute it is asked anew
+        self._weigh(request, now)
+
+    def _weigh(self, request: Request, now: float, *, is_lost: bool = False) -> None:
+        """Go on with what two have come to; else wait for who may still tell, or ask somebody; without anybody, take what there is if it is not
+        split.
+
+        Args:
+            is_lost: somebody who was asked will not tell.
+        """
+        check = request.check
+        assert check is not None
+        if (agreed := check.agreed) is not None:
+            self._verified(request, check, agreed, now)
+            return
+        is_due = not check.is_split and now >= check.take_at
+        if not is_due and (request.ticket or self._is_told_soon(request, check)):
+            return
+        check.is_given_up |= is_lost
+        may_wait = check.is_split or not (is_due or check.is_given_up)
+        if may_wait and self._choice.eligible(request, now):
+            for attempt in request.attempts.values():
+                attempt.is_expired = True
+            self._due.clear(("retry", request.request_id))
+            self._enqueue(request)
+        elif check.is_split:
+            self._split(request, check, now)
+        else:
+            self.counters["unverified"] += 1
+            request.unverified += 1
+            (told,) = check.answers.values()
+            self._go_on(request, told.output, check.numeric_class, now)
+
+    def _is_told_soon(self, request: Request, check: Check) -> bool:
+        """Whether an attempt is waited for whose answer can be compared."""
+        members = [self.roster.get(attempt.worker_id) for attempt in request.attempts.values() if not attempt.is_expired]
+        return any(member is not None and member.numeric_class == check.numeric_class for member in members)
+
+    def _verified(self, request: Request, check: Check, agreed: Told, now: float) -> None:
+        """Two have come to the same. Whoever has come to something else was wrong, and loses the stage."""
+        self.counters["verified"] += 1
+        for worker_id in check.dissenters(agreed):
+            if (member := self.roster.get(worker_id)) is not None:
+                member.tally.tasks_failed += 1
+            self._convict(worker_id, request.need.artifact, now)
+        self._go_on(request, agreed.output, check.numeric_class, now)
+
+    def _split(self, request: Request, check: Check, now: float) -> None:
+        """They differ, and nobody can tell who is right: the client gets none of these answers."""
+        for worker_id in sorted(check.answers):
+            if (member := self.roster.get(worker_id)) is not None:
+                self._penalize(member, now)
+        self._fail(request, DisagreementError(request.stage, workers=sorted(check.answers)), now)
+
+    def _spare_s(self, request: Request) -> float:
+        """How much time is to be left to a request when an answer is held no longer: for the stages that follow, and the way to the client."""
+        plan = self._residency.live(request.version).plan
+        rest_s = 0.0
+        for need, workers in islice(zip(plan.stages, plan.places, strict=True), request.stage + 1, None):
+            members = [self.roster.member(worker_id) for worker_id in workers if self.roster.has(worker_id, need.artifact)]
+            rest_s += min((sum(member.expect(need.artifact, need.cost_s)) for member in members), default=need.cost_s)
+        return max(SPARE * rest_s, SPARE_SHARE * request.budget_s)
 
     # ── the queue ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -822,7 +953,8 @@ class Scheduler:
                 put_back.append(entry)
                 self._queues.wake_again(key)
                 break
-            if request.is_choosy:
+            is_choosy = request.is_choosy
+            if is_choosy:
                 eligible = self._choice.eligible(request, now)
             else:
                 eligible = usual = self._choice.eligible(request, now) if usual is None else usual
@@ -834,7 +966,7 @@ class Scheduler:
                 continue
             if eligible or self._wait_for_worker(request, now):
                 put_back.append(entry)
-            if not request.is_choosy:  # else the next one may go all the same
+            if not is_choosy:  # else the next one may go all the same
                 break
         self._queues.put_back(key, put_back)
 
@@ -855,6 +987,10 @@ class Scheduler:
 
     def _wait_for_worker(self, request: Request, now: float) -> bool:
         """Nobody can run the request now: whether it stays in the queue. Asks a worker to load the stage if that would help."""
+        if request.is_answered:  # nobody can tell any more whether that is right
+            request.ticket = 0
+            self._weigh(request, now)
+            return False
         if self._is_coming(request, now):
             return True
         if request.attempts:  # nobody else will: wait on for the attempts there are
@@ -881,15 +1017,16 @@ class Scheduler:
         request.numeric_class = ""
         self._enqueue(request)
 
-    def _dispatch(self, request: Request, member: Member, now: float, *, is_hedge: bool = False) -> None:
+    def _dispatch(self, request: Request, member: Member, now: float, *, is_hedge: bool = False, is_check: bool = False) -> None:
         need = request.need
+        is_check = is_check or (request.check is not None and request.is_answered)
         number = len(request.issued) + 1
         attempt_id = request.attempt_id(number)
         request.ticket = 0
         request.issued[number] = member.worker_id
         limits = member.limits_s(need.artifact, request.activation.size_bytes, now)
         timeout_s = self.settings.attempt_timeout_s if limits is None else self._patience_s(limits[0])
-        request.attempts[number] = Attempt(member.worker_id, timeout_s)
+        request.attempts[number] = Attempt(member.worker_id, timeout_s, is_check=is_check)
         request.attempts_made += 1
         if request.run is not None:
             request.run.trial.give(request.run, request.stage, member.worker_id)
@@ -903,8 +1040,8 @@ class Scheduler:
         self._due.set(("attempt", attempt_id), now + timeout_s)
         self.counters["tasks_dispatched"] += 1
         if number > 1:
-            self._count("hedges" if is_hedge else "retries", request)
-        if limits is not None and not is_hedge and request.run is None:
+            self._count("hedges" if is_hedge else "checks" if is_check else "retries", request)
+        if limits is not None and not is_hedge and not is_check and request.run is None:
             self._hedges = min(self._hedges + self.settings.hedge_share, MOST_HEDGES)
             self._watch(attempt_id, limits[0], now)
         dispatch = ev.Dispatch(
@@ -917,6 +1054,8 @@ class Scheduler:
             input=request.activation,
         )
         self._actions.append(dispatch)
+        if self.settings.verify_share and not is_check:
+            self._check_too(request, member, now)
 
     def _watch(self, attempt: AttemptId, usual_s: float, now: float) -> None:
         """Look whether a second worker should try as well, when the first has taken longer than it usually does."""
@@ -928,7 +1067,8 @@ class Scheduler:
         request = self._requests.get(attempt.request)
         if request is None or not request.is_current(attempt) or list(request.attempts) != [attempt.attempt] or request.ticket:
             return
-        if request.suspected or request.run is not None:  # one worker at a time is risked, or tried
+        # One worker at a time is risked, or tried; of what is verified, two are asked anyway.
+        if request.suspected or request.run is not None or request.check is not None:
             return
         idle = [member for member in self._choice.eligible(request, now) if not member.slots and member.has_room]
         if idle and self._hedges >= 1.0:
@@ -1067,23 +1207,23 @@ class Scheduler:
         """
         self._free(member, attempt, now)
         request = self._wanted(attempt, member.worker_id)
-        if request is None or request.attempts.pop(attempt.attempt, None) is None:
+        if request is None or (tried := request.attempts.pop(attempt.attempt, None)) is None:
             return
         self.counters["tasks_lost"] += 1
         error = WorkerLostError(member.worker_id, reason)
         request.note(member.worker_id, attempt.attempt, str(error))
         is_sound = self._is_sound(member)
-        if suspects and is_sound:
+        if suspects and is_sound and not tried.is_check:
             (request.deaths if suspects == 1 else request.suspected).append(member.worker_id)
         if suspects == 1 and is_sound:
             request.failed_on.add(member.worker_id)
-        if request.is_poison:
+        if request.is_poison and not request.is_answered:
             self._count("poisonous_requests", request)
             self._fail(request, _poison(request), now)
         else:
             # A worker may die so soon that it is never known that nothing else was running: that has an end too.
             costs = not is_sound if suspects == 1 else suspects > 1 and len(request.suspected) >= POISONED
-            self._again(request, error, now, is_free=not costs)
+            self._again(request, error, now, is_free=tried.is_check or not costs, is_lost=True)
 
     def _is_sound(self, member: Member) -> bool:
         """Whether it succeeds otherwise: then a death in the hands of a request speaks against the request. At first nobody has succeeded."""

@@ -22,7 +22,7 @@ OUTAGE_S = (0.1, 6.0)  # how long most of them last
 
 
 class Kind(StrEnum):
-    """Cancels and odd inputs are no moments but what the run is made of. New kinds come last: what seeds draw stays."""
+    """`CANCEL` to `FRAGILE` are no moments but what the run is made of. New kinds come last: what seeds draw stays."""
 
     WORKER_CRASH = "a worker crashes"
     WORKER_STOP = "a worker stands still"
@@ -52,6 +52,7 @@ class Kind(StrEnum):
     WRONG = "inputs that the model cannot take"
     FRAGILE = "inputs that one kind of worker cannot take"
     RECUT = "a version is cut anew"
+    WORKER_LIES = "a worker comes to something else"  # always the same; everything is verified
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,6 +96,7 @@ class Faults:
         self._random = random
         self._is_over = False
         self._others: list[Worker] = []
+        self._liar: Machine | None = None
         self._usual = {wire: replace(wire.quality) for wire in world.wires}
         self._deeds: dict[Kind, Callable[[], None]] = {
             Kind.WORKER_CRASH: lambda: self._one(world.workers).crash(is_clean=self._perhaps(0.7)),
@@ -102,6 +104,7 @@ class Faults:
             Kind.WORKER_DRAIN: self._drain,
             Kind.WORKER_SLOW: self._slow,
             Kind.WORKER_SPOILS: self._spoil,
+            Kind.WORKER_LIES: self._lie,
             Kind.WORKER_LOADS_NOT: self._refuse_to_load,
             Kind.WORKER_TWICE: self._twice,
             Kind.DISPATCHER_CRASH: self._crash_dispatcher,
@@ -155,7 +158,7 @@ class Faults:
             if not process.is_alive:
                 process.start()
         for worker in world.workers:
-            worker.machine.drag, worker.machine.spoils, worker.machine.loads = 1.0, 0.0, True
+            worker.machine.drag, worker.machine.spoils, worker.machine.lies, worker.machine.loads = 1.0, 0.0, 0.0, True
 
     # ── the parts ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -195,6 +198,13 @@ class Faults:
         machine = self._one(self.world.workers).machine
         machine.spoils = self._random.uniform(0.05, 0.5)
         self._later(lambda: setattr(machine, "spoils", 0.0))
+
+    def _lie(self) -> None:
+        if self._liar is None:  # two that lie alike would be believed
+            self._liar = self._one(self.world.workers).machine
+        machine = self._liar
+        machine.lies = self._random.choice((0.1, 0.5, 1.0))
+        self._later(lambda: setattr(machine, "lies", 0.0))
 
     def _refuse_to_load(self) -> None:
         machine = self._one(self.world.workers).machine

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 from adapt.errors import CanaryError, OverloadedError
 from adapt.protocol.ids import AttemptId, Digest, RequestId, WorkerId
+from adapt.protocol.messages import Leaf
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
 from adapt.scheduling.qos import Breaker
@@ -18,6 +20,9 @@ from adapt.scheduling.requests import Ended, Request
 from adapt.scheduling.roster import Member
 from adapt.scheduling.scheduler import REMEMBER_S, Scheduler
 from adapt.scheduling.term import Reign
+from adapt.scheduling.verification import Check
+
+_Telling: TypeAlias = tuple[int, str, tuple[Leaf, ...]]  # generation, numeric class, and what the worker has come to
 
 LOOK_AT_QUEUES_EVERY = 16  # turns: to ask who could run what waits costs more than all else
 
@@ -77,11 +82,13 @@ class Inspector:
     Attributes:
         counters: rare paths by name, as seen from outside; `rare_paths` adds what the schedulers have counted.
         unread: the workers of whom something has arrived and was not read yet.
+        unverified: requests that were answered though some stage was to be verified, and could not be.
     """
 
     def __init__(self) -> None:
         self.counters: Counter[str] = Counter()
         self.unread: Callable[[], set[str]] = set
+        self.unverified: set[RequestId] = set()
         self._earlier: Counter[str] = Counter()  # counted by the schedulers of earlier reigns
         self._scheduler: Scheduler | None = None
         self._terms: list[int] = []
@@ -113,6 +120,7 @@ class Inspector:
         self._late = 0
         self._ready: dict[str, ev.VersionKey] = {}  # of each deployment, what became ready last
         self._epochs: dict[ev.VersionKey, int] = {}
+        self._told: dict[RequestId, dict[int, dict[_Telling, set[WorkerId]]]] = {}  # what has come of each stage, and from whom
 
     # ── before and after each fact ───────────────────────────────────────────────────────────────────────────────────
 
@@ -122,6 +130,8 @@ class Inspector:
         match event:
             case ev.StageFinished(worker_id=worker_id, attempt=attempt):
                 self._late = self._scheduler.counters["late_answers"]
+                telling = (attempt.generation, self._scheduler.roster.member(worker_id).numeric_class, tuple(event.output.leaves))
+                self._told.setdefault(attempt.request, {}).setdefault(attempt.stage, {}).setdefault(telling, set()).add(worker_id)
                 request = self._inside.request(attempt.request)
                 if request is not None and request.accused and self._inside.is_wanted(attempt, worker_id):
                     self.counters["model raised on other workers only"] += 1
@@ -269,6 +279,8 @@ class Inspector:
             raise Violation("it is sent to a stage of another version", request_id)
         if self._programs.setdefault((request_id, attempt.generation), request.version.program) != request.version.program:
             raise Violation("its version has changed", request_id)
+        if attempt.stage > 0 and not request.unverified and request.run is None:
+            self._goes_on(request_id, attempt.stage - 1, action.input)
         if attempt.attempt > 1:
             self._tries_again(request, action)
         self._latest[attempt[:3]] = attempt.attempt
@@ -277,6 +289,15 @@ class Inspector:
             if first != member.numeric_class:
                 self.counters["numeric re-pin"] += 1
                 self._first_class[request_id] = member.numeric_class
+
+    def _goes_on(self, request_id: RequestId, stage: int, output: ev.Activation) -> None:
+        """With what a stage has come to. Where everything is verified, two workers of one class have to have come to it."""
+        assert self._scheduler is not None
+        if self._scheduler.settings.verify_share < 1.0:
+            return
+        tellings = self._told.get(request_id, {}).get(stage, {})
+        if not any(len(workers) > 1 and leaves == tuple(output.leaves) for (_, _, leaves), workers in tellings.items()):
+            raise Violation(f"what stage {stage} came to was to be verified, is said to be, and is not", request_id)
 
     def _tries_again(self, request: Request, action: ev.Dispatch) -> None:
         assert self._scheduler is not None
@@ -318,6 +339,11 @@ class Inspector:
         del self._live[request_id]
         self._outcomes[request_id] = action
         self._remembered[request_id] = self._deadlines[request_id] + REMEMBER_S
+        if isinstance(action, ev.Answer):
+            if action.unverified:
+                self.unverified.add(request_id)
+            else:
+                self._goes_on(request_id, max(self._told.get(request_id, {}), default=0), action.output)
         if isinstance(action, ev.Fail):
             if isinstance(action.error, OverloadedError):
                 raise Violation("it was let in, and refused later", request_id)
@@ -358,6 +384,9 @@ class Inspector:
             request_id = request.request_id
             count += 1
             retained_bytes += request.activation.size_bytes
+            if request.check is not None and request.check.answers:
+                retained_bytes += request.check.held_bytes
+                self._look_at_check(request_id, request.check, now)
             if len(request.deaths) > self._deaths.get(request_id, 0):
                 self.counters["death while it ran"] += 1
             if request.deaths or request_id in self._deaths:
@@ -387,6 +416,12 @@ class Inspector:
             raise Violation(
                 f"{retained_bytes} bytes are retained by {count}, {self._scheduler.reserved_bytes} reserved by {inside.admitted()}"
             )
+
+    def _look_at_check(self, request_id: RequestId, check: Check, now: float) -> None:
+        if check.agreed is not None:
+            raise Violation("two have come to the same, and it does not go on", request_id)
+        if not check.is_split and (check.take_at <= now or not self._inside.is_due("verify", request_id)):
+            raise Violation("an answer is held, and nothing will end that", request_id)
 
     def _look_at_members(self, now: float) -> None:
         assert self._scheduler is not None

@@ -174,6 +174,7 @@ class Simulation:
             load_timeout_s=random.choice((2.0, 8.0)),
             client_grace_s=random.choice((3.0, 6.0)),
             hedge_share=random.choice((0.0, 0.0, 0.05, 0.3)),
+            verify_share=1.0 if Kind.WORKER_LIES in self.kinds else self._stream("verification").choice((0.0, 0.0, 0.0, 0.3, 1.0)),
             cooldown_s=random.choice((0.0, 0.0, 0.0, 0.05)),
             max_requests=random.choice((4096, 4096, 4096, 4096, 12)),
             max_retained_bytes=random.choice((2 << 30, 2 << 30, 2 << 30, 6_000_000)),
@@ -458,7 +459,8 @@ class Simulation:
         if asked.nature is Nature.WRONG:
             results = frozenset()
         is_exact = asked.exact or self._is_exact[asked.deployment]
-        return Expected(results, frozenset(self._errors(request_id, asked)), one_class=is_exact)
+        is_unverified = Kind.WORKER_LIES in self.kinds and request_id in self.inspector.unverified
+        return Expected(results, frozenset(self._errors(request_id, asked)), one_class=is_exact, is_unverified=is_unverified)
 
     def _drops_results(self) -> bool:
         return self.dispatcher.settings.max_kept_bytes < MAX_KEPT_BYTES
@@ -483,6 +485,8 @@ class Simulation:
             yield "worker-lost"
         if request_id in self.history.spoilt:
             yield "input-mismatch"
+        if request_id in self.history.spoilt or Kind.WORKER_LIES in kinds:
+            yield "disagreement"
         if (
             kinds & {Kind.DISPATCHER_CRASH, Kind.DISPATCHER_DRAIN}
             or asked.deployment in self._removed

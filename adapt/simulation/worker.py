@@ -46,6 +46,7 @@ class Machine:
         drag: how many times slower than usual it is at the moment.
         raises: a fragile input makes the model raise here.
         spoils: share of its outputs that lack a leaf.
+        lies: share of its outputs that are another number than they should be.
         loads: whether it can make stages ready; else its disk is full, say.
         files: of stages, and how many bytes of each have come.
     """
@@ -58,6 +59,7 @@ class Machine:
     drag: float = 1.0
     raises: bool = False
     spoils: float = 0.0
+    lies: float = 0.0
     loads: bool = True
     files: dict[Digest, int] = field(default_factory=dict)
 
@@ -350,6 +352,8 @@ class Worker(Process):
         value, classes, nature = understood(work.order.leaves)
         artifact = work.order.artifact
         value_after = computed(value, artifact)
+        if self.machine.lies and self.random.random() < self.machine.lies:
+            value_after = computed(value_after, "another")
         output = leaves(value_after, classes | 1 << self.machine.kind, nature)
         if self.machine.spoils and self.random.random() < self.machine.spoils:
             output.pop()

@@ -40,7 +40,7 @@ def test_defaults_are_those_of_the_documentation():
     assert loaded.listen == "tcp://127.0.0.1:5570"
     assert loaded.state_dir == Path("/home/user/.local/state/adapt/default")
     assert (loaded.heartbeat_s, loaded.lease_ttl_s, loaded.max_kept_bytes) == (0.5, 10.0, 256 << 20)
-    assert loaded.models_dir is None
+    assert loaded.models_dir is None and loaded.verify_share == 0.0
     assert load_worker().cache_dir == Path("/home/user/.cache/adapt")
 
 
@@ -162,6 +162,9 @@ def test_a_missing_file_is_refused(tmp_path):
         (["--cluster", "../etc"], "cluster='../etc': expected 1 to 64 letters"),
         (["--max-requests", "many"], "expected a whole number"),
         (["--max-requests", "0"], "max_requests=0: expected 1 to"),
+        (["--verify-share", "1.5"], "verify_share=1.5: expected a share of all tasks, from 0 (none) to 1"),
+        (["--verify-share", "-0.1"], "verify_share=-0.1: expected"),
+        (["--verify-share", "half"], "--verify-share='half': expected a number"),
     ],
 )
 def test_an_impossible_setting_is_refused_with_key_value_and_expectation(argv, reason):

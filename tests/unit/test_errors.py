@@ -27,6 +27,7 @@ EXAMPLES: list[AdaptError] = [
     errors.DeadlineExceededError(2.0, attempts=[{"worker": "a", "attempt": 1, "reason": None}]),
     errors.ModelError("index out of range"),
     errors.PoisonError("killed a, b and c"),
+    errors.DisagreementError(1, workers=["a", "b"]),
     errors.StageNotResidentError("stage 1"),
     errors.WorkerLostError("a", "its connection closed"),
     errors.AttemptTimeoutError("a", timeout_s=1.5),

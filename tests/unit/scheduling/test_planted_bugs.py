@@ -12,6 +12,7 @@ from adapt.protocol.ids import AttemptId
 from adapt.scheduling import admission, deadlines, requests, roster, scheduler
 from adapt.scheduling import events as ev
 from adapt.scheduling.choice import Choice
+from adapt.scheduling.verification import Check
 from tests.unit.scheduling.test_scheduler_machine import Cluster
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -99,6 +100,17 @@ def bytes_never_released(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(admission.Admission, "release", lambda self, request_id: self._reserved.pop(request_id))
 
 
+def one_answer_believed(patch: pytest.MonkeyPatch) -> None:
+    """Of a task that is to be verified, the next stage begins with the first answer."""
+    patch.setattr(
+        S, "_compare", lambda self, request, check, member, event, now: self._go_on(request, event.output, member.numeric_class, now)
+    )
+
+
+def first_of_two_that_differ_believed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Check, "agreed", property(lambda self: next(iter(self.answers.values())) if len(self.answers) > 1 else None))
+
+
 PLANTED: list[Patch] = [
     heap_entry_skipped,
     late_answer_taken_twice,
@@ -111,6 +123,8 @@ PLANTED: list[Patch] = [
     id_forgotten_early,
     output_refused_at_the_limit,
     bytes_never_released,
+    one_answer_believed,
+    first_of_two_that_differ_believed,
 ]
 LOOK = settings(
     max_examples=2000, stateful_step_count=60, deadline=None, derandomize=True, database=None, print_blob=False, phases=[Phase.generate]

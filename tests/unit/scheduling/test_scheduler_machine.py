@@ -6,11 +6,14 @@ ties happen. The number that an activation carries tells which stage made it of 
 
 The dispatcher is modelled too: facts about tasks may gather before anything is decided, every other fact is preceded by a decision, and
 what acknowledges a worker's answers may leave later.
+
+In some runs all tasks are verified, or half of them. Where all are, one worker may lie: no answer may come of that, unless it says that it
+could not be verified.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
 
 import hypothesis.strategies as st
@@ -34,6 +37,7 @@ CLIENTS = [ClientId(bytes([n]) * 16) for n in (1, 2)]
 CREDIT = dict(zip(WORKERS, (2, 5, 3, 1), strict=True))
 COST_S = {"a": 1.0, "b": AHEAD_S / 4}  # of each stage of a deployment
 STAGES = 3
+LIAR = WORKERS[1]
 BLOBS = (Blob.of(bytes(7)),)
 OF_TASKS = (ev.RequestArrived, ev.OutcomeAcknowledged, ev.StageBegun, ev.StageFinished)  # facts that may gather
 SETTINGS = SchedulerSettings(
@@ -90,11 +94,15 @@ class Cluster(RuleBasedStateMachine):
         self.numbers = {"a": 0, "b": 0}
         self.cuts = 0
         self.dispatched: set[AttemptId] = set()
+        self.share = 0.0  # of tasks that are verified
+        self.told: dict[tuple[RequestId, int, int], dict[WorkerId, object]] = {}  # what each worker has come to, by task
 
     # ── delivering actions ───────────────────────────────────────────────────────────────────────────────────────────
 
     def tell(self, event: ev.Event) -> None:
         is_gathered = self.is_gathering and isinstance(event, OF_TASKS)
+        if isinstance(event, ev.StageFinished):
+            self.told.setdefault(event.attempt[:3], {})[event.worker_id] = event.output.leaves[0]
         if not is_gathered:
             self.settle()
         was_live = isinstance(event, ev.RequestArrived) and event.request_id in self.scheduler._requests
@@ -172,13 +180,32 @@ class Cluster(RuleBasedStateMachine):
         assert action.attempt.request not in self.decided
         deployment = action.artifact.split(".")[0]
         assert deployment == self.submitted[action.attempt.request].deployment
-        assert action.input.leaves == [self.mark(action.attempt.request, action.attempt.stage)], "the input is this stage's"
+        self.check_input(action)
         assert action.attempt not in self.dispatched, "no attempt has the name of an earlier one"
         self.dispatched.add(action.attempt)
         self.check_choice(action)
         if worker.is_connected:
             worker.held[action.attempt] = action
             self.say_acks(action.worker_id)
+
+    def check_input(self, action: ev.Dispatch) -> None:
+        """It is this stage's own, and where everything is verified, two have come to it."""
+        request_id, generation, stage, _ = action.attempt
+        request = self.scheduler._requests.get(request_id)
+        if request is not None and request.unverified:  # it may be what a liar said
+            return
+        mark = self.mark(request_id, stage)
+        assert action.input.leaves == [mark], "the input is this stage's"
+        if stage > 0 and self.share == 1 and request is not None and request.stage == stage:
+            self.check_told((request_id, generation, stage - 1), mark)
+
+    def check_told(self, task: tuple[RequestId, int, int], mark: int) -> None:
+        classes = [self.numeric_class(worker_id) for worker_id, told in self.told[task].items() if told == mark]
+        assert len(classes) > len(set(classes)), "two of a class have come to it"
+
+    def numeric_class(self, worker_id: WorkerId) -> str:
+        """Where tasks are verified, three are of one class."""
+        return "x" if worker_id in WORKERS[: 3 if self.share else 2] else "y"
 
     def check_choice(self, action: ev.Dispatch) -> None:
         """Where it has failed it is tried again only if nobody else can."""
@@ -204,7 +231,11 @@ class Cluster(RuleBasedStateMachine):
         assert request_id not in self.decided, "nobody waits for it"
         self.outcomes[request_id] = action
         if isinstance(action, ev.Answer):
-            assert action.output.leaves == [self.mark(request_id, STAGES)]
+            if not action.unverified:
+                assert action.output.leaves == [self.mark(request_id, STAGES)]
+                last = [task for task in self.told if task[0] == request_id and task[2] == STAGES - 1]
+                if self.share == 1:
+                    self.check_told(max(last), self.mark(request_id, STAGES))
             assert len(action.numeric_classes) == 1 or not self.submitted[request_id].exact
 
     @staticmethod
@@ -214,8 +245,10 @@ class Cluster(RuleBasedStateMachine):
 
     # ── deployments ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    @initialize()
-    def two_workers_and_a_model(self) -> None:
+    @initialize(share=st.sampled_from([0.0, 0.0, 0.5, 1.0, 1.0]))
+    def three_workers_and_a_model(self, share: float) -> None:
+        self.share = share
+        self.scheduler = Scheduler(replace(SETTINGS, verify_share=share))
         for worker_id in WORKERS[:3]:
             self.start(worker_id)
         self.deploy("a")
@@ -244,6 +277,9 @@ class Cluster(RuleBasedStateMachine):
             places = place(needs, offers)
         except AdaptError:
             return
+        if self.share:  # whoever has room has every stage
+            roomy = [offer.worker_id for offer in offers if offer.free_bytes >= 10 * STAGES]
+            places = tuple(tuple(dict.fromkeys((*workers, *roomy))) for workers in places)
         plan = Plan(program=Digest(f"{deployment}.{number}"), epoch=Epoch(1), stages=needs, places=places)
         version = ev.Version(
             deployment=deployment,
@@ -287,7 +323,7 @@ class Cluster(RuleBasedStateMachine):
         worker.cancelled.clear()
         joined = ev.WorkerJoined(
             worker_id=worker.worker_id,
-            numeric_class="x" if worker.worker_id in WORKERS[:2] else "y",
+            numeric_class=self.numeric_class(worker.worker_id),
             stage_budget_bytes=100,
             credit=CREDIT[worker.worker_id],
             resident=frozenset(worker.resident),
@@ -343,6 +379,11 @@ class Cluster(RuleBasedStateMachine):
             request = self.scheduler._requests.get(attempt.request)
             if request is not None and request.is_current(attempt) and attempt.attempt in request.attempts:
                 assert request.request_id not in costs, "no task is twice on one worker"
+                if request.is_answered:
+                    continue
+                if request.attempts[attempt.attempt].is_check:
+                    costs[request.request_id] = (request.failures, len(request.deaths), len(request.suspected))
+                    continue
                 is_cause, is_suspect = suspects == [attempt], attempt in suspects and len(suspects) > 1
                 suspected = len(request.suspected) + (is_suspect and is_sound)
                 failures = request.failures + (is_cause and not is_sound) + (is_suspect and suspected >= POISONED)
@@ -396,7 +437,7 @@ class Cluster(RuleBasedStateMachine):
 
     # ── attempts ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    @rule(worker_id=st.sampled_from(WORKERS), how=st.sampled_from(["done", "done", "quick", "model", "wire", "absent", "full"]))
+    @rule(worker_id=st.sampled_from(WORKERS), how=st.sampled_from(["done", "done", "quick", "lie", "model", "wire", "absent", "full"]))
     def work(self, worker_id: WorkerId, how: str) -> None:
         """A worker ends what it has held longest. Without a connection the answer is kept for the next hello."""
         worker = self.workers[worker_id]
@@ -412,8 +453,9 @@ class Cluster(RuleBasedStateMachine):
     def answer(self, worker: ModelWorker, attempt: AttemptId, run: ev.Dispatch, how: str) -> ev.Event:
         if attempt in worker.cancelled:
             return ev.AttemptCancelled(worker_id=worker.worker_id, attempt=attempt)
-        if how in ("done", "quick"):
-            output = ev.Activation([self.mark(attempt.request, attempt.stage + 1)], BLOBS)
+        if how in ("done", "quick", "lie"):
+            is_lie = how == "lie" and self.share == 1 and worker.worker_id == LIAR
+            output = ev.Activation([self.mark(attempt.request, attempt.stage + 1) + is_lie * 1_000_000], BLOBS)
             times = StageTimes(wait_s=0.0, decode_s=0.0, compute_s=1.0 if how == "done" else AHEAD_S / 8, encode_s=0.0)
             return ev.StageFinished(worker_id=worker.worker_id, attempt=attempt, output=output, times=times)
         error: AdaptError
@@ -429,12 +471,27 @@ class Cluster(RuleBasedStateMachine):
                 error = OverloadedError("full", retry_after_s=0.1)
         return ev.AttemptFailed(worker_id=worker.worker_id, attempt=attempt, error=error)
 
-    @rule(hows=st.lists(st.sampled_from(["done", "quick", "quick", "model", "wire", "absent", "full"]), min_size=4, max_size=12))
+    @rule(hows=st.lists(st.sampled_from(["done", "quick", "quick", "lie", "model", "wire", "absent", "full"]), min_size=4, max_size=12))
     def bustle(self, hows: list[str]) -> None:
         """Every worker works, in turn: without this, random events seldom let a request get far."""
         for turn, how in enumerate(hows):
             self.work(WORKERS[turn % len(WORKERS)], how)
             self.load(WORKERS[turn % len(WORKERS)])
+
+    @precondition(lambda self: self.share > 0)
+    @rule(hows=st.lists(st.sampled_from(["done", "done", "done", "quick", "wire"]), min_size=6, max_size=12), is_lie=st.booleans())
+    def agree(self, hows: list[str], is_lie: bool) -> None:
+        """Everybody is well and has what was planned for it, and much is computed: without this, there is seldom a second, let alone a third."""
+        for worker in list(self.workers.values()):
+            if worker.is_draining:
+                continue
+            self.start(worker.worker_id)
+            if not worker.is_connected:
+                self.reconnect(worker.worker_id)
+            while self.workers[worker.worker_id].asked:
+                self.load(worker.worker_id)
+        self.submit_many(CLIENTS[0], "a", 3, False)
+        self.bustle(["lie" if is_lie and WORKERS[turn % len(WORKERS)] == LIAR else how for turn, how in enumerate(hows)])
 
     @rule(worker_id=st.sampled_from(WORKERS))
     def begin(self, worker_id: WorkerId) -> None:
@@ -576,11 +633,12 @@ class Cluster(RuleBasedStateMachine):
             self.heartbeats()
             self.wait(1)
 
-    @rule(workers=st.sampled_from([WORKERS[:2], WORKERS[2:]]))
-    def a_class_dies(self, workers: list[WorkerId]) -> None:
+    @rule(numeric_class=st.sampled_from("xy"))
+    def a_class_dies(self, numeric_class: str) -> None:
         """All of one numeric class, for good: exact requests that began there have nobody left."""
-        for worker_id in workers:
-            self.kill(worker_id)
+        for worker_id in WORKERS:
+            if self.numeric_class(worker_id) == numeric_class:
+                self.kill(worker_id)
         for _ in range(4):
             self.heartbeats()
             self.wait(1)
@@ -598,6 +656,17 @@ class Cluster(RuleBasedStateMachine):
                 attempt = request.attempts[number]
                 member = self.scheduler.roster.get(attempt.worker_id)
                 assert member is not None and request.attempt_id(number) in member.slots, "an attempt in flight has its slot"
+
+    @invariant()
+    def what_is_held_is_wanted_soon(self) -> None:
+        """An answer is held no longer than until its request's time is needed; what is split, until its deadline."""
+        for request in self.scheduler._requests.values():
+            check = request.check
+            if check is not None and check.answers:
+                assert request.run is None and self.share > 0
+                assert check.is_split or self.now < check.take_at < request.deadline
+                assert check.is_split or ("verify", request.request_id) in self.scheduler._due
+                assert check.agreed is None
 
     @invariant()
     def nobody_waits_without_reason(self) -> None:

@@ -153,6 +153,19 @@ class GoesOnInAnotherCut(Scheduler):
         super()._enqueue(request)
 
 
+class BelievesTheFirstOfTwoThatDiffer(Scheduler):
+    def _weigh(self, request, now, *, is_lost=False):
+        if request.check.is_split:
+            self._verified(request, request.check, next(iter(request.check.answers.values())), now)
+        else:
+            super()._weigh(request, now, is_lost=is_lost)
+
+
+class BelievesOneAnswer(Scheduler):
+    def _compare(self, request, check, member, event, now):
+        self._go_on(request, event.output, member.numeric_class, now)
+
+
 MUCH = (Kind.WORKER_CRASH, Kind.CONNECTION_BREAK, Kind.WORKER_STOP, Kind.WORKER_SLOW, Kind.CANCEL)
 
 
@@ -173,6 +186,8 @@ MUCH = (Kind.WORKER_CRASH, Kind.CONNECTION_BREAK, Kind.WORKER_STOP, Kind.WORKER_
         (TakesRequestsUntried, (Kind.SWITCH,), 0),
         (TakesRequestsUntried, (Kind.RECUT,), 0),
         (GoesOnInAnotherCut, (Kind.RECUT,), 0),
+        (BelievesTheFirstOfTwoThatDiffer, (Kind.WORKER_LIES,), 0),
+        (BelievesOneAnswer, (Kind.WORKER_LIES,), 0),
         (NamesAttemptsAsEarlierReignsDid, (*MUCH, Kind.DISPATCHER_CRASH, Kind.DISPATCHER_STOP, Kind.CUT), 0),
     ],
 )

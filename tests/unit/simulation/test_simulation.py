@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 
 from adapt.simulation.faults import Kind
+from adapt.simulation.history import RESULT
 from adapt.simulation.simulation import Report, Simulation
 
 SEEDS, REQUESTS = 300, 100
@@ -32,6 +33,8 @@ RARE_PATHS = {
     "stage moved", "stage copied", "copy gave way", "stage refused by a worker", "version switched", "version failed", "version released",
     "version cut anew",
     "canary runs", "canary judged", "wrong outputs", "version failed on a canary",
+    # verification
+    "checks", "verified", "unverified", "disagreements", "wrong workers", "ended in disagreement",
 }  # fmt: skip
 
 
@@ -70,6 +73,26 @@ def test_without_faults_nothing_dies_and_nothing_is_said_twice():
         rare += report.rare
     unheard_of = {"handover", "tasks lost", "workers suspected", "eviction", "poisonous requests", "stranger asked for a hello"}
     assert {path: rare[path] for path in unheard_of if rare[path]} == {}
+
+
+def has_three_alike(simulation: Simulation) -> bool:
+    """All workers are of one class, and can have every stage: there is always a second, and a third."""
+    is_uniform = len({worker.machine.kind for worker in simulation.workers}) == 1
+    return is_uniform and len(simulation.workers) >= 3 and all(len(stages) == 1 for stages in simulation._stages.values())
+
+
+def test_where_three_have_a_stage_and_one_lies_nobody_gets_a_wrong_answer():
+    rare: Counter[str] = Counter()
+    for simulation in filter(has_three_alike, (Simulation(seed, kinds=[Kind.WORKER_LIES]) for seed in range(100))):
+        report = simulation.run()
+        assert report.is_good, story(report)
+        truth = simulation._truth()
+        for request_id, operation in simulation.history.operations.items():
+            for end in operation.ends:
+                assert end.outcome != RESULT or end.result in truth[request_id].results, (simulation.seed, request_id)
+        assert not report.outcomes["disagreement"], "there is a third"
+        rare += report.rare
+    assert rare["wrong workers"] >= 5 and rare["verified"] > 10 * rare["unverified"]
 
 
 @pytest.mark.parametrize("seed", DIGEST_SEEDS)
