@@ -521,6 +521,7 @@ class DispatcherConfig(_WithMembership, _Settings):
     retry_tokens_per_s: float = _setting(_NUMBER, "how many more each second allows", 1.0)
     relief_s: float = _setting(_SECONDS, "how often, while there are requests, it is looked whether a slow worker needs help", 5.0)
     load_timeout_s: float = _setting(_SECONDS, "longest wait for a worker that loads a stage, without progress", 60.0)
+    spares: int = _setting(_COUNT, "workers that have each stage ready besides those that run it, where memory allows (0: none)", 1)
     max_budget_s: float = _setting(_SECONDS, "longest deadline that a request may have", 3600.0)
     max_requests: int = _setting(_COUNT, "requests that may be under way at a time", 4096)
     max_retained_bytes: int = _setting(_BYTES, "memory for inputs and activations of requests under way", 2 * GIBIBYTE)
@@ -558,6 +559,7 @@ class DispatcherConfig(_WithMembership, _Settings):
             raise ConfigError(f"lease_ttl_s={self.lease_ttl_s:g}: expected more than heartbeat_s={self.heartbeat_s:g}")
         _check_range("max_requests", self.max_requests, 1, 1 << 20)
         _check_range("keep_versions", self.keep_versions, 0, 64)
+        _check_range("spares", self.spares, 0, 64)
         _check_range("max_message_bytes", self.max_message_bytes, MIN_MESSAGE_BYTES, 1 << 40)
         _check_range("piece_bytes", self.piece_bytes, 16 * KIBIBYTE, MEBIBYTE)
 
