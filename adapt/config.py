@@ -531,6 +531,7 @@ class DispatcherConfig(_WithMembership, _Settings):
         _PAUSE, "how often it is looked whether a deployment in as many stages as is best should be cut anew (0: never)", 30.0
     )
     load_timeout_s: float = _setting(_SECONDS, "longest wait for a worker that loads a stage, without progress", 60.0)
+    spares: int = _setting(_COUNT, "workers that have each stage ready besides those that run it, where memory allows (0: none)", 1)
     max_budget_s: float = _setting(_SECONDS, "longest deadline that a request may have", 3600.0)
     max_requests: int = _setting(_COUNT, "requests that may be under way at a time", 4096)
     max_retained_bytes: int = _setting(_BYTES, "memory for inputs and activations of requests under way", 2 * GIBIBYTE)
@@ -570,6 +571,7 @@ class DispatcherConfig(_WithMembership, _Settings):
             raise ConfigError(f"verify_share={self.verify_share:g}: expected a share of all tasks, from 0 (none) to 1")
         _check_range("max_requests", self.max_requests, 1, 1 << 20)
         _check_range("keep_versions", self.keep_versions, 0, 64)
+        _check_range("spares", self.spares, 0, 64)
         _check_range("max_message_bytes", self.max_message_bytes, MIN_MESSAGE_BYTES, 1 << 40)
         _check_range("piece_bytes", self.piece_bytes, 16 * KIBIBYTE, MEBIBYTE)
 

@@ -111,7 +111,10 @@ class Deployer:
         clock: Clock,
     ) -> None:
         self._store, self._deployments, self._around = store, deployments, surroundings
-        self._profiles, self.profilers = profiles, Profilers(surroundings.to_worker)
+        self._profiles, self.profilers = (
+            profiles,
+            Profilers(surroundings.to_worker, make_room=lambda worker_id: surroundings.tell(ev.RoomWanted(worker_id=worker_id))),
+        )
         self._models_dir, self._threads, self._clock = models_dir, threads, clock
         self._calls: dict[tuple[ClientId, int], _Call] = {}
         self._loading: dict[ev.VersionKey, _Loading] = {}

@@ -785,6 +785,7 @@ def _settings(config: DispatcherConfig) -> SchedulerSettings:
         attempt_timeout_s=config.attempt_timeout_s,
         min_attempt_timeout_s=min(config.min_attempt_timeout_s, config.attempt_timeout_s),
         load_timeout_s=config.load_timeout_s,
+        spares=config.spares,
         max_budget_s=config.max_budget_s,
         max_requests=config.max_requests,
         max_retained_bytes=config.max_retained_bytes,

@@ -210,11 +210,11 @@ class Profilers:
     """Has workers measure programs, one after the other: on one machine two of them would measure each other. Lives on the dispatcher's loop.
 
     Args:
-        to_worker: False: the worker is not there.
+        to_worker: False: the worker is not there. make_room: called before a worker is asked.
     """
 
-    def __init__(self, to_worker: Callable[[WorkerId, msg.Message], bool]) -> None:
-        self._to_worker = to_worker
+    def __init__(self, to_worker: Callable[[WorkerId, msg.Message], bool], make_room: Callable[[WorkerId], None]) -> None:
+        self._to_worker, self._make_room = to_worker, make_room
         self._waiting: dict[tuple[WorkerId, str], _Waiting] = {}
         self._turn = asyncio.Lock()
 
@@ -266,6 +266,7 @@ class Profilers:
     async def _measured_by(self, worker_id: WorkerId, program: Digest, file_bytes: int, repetitions: int, told: Told) -> list[float | None]:
         waiting = _Waiting(asyncio.get_running_loop().create_future(), told, asyncio.Event())
         with self._registered((worker_id, program), waiting):
+            self._make_room(worker_id)
             if not self._to_worker(worker_id, msg.ProfileProgram(program=program, file_bytes=file_bytes, repetitions=repetitions)):
                 raise PlanError("it has left")
             try:

@@ -125,6 +125,12 @@ class WorkerDraining(Struct, frozen=True, kw_only=True):
     handed_back: frozenset[AttemptId]
 
 
+class RoomWanted(Struct, frozen=True, kw_only=True):
+    """The worker is about to measure a program: the room that spares take there is wanted."""
+
+    worker_id: WorkerId
+
+
 class WorkerLeft(Struct, frozen=True, kw_only=True):
     """The worker has ended by intent."""
 
@@ -259,7 +265,7 @@ class DrainBegun(Struct, frozen=True, kw_only=True):
 
 
 Event: TypeAlias = (
-    WorkerExpected | WorkerJoined | WorkerHeard | WorkerDisconnected | LeaseEnded | LeaseRenewed | WorkerDraining | WorkerLeft
+    WorkerExpected | WorkerJoined | WorkerHeard | WorkerDisconnected | LeaseEnded | LeaseRenewed | WorkerDraining | RoomWanted | WorkerLeft
     | StageBegun | StageFinished | AttemptFailed | AttemptCancelled | DispatchRefused
     | StageResident | LoadProgressed | StageRefused
     | ClientArrived | ClientDisconnected | ClientLeft | RequestArrived | RequestCancelled | OutcomeAcknowledged

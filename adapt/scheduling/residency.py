@@ -21,10 +21,12 @@ from adapt.scheduling.deadlines import Deadlines
 from adapt.scheduling.liveness import Verdict
 from adapt.scheduling.queues import StageKey
 from adapt.scheduling.roster import Member, Roster
+from adapt.scheduling.spares import Spares
 from adapt.scheduling.versions import LiveVersion, Wanted
 
 REFUSED_S = 30.0  # after a load that failed, the worker is not asked for that stage again
 DISTRUSTED_S = 3600.0  # nor after it gave a wrong output
+SPARELESS_S = 120.0  # nor for a spare, after its room was wanted for a measurement
 
 
 class Residency:
@@ -33,7 +35,9 @@ class Residency:
     It appends to `actions` and calls `woken` whenever a task that had no worker may have one now.
     """
 
-    def __init__(self, roster: Roster, actions: list[ev.Action], *, woken: Callable[[], None], load_timeout_s: float) -> None:
+    def __init__(
+        self, roster: Roster, actions: list[ev.Action], *, woken: Callable[[], None], load_timeout_s: float, spares: int = 0
+    ) -> None:
         self._roster, self._actions, self._woken, self._load_timeout_s = roster, actions, woken, load_timeout_s
         self._versions: dict[ev.VersionKey, LiveVersion] = {}
         self._current: dict[str, ev.VersionKey] = {}  # deployment -> the version that takes new requests
@@ -41,8 +45,11 @@ class Residency:
         self._runs: list[tuple[LiveVersion, Run]] = []  # of canaries, that are to begin
         self._abandoned: list[LiveVersion] = []  # in the midst of their trial
         self.copies = Copies(roster, self._wanting, self.offer)
+        self._spares = Spares(roster, self.offer, wanted=spares)
+        self.has_spares_to_tend = False  # something has changed that they depend on
         self.loads_failed = 0
-        self.stages_moved = self.stages_copied = self.copies_dropped = self.versions_recut = 0
+        self.stages_moved = self.stages_copied = self.copies_dropped = 0
+        self.versions_recut = self.spares_used = self.spares_dropped = 0
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -208,7 +215,7 @@ class Residency:
         return self._versions.get(key)
 
     def _take_over(self, live: LiveVersion) -> None:
-        live.is_ready = True
+        live.is_ready = self.has_spares_to_tend = True
         self.versions_recut += live.version.cut > 0
         deployment = live.version.deployment
         before = self._versions.get(self._current.get(deployment, live.key))
@@ -243,18 +250,17 @@ class Residency:
     def _release_if_done(self, live: LiveVersion) -> None:
         if not live.is_retired or live.requests or self._versions.pop(live.key, None) is None:
             return
-        needed = {need.artifact for other in self._versions.values() for need in other.plan.stages}
-        for artifact in sorted({need.artifact for need in live.plan.stages} - needed):
+        for artifact, size in sorted((need.artifact, need.memory_bytes) for need in live.plan.stages):
             for member in self._roster:
-                if artifact in member.resident or artifact in member.loading:
-                    self._forget(member, artifact)
-                    self._actions.append(ev.Unload(worker_id=member.worker_id, artifact=artifact))
+                if (artifact in member.resident or artifact in member.loading) and not self._is_placed(member, artifact):
+                    self._unplace(member, artifact, size)
         self._actions.append(ev.VersionReleased(version=live.version))
 
     # ── workers come and go ──────────────────────────────────────────────────────────────────────────────────────────
 
     def joined(self, member: Member, now: float) -> None:
         """Give a worker that has come (back) its part: what it holds, what it had, what nobody has, or what relieves the busiest."""
+        self._prune_spares(member)
         versions = list(self._versions.values())
         for live in versions:
             for stage, need in enumerate(live.plan.stages):
@@ -276,11 +282,13 @@ class Residency:
         for live in self._versions.values():
             for stage, need in enumerate(live.plan.stages):
                 if need.artifact in member.resident and member.worker_id not in live.plan.places[stage]:
+                    if need.artifact in member.spares and live.plan.places[stage]:
+                        continue
                     if self._is_placed(member, need.artifact) or self.offer(member).free_bytes >= need.memory_bytes:
+                        member.spares.pop(need.artifact, None)
                         self._replan(live, live.plan.added(stage, member.worker_id))
                     else:
-                        self._forget(member, need.artifact)
-                        self._actions.append(ev.Unload(worker_id=member.worker_id, artifact=need.artifact))
+                        self._unload(member, need.artifact)
 
     def _is_placed(self, member: Member, artifact: Digest) -> bool:
         """Whether some version wants this stage there."""
@@ -295,6 +303,7 @@ class Residency:
 
     def _take(self, live: LiveVersion, stage: int, member: Member, now: float) -> None:
         artifact = live.plan.stages[stage].artifact
+        self.spares_used += artifact in member.spares
         self._replan(live, live.plan.added(stage, member.worker_id))
         self._load(member, artifact, now)
         if artifact in member.resident:  # because of another version: no `StageResident` will follow
@@ -303,6 +312,7 @@ class Residency:
 
     def recovered(self, member: Member, now: float) -> None:
         """A suspect has been heard again: give it what was planned for it meanwhile."""
+        self.has_spares_to_tend = True
         for live in self._versions.values():
             for need, workers in zip(live.plan.stages, live.plan.places, strict=True):
                 if member.worker_id in workers:
@@ -313,11 +323,13 @@ class Residency:
         for artifact in list(member.loading):
             member.loading.discard(artifact)
             self._due.clear((member.worker_id, artifact))
+        self._prune_spares(member)
         self._check_all()
 
     def left(self, member: Member, now: float) -> None:
         """The worker is out of every plan. A version that was not ready yet needs another in its place at once."""
         member.resident.clear()
+        self._prune_spares(member)
         for live in list(self._versions.values()):
             self._left_version(live, member, now)
         self._check_all()
@@ -346,7 +358,7 @@ class Residency:
         return True
 
     def _is_there(self, live: LiveVersion, stage: int, spare: list[Member], now: float) -> bool:
-        """Whether somebody has it because of another version: then it takes no room."""
+        """Whether somebody has it because of another version, or as a spare: then it takes no room."""
         artifact = live.plan.stages[stage].artifact
         member = min((m for m in spare if artifact in m.resident), key=lambda m: m.worker_id, default=None)
         if member is not None:
@@ -422,10 +434,54 @@ class Residency:
         for live, stage, _, workers in self._wanting(artifact):
             if member.worker_id in workers:
                 self._replan(live, live.plan.dropped(stage, member.worker_id))
-        self._forget(member, artifact)
+        self._unload(member, artifact)
         self.copies_dropped += 1
-        self._actions.append(ev.Unload(worker_id=member.worker_id, artifact=artifact))
         self._woken()  # who waited for it there may have to go elsewhere
+
+    # ── warm spares ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def tend_spares(self, now: float) -> None:
+        """Load the next one, if one is wanted."""
+        self.has_spares_to_tend = False
+        if (found := self._spares.next(self._versions.values(), now)) is not None:
+            member, need = found
+            self._load(member, need.artifact, now)
+            member.spares[need.artifact] = need.memory_bytes
+
+    def without_spares(self, worker_id: WorkerId, now: float) -> None:
+        """For a while its room is wanted for something else."""
+        if (member := self._roster.get(worker_id)) is not None:
+            member.spareless_until = now + SPARELESS_S
+            for artifact in sorted(member.spares):
+                self._drop_spare(member, artifact)
+
+    def _prune_spares(self, member: Member) -> None:
+        """What it has no more is no spare."""
+        self.has_spares_to_tend = True
+        member.spares = {artifact: size for artifact, size in member.spares.items() if artifact in member.resident | member.loading}
+
+    def _drop_spares(self, member: Member) -> None:
+        """Spares give way to what a plan wants there."""
+        for artifact in sorted(member.spares, key=lambda artifact: (-member.spares[artifact], artifact)):
+            if self._spares.room_bytes(member) >= 0:
+                return
+            self._drop_spare(member, artifact)
+
+    def _unplace(self, member: Member, artifact: Digest, size_bytes: int) -> None:
+        """No plan wants it there any more; if one wants it at all, it is a spare."""
+        if any(self._wanting(artifact)):
+            member.spares[artifact] = size_bytes
+            self._drop_spares(member)
+        else:
+            self._unload(member, artifact)
+
+    def _unload(self, member: Member, artifact: Digest) -> None:
+        self._forget(member, artifact)
+        self._actions.append(ev.Unload(worker_id=member.worker_id, artifact=artifact))
+
+    def _drop_spare(self, member: Member, artifact: Digest) -> None:
+        self.spares_dropped += 1
+        self._unload(member, artifact)
 
     # ── stages come and go ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -434,6 +490,7 @@ class Residency:
         member.loading.discard(artifact)
         member.resident.add(artifact)
         member.refused.pop(artifact, None)  # it was given up, and came after all
+        self.has_spares_to_tend = True
         self._check_all()
         self._woken()
 
@@ -444,6 +501,7 @@ class Residency:
     def absent(self, member: Member, artifact: Digest, now: float) -> None:
         """The worker does not have a stage that we thought it had."""
         member.resident.discard(artifact)
+        self._prune_spares(member)
         if self._is_placed(member, artifact):
             self._load(member, artifact, now)
 
@@ -488,8 +546,10 @@ class Residency:
         return True
 
     def _load(self, member: Member, artifact: Digest, now: float) -> None:
+        member.spares.pop(artifact, None)
         if artifact in member.resident or artifact in member.loading:
             return
+        self._drop_spares(member)
         member.loading.add(artifact)
         self._due.set((member.worker_id, artifact), now + self._load_timeout_s)
         self._actions.append(ev.Load(worker_id=member.worker_id, artifact=artifact))
@@ -498,6 +558,7 @@ class Residency:
         member.resident.discard(artifact)
         member.loading.discard(artifact)
         self._due.clear((member.worker_id, artifact))
+        self._prune_spares(member)
 
     def _replan(self, live: LiveVersion, plan: Plan) -> None:
         if plan is not live.plan:

@@ -94,6 +94,8 @@ class Member:
     alone: int = 0  # of the slots, those behind which nothing is sent
     resident: set[Digest] = field(default_factory=set)
     loading: set[Digest] = field(default_factory=set)
+    spares: dict[Digest, int] = field(default_factory=dict)  # of these, what no plan has it for, and its bytes
+    spareless_until: float = 0.0
     refused: dict[Digest, float] = field(default_factory=dict)  # stages that it could not load, until when it is not asked again
     services: dict[Digest, Service] = field(default_factory=dict)
     slowness: float = 1.0  # measured seconds per predicted second, over all stages

@@ -88,6 +88,7 @@ class SchedulerSettings:
     attempt_timeout_s: float = 20.0  # until it is known what is usual; never longer
     min_attempt_timeout_s: float = 2.0
     load_timeout_s: float = 60.0  # without progress
+    spares: int = 1  # workers that have each stage ready besides those that run it, where memory allows
     client_grace_s: float = 10.0  # without a connection for so long, a client's requests are cancelled
     relief_s: float = 5.0  # so often, while there are requests, it is looked whether a slow worker needs help
     cooldown_s: float = 0.0  # a worker that was given a task gets no other for so long
@@ -138,7 +139,13 @@ class Scheduler:
         self._arrivals = 0
         self._is_draining = False
         self._actions: list[ev.Action] = []
-        self._residency = Residency(self.roster, self._actions, woken=self._queues.wake_all, load_timeout_s=self.settings.load_timeout_s)
+        self._residency = Residency(
+            self.roster,
+            self._actions,
+            woken=self._queues.wake_all,
+            load_timeout_s=self.settings.load_timeout_s,
+            spares=self.settings.spares,
+        )
         self._choice = Choice(self.roster, self._residency, POLICIES[self.settings.policy])
 
     # ── the doors ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -157,6 +164,8 @@ class Scheduler:
         """What follows from all that was noted since."""
         if self._residency.has_trials_to_tend:
             self._tend_trials(now)
+        if self._residency.has_spares_to_tend:
+            self._residency.tend_spares(now)
         self._pump(now)
         actions = self._actions.copy()
         self._actions.clear()
@@ -255,6 +264,7 @@ class Scheduler:
             "stages_copied": residency.stages_copied,
             "copies_dropped": residency.copies_dropped,
             "versions_recut": residency.versions_recut,
+            "spares_used": residency.spares_used,
         }
 
     def versions(self) -> Iterator[tuple[ev.Version, bool]]:
@@ -311,6 +321,8 @@ class Scheduler:
                 self._verdict_changed(self.roster.member(event.worker_id), now)
             case ev.WorkerDraining():
                 self._worker_draining(event, now)
+            case ev.RoomWanted():
+                self._residency.without_spares(event.worker_id, now)
             case ev.WorkerLeft():
                 self._worker_left(event.worker_id, now)
             case ev.ClientArrived():

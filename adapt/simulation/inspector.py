@@ -72,6 +72,8 @@ class _Inside:
             "stage moved": residency.stages_moved,
             "stage copied": residency.stages_copied,
             "copy gave way": residency.copies_dropped,
+            "spare used": residency.spares_used,
+            "spare gave way": residency.spares_dropped,
             "stage refused by a worker": residency.loads_failed,
         }
 

@@ -176,6 +176,7 @@ class Simulation:
             hedge_share=random.choice((0.0, 0.0, 0.05, 0.3)),
             verify_share=1.0 if Kind.WORKER_LIES in self.kinds else self._stream("verification").choice((0.0, 0.0, 0.0, 0.3, 1.0)),
             cooldown_s=random.choice((0.0, 0.0, 0.0, 0.05)),
+            spares=self._stream("spares").choice((0, 1, 1, 2)),
             max_requests=random.choice((4096, 4096, 4096, 4096, 12)),
             max_retained_bytes=random.choice((2 << 30, 2 << 30, 2 << 30, 6_000_000)),
             max_kept_bytes=random.choice((MAX_KEPT_BYTES, MAX_KEPT_BYTES, 100_000)),

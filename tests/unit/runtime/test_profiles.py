@@ -145,8 +145,8 @@ class Cluster:
     """Workers that do as they are told: `answers` says with what each answers a `ProfileProgram`, or that it does not."""
 
     def __init__(self, **answers) -> None:
-        self.answers, self.said, self.told = answers, [], []
-        self.profilers = Profilers(self.to_worker)
+        self.answers, self.said, self.told, self.emptied = answers, [], [], []
+        self.profilers = Profilers(self.to_worker, make_room=self.emptied.append)
 
     def to_worker(self, worker_id, message) -> bool:
         self.said.append((worker_id, type(message).__name__))
