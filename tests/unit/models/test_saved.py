@@ -19,6 +19,9 @@ from adapt.models.program import read_program, unflatten
 from adapt.models.saved import read_saved
 
 
+UP_TO_64 = ({0: Dim("batch", max=64)},)
+
+
 class Chooser(nn.Module):
     """Tokens by position, a mask by name, a dict out."""
 
@@ -47,7 +50,7 @@ def save(path, module, args, kwargs=None, **options):
     return path
 
 
-def saved_net(path, function=torch.relu, *, batch=2, shapes=({0: Dim("batch", max=64)},)):
+def saved_net(path, function=torch.relu, *, batch=2, shapes=UP_TO_64):
     return save(path, Net(function), (torch.randn(batch, 4),), dynamic_shapes=shapes)
 
 
