@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from adapt.runtime.client import Client
 from adapt.runtime.local import LocalCluster
 
 TIMEOUT_S = 60.0

@@ -18,7 +18,6 @@ from adapt.models.interpreter import Stage
 from adapt.models.program import read_program, unflatten
 from adapt.models.saved import read_saved
 
-
 UP_TO_64 = ({0: Dim("batch", max=64)},)
 
 
