@@ -119,7 +119,8 @@ def _load(path: Path, document: dict[str, Any]) -> tuple[torch.export.ExportedPr
         except Exception as error:  # whatever a foreign file makes the reader raise
             reason = _shortened(heard[0] if heard else error)
     unknown = _unknown_operator(document)
-    saved_by, here = str(document.get("torch_version", "of another kind")), str(torch.__version__)
+    here = str(torch.__version__)
+    saved_by = str(document.get("torch_version", here))
     if _release(saved_by) != _release(here):
         raise ExportError(
             f"{path.name} was saved by torch {saved_by[:40]}, and torch {here} cannot read it: {unknown or reason}; "
