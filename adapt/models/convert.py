@@ -254,10 +254,11 @@ class _Converter:
             return
         if name.startswith("higher_order") or not name.startswith("aten."):
             advice = "ADAPT runs plain operators only; replace control flow by torch.where and custom operators by those of torch"
+        elif name in OPERATORS or name in _DROPOUTS:
+            advice = "in training mode it writes to its statistics or draws random numbers; pass `training=self.training`"
+            advice += ", and call eval() before it is exported"
         elif torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             advice = "it draws random numbers, also in eval mode; leave it out when `self.training` is false"
-        elif name in OPERATORS:
-            advice = "in training mode it writes to its statistics or draws random numbers; pass `training=self.training`"
         else:
             known = {other.split(".")[1]: other for other in OPERATORS}
             close = [known[word] for word in difflib.get_close_matches(name.split(".")[1], known, n=3, cutoff=0.7)]

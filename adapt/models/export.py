@@ -36,6 +36,7 @@ from adapt.models.layouts import Layouts
 from adapt.models.optimize import optimize_program
 from adapt.models.profiler import operator_costs_s, single_thread
 from adapt.models.program import FOLD, Graph, TensorSpec, Weight, check_optimize, program_to_metadata
+from adapt.models.saved import SavedModel, read_saved
 from adapt.models.tensorfile import StoredTensor, TensorSource, write_tensor_file
 
 log = logging.getLogger(__name__)
@@ -99,10 +100,16 @@ def export_module(
     with deterministic(), single_thread():
         example = _Example(copied, args, kwargs)
         candidate = _first_that_fits(copied, example)
-        if optimize == FOLD:
-            return _optimized(candidate, module, example, Path(directory), profile_repetitions)
-        costs_s = operator_costs_s(candidate.stage, example.leaves, profile_repetitions) if profile_repetitions else []
-        path, digest, file_bytes = _write(candidate, module, directory)
+        return _finished(candidate, module, example, Path(directory), profile_repetitions, optimize)
+
+
+def _finished(
+    candidate: _Candidate, module: torch.nn.Module, example: _Example, directory: Path, repetitions: int, optimize: str
+) -> ExportedProgram:
+    if optimize == FOLD:
+        return _optimized(candidate, module, example, directory, repetitions)
+    costs_s = operator_costs_s(candidate.stage, example.leaves, repetitions) if repetitions else []
+    path, digest, file_bytes = _write(candidate, module, directory)
     return ExportedProgram(path, digest, file_bytes, costs_s, candidate.is_batched, candidate.is_exact)
 
 
@@ -117,53 +124,44 @@ def _optimized(candidate: _Candidate, module: torch.nn.Module, example: _Example
 
 
 def export_file(
-    path: Path | str, *, directory: Path | str, profile_repetitions: int = 3
+    path: Path | str, *, directory: Path | str, profile_repetitions: int = 3, optimize: str = "none"
 ) -> tuple[ExportedProgram, Any, tuple[Any, ...] | None]:
     """Write the model in a `.pt2` file, which `torch.export.save` made, as a program into `directory`. To read such a file may run code in it.
+
+    One size may vary, in whatever dimensions of the inputs: the batch. Operators are timed for a batch of one.
 
     Returns:
         The program; what computes as the model does, in torch alone; and positional arguments for it, if a call takes no others.
 
     Raises:
-        ExportError: the file is broken, has no example inputs, or holds what cannot be turned into stages.
+        ConfigError: `optimize` is none of the ways to.
+        ExportError: see `read_saved`; or the model holds what cannot be turned into stages.
     """
+    check_optimize(optimize)
     name = Path(path).name
+    saved = read_saved(Path(path))
     try:
-        saved = torch.export.load(path)
-        module = saved.module(check_guards=False)
-    except Exception as error:  # whatever a foreign file makes the reader raise
-        raise ExportError(f"{name} is no model that torch.export.save has written, or a broken one: {_shortened(error)}") from None
-    if saved.example_inputs is None:
-        raise ExportError(f"{name} has no example inputs; save what torch.export.export gives, with all that it has")
-    args, kwargs = as_tensors(saved.example_inputs)
-    is_batched = any(not isinstance(size, int) for size in _input_sizes(saved))
-    with deterministic(), single_thread():
-        example = _Example(module, args, kwargs)
-        candidate = _converted(saved, module, example, is_batched)
-        if not candidate.is_exact:
-            log.warning("the exported program differs from the model", extra={"file": name})
-        costs_s = operator_costs_s(candidate.stage, example.leaves, profile_repetitions) if profile_repetitions else []
-        written, digest, file_bytes = _write(candidate, module, directory)
-    exported = ExportedProgram(written, digest, file_bytes, costs_s, candidate.is_batched, candidate.is_exact)
-    return exported, module, None if kwargs else tuple(args)
+        with deterministic(), single_thread():
+            example = _Example(saved.module, *as_tensors(saved.call_of_one()), places=saved.places)
+            candidate = _converted(saved, example)
+            if not candidate.is_exact:
+                log.warning("the exported program differs from the model", extra={"file": name})
+            exported = _finished(candidate, saved.module, example, Path(directory), profile_repetitions, optimize)
+    except ExportError as error:
+        raise ExportError(f"{name}: {error}") from None
+    return exported, saved.module, None if saved.kwargs else tuple(as_tensors(saved.args))
 
 
-def _input_sizes(saved: Any) -> Iterator[Any]:
-    inputs = set(saved.graph_signature.user_inputs)
-    for node in saved.graph.nodes:
-        if node.op == "placeholder" and node.name in inputs:
-            yield from getattr(node.meta.get("val"), "shape", ())
-
-
-def _converted(saved: Any, module: Any, example: _Example, is_batched: bool) -> _Candidate:
+def _converted(saved: SavedModel, example: _Example) -> _Candidate:
+    limit = min(saved.batch_limit or BATCH_LIMIT, BATCH_LIMIT) if any(saved.places) else None
     try:
-        return _candidate(saved, module, example, is_batched)
+        return _candidate(saved.program, saved.module, example, limit)
     except NeedsDecomposition:
         pass
     except NotAffine as error:
         raise ExportError(f"its sizes are no multiples of the batch: {error}; export it with fixed shapes") from None
     try:
-        return _candidate(saved.run_decompositions({}), module, example, is_batched)
+        return _candidate(saved.program.run_decompositions({}), saved.module, example, limit)
     except NeedsDecomposition as error:
         raise ExportError(f"the model writes into a tensor that it still reads: {error}") from None
 
@@ -175,17 +173,24 @@ class _Candidate:
     graph: Graph
     converted: Converted
     stage: Stage
-    is_batched: bool
+    batch_limit: int | None  # None: all shapes are fixed
     is_exact: bool
+
+    @property
+    def is_batched(self) -> bool:
+        return self.batch_limit is not None
 
 
 class _Example:
-    """The example call, once as given and once with a doubled batch, with the module's own answers."""
+    """The example call, once as given and once with a doubled batch, with the module's own answers.
 
-    def __init__(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+    `places`: of each tensor, the dimensions that are the batch; by default the first, if it is as long as the first tensor's.
+    """
+
+    def __init__(self, module: torch.nn.Module, args: Any, kwargs: Any, *, places: Sequence[tuple[int, ...]] | None = None) -> None:
         self.args, self.kwargs = args, kwargs
         self.leaves = _tensors((args, kwargs))
-        self.doubled_leaves = _doubled(self.leaves)
+        self.doubled_leaves = _doubled(self.leaves, places or [(0,) if is_in_batch else () for is_in_batch in _batched(self.leaves)])
         self.expected = eager(module, args, kwargs)
         self._module = module
 
@@ -211,7 +216,8 @@ def _first_that_fits(module: torch.nn.Module, example: _Example) -> _Candidate:
             continue
         for decompose in (False, True):
             try:
-                candidate = _candidate(exported.run_decompositions({}) if decompose else exported, module, example, is_batched)
+                traced = exported.run_decompositions({}) if decompose else exported
+                candidate = _candidate(traced, module, example, BATCH_LIMIT if is_batched else None)
             except NeedsDecomposition as error:
                 if decompose:
                     raise ExportError(f"the model writes into a tensor that it still reads: {error}") from None
@@ -231,18 +237,18 @@ def _first_that_fits(module: torch.nn.Module, example: _Example) -> _Candidate:
     )
 
 
-def _candidate(exported: Any, module: torch.nn.Module, example: _Example, is_batched: bool) -> _Candidate:
+def _candidate(exported: Any, module: torch.nn.Module, example: _Example, batch_limit: int | None) -> _Candidate:
     converted = convert(exported, {name for name, tensor in _named_tensors(module) if tensor.requires_grad})
     values = tuple(_contiguous(spec) if index in converted.inputs else spec for index, spec in enumerate(converted.values))
     weights = tuple(_weight(weight) for weight in converted.weights)
     graph = Graph(tuple(converted.operators), values, weights, tuple(converted.inputs), tuple(converted.outputs))
     stage = Stage(graph, [weight.tensor for weight in converted.weights], torch.device("cpu"), "")
-    layouts, is_exact = Layouts(graph), True
+    layouts, is_exact, is_batched = Layouts(graph), True, batch_limit is not None
     if is_batched:
         is_exact = _are_equal(stage.run(example.doubled_leaves, observe=layouts.record), example.doubled_expected)
     observe = layouts.confirm if is_batched else layouts.record
     is_exact &= _are_equal(stage.run(example.leaves, observe=observe), example.expected)
-    return _Candidate(replace(graph, values=tuple(layouts.values)), converted, stage, is_batched, is_exact)
+    return _Candidate(replace(graph, values=tuple(layouts.values)), converted, stage, batch_limit, is_exact)
 
 
 class _TraceRefused(Exception):
@@ -295,8 +301,12 @@ def _batched(leaves: Sequence[torch.Tensor]) -> list[bool]:
     return [leaf.dim() > 0 and leaf.shape[0] == batch for leaf in leaves]
 
 
-def _doubled(leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [torch.cat([leaf, leaf]) if is_in_batch else leaf for leaf, is_in_batch in zip(leaves, _batched(leaves), strict=True)]
+def _doubled(leaves: Sequence[torch.Tensor], places: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    doubled = list(leaves)
+    for number, dimensions in enumerate(places):
+        for dimension in dimensions:
+            doubled[number] = torch.cat([doubled[number]] * 2, dimension)
+    return doubled
 
 
 def _shortened(error: Exception) -> str:
@@ -392,7 +402,7 @@ def _write(candidate: _Candidate, module: torch.nn.Module, directory: Path | str
         list(inspect.signature(module.forward).parameters),
         converted.input_structure,
         converted.output_structure,
-        BATCH_LIMIT if candidate.is_batched else None,
+        candidate.batch_limit,
     )
     return write_tensor_file(directory, metadata, sources)
 

@@ -121,7 +121,7 @@ class AsyncClient:
 
     async def deploy(
         self,
-        model: str | Module,
+        model: str | os.PathLike[str] | Module,
         *,
         example_inputs: Sequence[Any] | None = None,
         stages: int | str = "auto",
@@ -146,7 +146,7 @@ class AsyncClient:
 
         Args:
             model: an `nn.Module` is exported on another thread, one at a time; leave it as it is until then. That thread goes on if this is
-                cancelled, as torch cannot be interrupted, but nothing comes of it.
+                cancelled, as torch cannot be interrupted, but nothing comes of it; so does a child that exports a file.
             progress: called on the loop.
         """
         check_seconds("timeout_s", timeout_s)
@@ -174,7 +174,7 @@ class AsyncClient:
 
     async def profile(
         self,
-        model: str | Module,
+        model: str | os.PathLike[str] | Module,
         *,
         example_inputs: Sequence[Any] | None = None,
         weights: str | os.PathLike[str] | None = None,

@@ -1,8 +1,8 @@
-"""Exports a model that the operator named or put into a file, in a child process: the dispatcher itself never imports torch.
+"""Exports a model that was named, or that lies in a file, in a child process: the dispatcher itself never imports torch, and a `.pt2` file is code.
 
 The program is written into a folder of its own beside the others and moved among them when it is whole, so that a killed child leaves
-nothing behind. `build` and `build_file` are the dispatcher's half and import no room with torch; the child's half does, inside its function. See child.py
-for how the two talk.
+nothing behind. `build` and `build_file` are the parent's half and import no room with torch; the child's half does, inside its function. See
+child.py for how the two talk. The parent is the dispatcher; or a client, for a file that its user has named.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapt.errors import ConfigError, ExportInterruptedError, ExportUnavailableError
+from adapt.errors import ConfigError, ExportError, ExportInterruptedError, ExportUnavailableError
+from adapt.models.canaries import TOLERANCE
 from adapt.protocol.ids import Digest
 from adapt.protocol.messages import NamedSource
 from adapt.runtime.child import Progress, answer, ask
@@ -29,6 +30,10 @@ from adapt.runtime.child import Progress, answer, ask
 NICENESS = 5  # the dispatcher, and workers on its machine, come first
 ELEMENT_LIMIT = 1 << 28  # of an example input
 LISTED_FILES = 1000  # looked through for a suggestion
+TIMEOUT_S = 600.0  # for most models some seconds are enough
+TORCH_FILE = ".pt2"
+CANARY_INPUTS = "canary-inputs.pt"
+OWN_EXAMPLE = "own"  # of a `.pt2` file, as its canary
 
 # Names of torchvision's own weights: "DEFAULT", "IMAGENET1K_V2". Everything else is a file under --models-dir.
 _WEIGHTS_NAME = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
@@ -51,7 +56,7 @@ class BuiltProgram:
     canaries: Digest | None = None
 
 
-# --- the dispatcher's half --------------------------------------------------------------------------------------------
+# --- the parent's half ------------------------------------------------------------------------------------------------
 
 
 async def build(
@@ -59,7 +64,7 @@ async def build(
     *,
     directory: Path,
     models_dir: Path | None,
-    timeout_s: float,
+    timeout_s: float = TIMEOUT_S,
     progress: Callable[[str], None] | None = None,
 ) -> BuiltProgram:
     """Build and export the model that `source` names, in a child process. Cancelling kills the child.
@@ -72,10 +77,16 @@ async def build(
 
     Raises:
         ExportUnavailableError: there is no torch here.
+        ExportError: also where `source` names a `.pt2` file: these are opened where they are named, by `build_file`.
         ConfigError: `source.weights` names no file under `models_dir`, or `source.input_shape` is impossible.
         UnknownModelError: no model has this name.
         ExportError: the model cannot be exported; ExportInterruptedError: the child died or took too long.
     """
+    if is_model_file(source.model):
+        raise ExportError(
+            f"{source.model[:200]} is code, and nobody opens code for another: a client exports a file of its own machine, and a dispatcher "
+            "what lies in its --models-dir"
+        )
     if importlib.util.find_spec("torch") is None:
         raise ExportUnavailableError(
             f"{source.model} would be exported by the dispatcher, which has no torch: install adapt-inference[worker] there, "
@@ -97,19 +108,81 @@ async def build(
     return await _ask(request, staging, directory, source.model, timeout_s, progress)
 
 
-async def build_file(file: Path, *, directory: Path, timeout_s: float) -> BuiltProgram:
-    """The program in a file that nobody writes to: of a `.pt2` (which is code), exported in a child process, with its example inputs as a
-    canary; a program itself, timed there.
+async def build_file(
+    file: Path,
+    *,
+    directory: Path,
+    timeout_s: float = TIMEOUT_S,
+    optimize: str = "none",
+    canaries: Sequence[Any] | str | None = OWN_EXAMPLE,
+    tolerance: float = TOLERANCE,
+    progress: Callable[[str], None] | None = None,
+) -> BuiltProgram:
+    """The program in a file that nobody writes to: of a `.pt2` (which is code), exported in a child process; a program itself, timed there.
 
     Args:
+        file: an absolute path of one's own machine, and trusted: to read a `.pt2` is to run it.
         directory: where the program is stored.
+        optimize: of a `.pt2`; see `export_module`.
+        canaries: of a `.pt2`: inputs, as `rehearse` takes them; OWN_EXAMPLE: those that were saved with it, if a call takes no others than
+            positional ones; None: none.
+        tolerance: of the canaries.
+        progress: told in words what the child does next.
 
     Raises:
         ExportError: it holds no model that can be turned into stages; ExportInterruptedError: the child died or took too long.
+        ExportUnavailableError: there is no torch here.
+        InputMismatchError, ConfigError: a canary does not fit the model.
         WireError: it should be a program, and is broken.
     """
+    if importlib.util.find_spec("torch") is None:
+        raise ExportUnavailableError(
+            f"{file.name} would be exported by this machine, which has no torch: install adapt-inference[worker] here, "
+            "or take the program that export_module makes of the model"
+        )
     staging = _staging(directory)
-    return await _ask({"file": str(file), "directory": str(staging)}, staging, directory, file.name, timeout_s, None)
+    if canaries is not None and not isinstance(canaries, str):
+        canaries = _hand_over(canaries, staging / CANARY_INPUTS)
+    request = {"file": str(file), "directory": str(staging), "optimize": optimize, "canaries": canaries, "tolerance": tolerance}
+    return await _ask(request, staging, directory, file.name, timeout_s, progress)
+
+
+def is_model_file(model: str) -> bool:
+    """Whether a model is named by the path of a `.pt2` file."""
+    return model.endswith(TORCH_FILE)
+
+
+def model_file(source: NamedSource) -> Path:
+    """The file on this machine that `source` names.
+
+    Raises:
+        ExportError: there is none.
+        ConfigError: it has options that only a model by name has.
+    """
+    path = Path(source.model)
+    options = {"weights": source.weights, "seed": source.seed, "model_args": source.model_args, "input_shape": source.input_shape}
+    for key, value in options.items():
+        if value is not None and value != {}:
+            raise ConfigError(f"{key}={str(value)[:80]}: for models by name; {path.name} brings its own weights and example inputs")
+    if "://" in source.model:
+        raise ExportError(
+            f"{source.model[:200]}: a {TORCH_FILE} is code, and is taken from a path of this machine only, never from the network"
+        )
+    if not path.is_file():
+        raise ExportError(
+            f"there is no file {source.model[:200]} here, in {Path.cwd()}; what lies on the dispatcher's machine goes into its --models-dir"
+        )
+    return path.absolute()
+
+
+def _hand_over(canaries: Sequence[Any], path: Path) -> str:
+    """Write canaries for a child of ours; where."""
+    import torch
+
+    from adapt.models.export import as_tensors
+
+    torch.save(as_tensors(list(canaries)), path)
+    return str(path)
 
 
 async def _ask(
@@ -200,7 +273,7 @@ def _export(request: dict[str, Any], say: Progress) -> dict[str, Any]:
     devices.share_one_heap()  # as the workers do, for whom operators are timed here
     torch.set_num_threads(1)
     if "file" in request:
-        return _export_file(Path(request["file"]), Path(request["directory"]), say)
+        return _export_file(request, say)
     weights = request["weights"]
     say(f"building {request['model']}", None)
     named = build_named_model(
@@ -217,26 +290,35 @@ def _export(request: dict[str, Any], say: Progress) -> dict[str, Any]:
     return {"digest": exported.digest, "file_bytes": exported.file_bytes, "operator_costs_s": exported.operator_costs_s}
 
 
-def _export_file(file: Path, directory: Path, say: Progress) -> dict[str, Any]:
+def _export_file(request: dict[str, Any], say: Progress) -> dict[str, Any]:
     """The child's half of `build_file`."""
-    from adapt.models.canaries import TOLERANCE
     from adapt.models.export import export_file
     from adapt.models.profiler import profile_file
     from adapt.models.program import read_program
     from adapt.models.rehearsal import rehearse
 
-    if file.suffix != ".pt2":
+    file, directory = Path(request["file"]), Path(request["directory"])
+    if not is_model_file(file.name):
         say(f"profiling {file.name}", None)
         digest = read_program(file).digest
         shutil.copyfile(file, path := directory / f"{digest}.safetensors")
         return {"digest": digest, "file_bytes": path.stat().st_size, "operator_costs_s": profile_file(path)}
     say(f"exporting and profiling {file.name}", None)
-    exported, module, args = export_file(file, directory=directory)
-    canaries = None
-    if args is not None:
-        canaries = rehearse(module, exported.path, [args], directory=directory, tolerance=TOLERANCE)[1]
+    exported, module, args = export_file(file, directory=directory, optimize=request["optimize"])
+    inputs, canaries = _canary_inputs(request["canaries"], args), None
+    if inputs:
+        say(f"running the canaries of {file.name}", None)
+        canaries = rehearse(module, exported.path, inputs, directory=directory, tolerance=request["tolerance"])[1]
     costs_s = exported.operator_costs_s
     return {"digest": exported.digest, "file_bytes": exported.file_bytes, "operator_costs_s": costs_s, "canaries": canaries}
+
+
+def _canary_inputs(asked: str | None, own: tuple[Any, ...] | None) -> list[Any]:
+    import torch
+
+    if asked == OWN_EXAMPLE:
+        return [] if own is None else [own]
+    return [] if asked is None else list(torch.load(asked, weights_only=True))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ from adapt.models.program import check_optimize
 from adapt.protocol import messages as msg
 from adapt.protocol.codecs import resolve_codec
 from adapt.protocol.ids import Digest, is_name
+from adapt.runtime import builder
 from adapt.runtime.conversation import Call
+from adapt.runtime.threads import LoopThread
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -43,7 +45,7 @@ _exporting = threading.Lock()  # torch.export changes settings of the whole proc
 class DeployOrder:
     """The options of `Client.deploy`, where they are explained. Raises ConfigError or UnknownModelError for impossible ones."""
 
-    model: str | Module
+    model: str | os.PathLike[str] | Module
     example_inputs: Sequence[Any] | None
     stages: int | str
     codec: str
@@ -60,6 +62,7 @@ class DeployOrder:
     canary_tolerance: float
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", name_or_module(self.model))
         resolve_codec(self.codec, self.tolerance)
         if self.numerics not in (None, *NUMERICS):
             raise ConfigError(f"numerics={self.numerics!r}: expected one of {', '.join(NUMERICS)}, or None")
@@ -68,13 +71,20 @@ class DeployOrder:
         deployment_name(self.model, self.name)
         version_number(self.version)
         check_canaries(self.canaries, self.canary_tolerance)
+        if self.is_file and self.example_inputs is not None:
+            raise ConfigError("example_inputs are for modules; a .pt2 brings its own")
         if not self.is_exported_here and self.example_inputs is not None:
             raise ConfigError("example_inputs are for modules; give a named model its input_shape")
 
     @property
+    def is_file(self) -> bool:
+        """Whether the model is a file of this machine."""
+        return isinstance(self.model, str) and builder.is_model_file(self.model)
+
+    @property
     def is_exported_here(self) -> bool:
         """Whether `call` takes its time, and torch."""
-        return not isinstance(self.model, str) or _is_local_file(self.weights) or self.canaries is not None
+        return not isinstance(self.model, str) or self.is_file or _is_local_file(self.weights) or self.canaries is not None
 
     def call(self, told: Told | None) -> Call:
         """The question to the dispatcher. What was exported for it lies in a folder that goes with it.
@@ -85,12 +95,16 @@ class DeployOrder:
         source = self._source()
         if not self.is_exported_here:
             return Call(self._message(named=source), progress=without_share(told))
+        file = builder.model_file(source) if self.is_file else None
         if told is not None:
-            told("exporting the model in this process")
+            told("exporting the model in this process" if file is None else f"exporting {file.name} in a child process")
         directory = tempfile.mkdtemp(prefix="adapt-export-")
         try:
-            with _exporting:
-                uploaded, canaries, files = _export(self, source, Path(directory), told)
+            if file is not None:
+                uploaded, canaries, files = _export_file(self, file, Path(directory), told)
+            else:
+                with _exporting:
+                    uploaded, canaries, files = _export(self, source, Path(directory), told)
             call = Call(self._message(uploaded=uploaded, canaries=canaries), progress=without_share(told), offered=files)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
@@ -163,7 +177,7 @@ class ProfileOrder:
     @classmethod
     def of(
         cls,
-        model: str | Module,
+        model: str | os.PathLike[str] | Module,
         example_inputs: Sequence[Any] | None,
         weights: str | os.PathLike[str] | None,
         seed: int | None,
@@ -203,7 +217,7 @@ def _export(
 ) -> tuple[msg.ProgramSource, msg.CanarySource | None, dict[Digest, Path]]:
     """Build if need be, and export into `directory`, with canaries if there are any; what has been written, by digest.
 
-    The only place of a client that needs torch."""
+    The only place of a client that needs torch, but for its child."""
     model: Any = order.model
     example_inputs = order.example_inputs
     try:
@@ -242,8 +256,52 @@ def _export(
     return uploaded, msg.CanarySource(file=digest, file_bytes=file_bytes, tolerance=order.canary_tolerance), files
 
 
+def _export_file(
+    order: DeployOrder, file: Path, directory: Path, told: Told | None
+) -> tuple[msg.ProgramSource, msg.CanarySource | None, dict[Digest, Path]]:
+    """As `_export`, of a `.pt2` file: in a child process, as to read one is to run what is in it."""
+    loop = LoopThread("adapt-export")  # not asyncio.run: the caller's thread may have a loop that runs, as in a notebook
+    try:
+        built = loop.run(
+            builder.build_file(
+                file,
+                directory=directory,
+                optimize=order.optimize,
+                canaries=order.canaries,
+                tolerance=order.canary_tolerance,
+                progress=told,
+            )
+        )
+    finally:
+        loop.close(_nothing())
+    uploaded = msg.ProgramSource(program=built.digest, file_bytes=built.file_bytes, operator_costs_s=built.operator_costs_s)
+    if built.canaries is None:
+        return uploaded, None, {built.digest: built.path}
+    path = directory / f"{built.canaries}.safetensors"
+    canaries = msg.CanarySource(file=built.canaries, file_bytes=path.stat().st_size, tolerance=order.canary_tolerance)
+    return uploaded, canaries, {built.digest: built.path, built.canaries: path}
+
+
+async def _nothing() -> None:
+    pass
+
+
 def _is_local_file(weights: str | os.PathLike[str] | None) -> bool:
     return weights is not None and os.path.isfile(weights)  # False also for what is no path
+
+
+def name_or_module(model: Any) -> Any:
+    """A path as text; all else as it is. Raises ConfigError for the path of another file than a `.pt2`."""
+    path = os.fspath(model) if isinstance(model, os.PathLike) else model
+    if not isinstance(path, str):
+        return path
+    is_file = path is not model or (Path(path).suffix != "" and os.path.isfile(path))
+    if is_file and not builder.is_model_file(path):
+        raise ConfigError(
+            f"model={path[:200]!r}: expected a {builder.TORCH_FILE} file, which torch.export.save writes; "
+            "a file of weights goes with the name of a model: weights="
+        )
+    return path
 
 
 def stage_count(stages: int | str) -> int:
@@ -289,6 +347,8 @@ def rollback_to(name: str, report: msg.StatusReport, version: int | None) -> msg
 
 
 def deployment_name(model: Any, name: str | None) -> str:
+    if name is None and isinstance(model, str) and builder.is_model_file(model):
+        name = Path(model).stem
     if name is None and isinstance(model, str):
         chosen = model.rpartition("/")[2]
         if not is_name(chosen):

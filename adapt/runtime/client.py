@@ -82,7 +82,7 @@ class Client:
 
     def deploy(
         self,
-        model: str | Module,
+        model: str | os.PathLike[str] | Module,
         *,
         example_inputs: Sequence[Any] | None = None,
         stages: int | str = "auto",
@@ -104,7 +104,9 @@ class Client:
         """Cut a model into stages, load them on the workers, and make it available to every client.
 
         Args:
-            model: a torchvision model by name ("torchvision/resnet50"), or an `nn.Module`, which is exported in this process.
+            model: a torchvision model by name ("torchvision/resnet50"); an `nn.Module`, which is exported in this process; or the path of a
+                `.pt2` file, which torch.export.save wrote. To read such a file is to run what is in it, so it has to be one that you trust, on this
+                machine; it is exported in a child process here. It brings its weights and example inputs.
             example_inputs: for an `nn.Module`: the positional arguments of a call, as a tuple. A single tensor input may be given as its
                 shape, `input_shape`, instead.
             stages: how many, of about equal cost; "auto": as many, with as many copies of each, as should be fastest on the workers
@@ -122,7 +124,7 @@ class Client:
             name: of the deployment; by default the model's. Deploying under a name again replaces it: the new version is loaded beside
                 the old one, takes the requests that come from when it is ready, and the old one is unloaded when its last has ended.
             version: its number, above all that there were; by default the next.
-            canaries: inputs (tuples of them for a model with several), at most 16. The model is then exported in this process, which also
+            canaries: inputs (tuples of them for a model with several), at most 16. The model is then exported on this machine, which also
                 computes what comes out and what goes from stage to stage. Every worker has to come to the same before the version takes
                 a request: bit for bit behind lossless codecs in the numeric class of this machine's processor with one thread, elsewhere
                 within `canary_tolerance`. If it does not, this raises CanaryError, and the version before goes on as if nothing were.
@@ -162,7 +164,7 @@ class Client:
 
     def profile(
         self,
-        model: str | Module,
+        model: str | os.PathLike[str] | Module,
         *,
         example_inputs: Sequence[Any] | None = None,
         weights: str | os.PathLike[str] | None = None,

@@ -56,7 +56,6 @@ log = logging.getLogger(__name__)
 
 FIRST_WORKER_S = 30.0  # how long a deployment waits for a first worker
 STEP_LENGTH = 200  # characters of what a progress line says
-BUILD_TIMEOUT_S = 600.0
 OUTPUT_LIMIT_BYTES = 1 << 30  # of a canary
 JUDGES = 2  # canaries that are looked at at a time
 
@@ -472,9 +471,7 @@ class Deployer:
         """The program: built in a child process, or pulled from the client."""
         if order.named is not None:
             self._progress(client_id, order.call, f"exporting {order.named.model}")
-            built = await builder.build(
-                order.named, directory=self._store.directory, models_dir=self._models_dir, timeout_s=BUILD_TIMEOUT_S
-            )
+            built = await builder.build(order.named, directory=self._store.directory, models_dir=self._models_dir)
             return ProfiledProgram(Digest(built.digest), built.operator_costs_s)
         assert order.uploaded is not None, "checked before"
         digest, file_bytes = Digest(order.uploaded.program), order.uploaded.file_bytes

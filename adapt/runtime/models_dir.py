@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from adapt.clock import Clock
-from adapt.errors import AdaptError, CanaryError, ConfigError, ExportError, ExportInterruptedError, ExportUnavailableError, WireError
+from adapt.errors import AdaptError, CanaryError, ConfigError, ExportError, ExportInterruptedError, WireError
 from adapt.models.canaries import TOLERANCE
 from adapt.models.layers import estimated_costs_s
 from adapt.models.program import PROGRAM_KEY, read_program
@@ -35,6 +35,7 @@ from adapt.protocol.ids import Digest, is_name
 from adapt.protocol.messages import DeploymentRecord, ModelFileRecord
 from adapt.runtime import builder
 from adapt.runtime.artifacts import ArtifactStore
+from adapt.runtime.builder import TORCH_FILE
 from adapt.runtime.deployments import Deployments
 from adapt.runtime.recipes import CanaryFile, ProfiledProgram, Recipe
 from adapt.runtime.shelf import Shelf, Shelved, Stamp, State
@@ -46,10 +47,9 @@ BringUp: TypeAlias = Callable[[str, Recipe, Callable[[str], None]], Awaitable[De
 POLL_S = 0.5
 AGAIN_S, MOST_AGAIN_S = 10.0, 600.0  # after a failure that need not be the file's own; doubled each time
 REASON_LENGTH = 1000  # of a failure, in a status
-BUILD_TIMEOUT_S = 600.0
 HEAD_BYTES = 64 << 10  # of a tensor file, in which a program says that it is one
 COPY_BYTES = 1 << 20
-TORCH_FILE, TENSOR_FILE = ".pt2", ".safetensors"
+TENSOR_FILE = ".safetensors"
 
 
 class ModelsDir:
@@ -158,15 +158,10 @@ class ModelsDir:
         return stem
 
     async def _program(self, copy: Path) -> tuple[ProfiledProgram, CanaryFile | None]:
-        if importlib.util.find_spec("torch") is not None:
-            built = await builder.build_file(copy, directory=self._store.directory, timeout_s=BUILD_TIMEOUT_S)
+        if copy.suffix == TORCH_FILE or importlib.util.find_spec("torch") is not None:
+            built = await builder.build_file(copy, directory=self._store.directory)
             canaries = None if built.canaries is None else CanaryFile(built.canaries, TOLERANCE)
             return ProfiledProgram(built.digest, built.operator_costs_s), canaries
-        if copy.suffix == TORCH_FILE:
-            raise ExportUnavailableError(
-                f"{copy.name} would be exported by the dispatcher, which has no torch: install adapt-inference[worker] there, "
-                "or give the program that export_module makes of the model"
-            )
         program = await asyncio.to_thread(read_program, copy)
         digest = await asyncio.to_thread(self._store.add, copy)
         return ProfiledProgram(Digest(digest), estimated_costs_s(program)), None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import io
 import os
 import signal
 import sys
+import zipfile
 
 import psutil
 import pytest
@@ -133,6 +135,59 @@ def test_without_torch_it_is_unavailable(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExportUnavailableError, match="has no torch"):
         build(SMALL, tmp_path)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+class Harm:
+    """What a file may hold: whoever reads it leaves the number of their process."""
+
+    def __init__(self, marker):
+        self.words = f"import os; open({str(marker)!r}, 'w').write(str(os.getpid()))"
+
+    def __reduce__(self):
+        return exec, (self.words,)
+
+
+@pytest.fixture
+def harmful(tmp_path):
+    """Such a file, and where the number is left."""
+    import torch
+
+    whole, path, marker = tmp_path / "whole.pt2", tmp_path / "harmful.pt2", tmp_path / "marker"
+    torch.export.save(torch.export.export(torch.nn.Linear(4, 4), (torch.ones(2, 4),)), whole)
+    with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(path, "w") as other:
+        for entry in archive.infolist():
+            data = archive.read(entry)
+            if "sample_inputs" in entry.filename:
+                torch.save(Harm(marker), buffer := io.BytesIO())
+                data = buffer.getvalue()
+            other.writestr(entry, data)
+    return path, marker
+
+
+def test_a_file_of_torch_is_code_and_runs_in_a_child_alone(harmful, tmp_path):
+    path, marker = harmful
+    with pytest.raises(ExportError, match=r"harmful\.pt2"):
+        asyncio.run(builder.build_file(path, directory=tmp_path / "store"))
+    assert int(marker.read_text()) != os.getpid()  # it has run, or this test were none
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_nobody_opens_a_file_of_torch_for_another(harmful, tmp_path):
+    """As a dispatcher would for a client that names a path, also one under --models-dir."""
+    path, marker = harmful
+    for model in (str(path), path.name, f"torchvision/{path.name}"):
+        with pytest.raises(ExportError, match="nobody opens code for another"):
+            build(NamedSource(model=model), tmp_path / "store", models_dir=path.parent)
+    assert not marker.exists()
+
+
+def test_a_file_without_torch_is_unavailable(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ExportUnavailableError, match=r"m\.pt2 would be exported by this machine, which has no torch"):
+        asyncio.run(builder.build_file(tmp_path / "m.pt2", directory=tmp_path))
 
 
 # --- ends -------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from adapt.runtime.client import Client
 from adapt.runtime.local import LocalCluster
 
 TIMEOUT_S = 60.0
@@ -123,3 +124,36 @@ def test_a_model_is_deployed_and_seen():
             error = refused.stderr.splitlines()[-1]
             assert (refused.returncode, refused.stdout) == (status, ""), refused.stderr
             assert error.startswith("adapt: ") and words in error
+
+
+@pytest.mark.slow
+def test_a_file_is_deployed_measured_and_planned_for(tmp_path):
+    import torch
+
+    file, other = tmp_path / "mine.pt2", tmp_path / "other.pt2"
+    module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+    batch = {0: torch.export.Dim("batch", max=64)}
+    torch.export.save(torch.export.export(module, (torch.ones(2, 4),), dynamic_shapes=(batch,)), file)
+    other.write_bytes(b"no archive")
+    with LocalCluster(workers=1) as cluster:
+        deployed = adapt("deploy", str(file), "--stages", "2", address=cluster.address)
+        assert deployed.returncode == 0, deployed.stderr
+        assert deployed.stdout.startswith("deployed mine version 1 in 2 stages")
+        assert "exporting mine.pt2 in a child process ..." in deployed.stderr
+        with Client(cluster.address) as client, torch.inference_mode():
+            x = torch.randn(3, 4)
+            assert torch.equal(client.model("mine")(x), module(x))
+        profiled = adapt("profile", str(file), "--repetitions", "3", address=cluster.address)
+        assert profiled.returncode == 0 and "w1" in profiled.stdout, profiled.stderr
+        for command in ("deploy", "profile"):
+            refused = adapt(command, str(other), address=cluster.address)
+            assert refused.returncode == 1, refused.stderr
+            assert refused.stderr.splitlines()[-1].startswith("adapt: other.pt2 is no model that torch.export.save has written")
+    here = adapt("profile", str(file), "--here", "--repetitions", "3")
+    assert here.returncode == 0 and "this-machine" in here.stdout, here.stderr
+    planned = adapt("plan", str(file), "--cluster", "pi3", "--optimize", "fold")
+    assert planned.returncode == 0 and "requests/s" in planned.stdout, planned.stderr
+    refused = adapt("plan", str(file), "--cluster", "pi3", "--seed", "1")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and "seed=1: for models by name" in refused.stderr
+    refused = adapt("plan", "gone.pt2", "--cluster", "pi3")
+    assert refused.returncode == 1 and "there is no file gone.pt2 here" in refused.stderr

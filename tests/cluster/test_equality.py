@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import tempfile
 from pathlib import Path
@@ -91,6 +92,76 @@ def test_folded_and_exact_versions_are_never_mixed(client):
     assert {model.record.arithmetic for model in models.values()} == {"contiguous", "channels_last/fold"}
     for model in models.values():
         client.undeploy(model.name)
+
+
+def saved_model(path):
+    """A model of tokens and figures in a file; its own answers, of a batch at a time."""
+    import torch
+
+    class Mixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.figures, self.out = torch.nn.Embedding(30, 8), torch.nn.Linear(4, 8), torch.nn.Linear(8, 5)
+            self.conv, self.norm = torch.nn.Conv2d(8, 8, (1, 3)), torch.nn.BatchNorm2d(8)
+
+        def forward(self, tokens, figures):
+            x = self.norm(self.conv(self.words(tokens).transpose(1, 2)[:, :, None])).mean((2, 3)) + self.figures(figures).tanh()
+            return {"scores": self.out(x), "label": (self.out(x).argmax(-1),)}
+
+    torch.manual_seed(0)
+    batch = {0: torch.export.Dim("batch", max=16)}
+    example = (torch.randint(0, 30, (2, 6)), torch.randn(2, 4))
+    torch.export.save(torch.export.export(Mixed().eval(), example, dynamic_shapes=(batch, batch)), path)
+    reference = torch.export.load(path).module()
+
+    def answered(tokens, figures):
+        with torch.inference_mode():
+            return reference(tokens, figures)
+
+    return [(torch.randint(0, 30, (size, 6)), torch.randn(size, 4)) for size in (1, 3)], answered
+
+
+def check_saved(answer, expected):
+    import torch
+
+    assert torch.equal(answer["scores"], expected["scores"]) and torch.equal(answer["label"][0], expected["label"][0])
+
+
+def test_a_file_of_torch_is_deployed_by_its_path(client, tmp_path):
+    calls, answered = saved_model(tmp_path / "mixed.pt2")
+    told = []
+    model = client.deploy(str(tmp_path / "mixed.pt2"), stages=3, canaries=calls, progress=told.append)
+    assert model.name == "mixed" and len(model.record.stages) == 3
+    assert told[0] == "exporting mixed.pt2 in a child process" and "running the canaries of mixed.pt2" in told
+    for call in calls:
+        check_saved(model(*call), answered(*call))
+    client.undeploy("mixed")
+
+
+@pytest.mark.slow
+def test_a_file_of_torch_through_the_other_doors(cluster, client, tmp_path):
+    """A path as such, on asyncio; folded; only measured; and what is wrong is told as that which it is."""
+    calls, answered = saved_model(path := tmp_path / "mixed.pt2")
+
+    async def deployed():
+        async with adapt.AsyncClient(cluster.address) as asking:
+            model = await asking.deploy(path, stages=2, name="awaited")
+            for call in calls:
+                check_saved(await model(*call), answered(*call))
+
+    asyncio.run(deployed())
+    folded = client.deploy(path, optimize="fold", name="folded")
+    assert folded.record.arithmetic != "contiguous"
+    for call in calls:
+        assert np.allclose(folded(*call)["scores"], answered(*call)["scores"], rtol=1e-5, atol=1e-6)
+    assert client.profile(path, repetitions=3).name == "mixed"
+    with pytest.raises(adapt.InputMismatchError):
+        client.deploy(path, canaries=[(np.zeros((1, 6), np.int64),)])
+    path.write_bytes(b"no archive")
+    with pytest.raises(adapt.ExportError, match=r"mixed\.pt2 is no model that torch\.export\.save has written"):
+        client.deploy(path)
+    for name in ("awaited", "folded"):
+        client.undeploy(name)
 
 
 @pytest.mark.slow

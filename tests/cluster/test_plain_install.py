@@ -29,12 +29,13 @@ with adapt.Client(sys.argv[1]) as client:
         assert "float32" in str(error) and "float64" in str(error)
     else:
         raise SystemExit("a wrong dtype was let through")
-    try:
-        client.deploy("torchvision/resnet18", seed=0)
-    except adapt.ExportUnavailableError:
-        pass
-    else:
-        raise SystemExit("a dispatcher without torch exported a model")
+    for model in ("torchvision/resnet18", sys.argv[2]):
+        try:
+            client.deploy(model)
+        except adapt.ExportUnavailableError:
+            pass
+        else:
+            raise SystemExit("a model was exported without torch")
 assert "torch" not in sys.modules
 print("plain", float(y.sum()))
 """
@@ -90,10 +91,11 @@ def test_dispatcher_and_client_work_without_torch(plain_python, tmp_path):
         assert worker.stdout.readline().startswith("adapt-worker ready")
         torch.manual_seed(0)
         module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+        torch.export.save(torch.export.export(module, (torch.ones(2, 4),)), file := tmp_path / "tiny.pt2")
         with adapt.Client(address) as client:
             client.deploy(module, example_inputs=(torch.ones(2, 4),), name="tiny", stages=2)
             result = subprocess.run(
-                [str(plain_python), "-c", CLIENT, address], capture_output=True, text=True, timeout=120, env=environment
+                [str(plain_python), "-c", CLIENT, address, str(file)], capture_output=True, text=True, timeout=120, env=environment
             )
         assert result.returncode == 0, result.stderr
         with torch.inference_mode():

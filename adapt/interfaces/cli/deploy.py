@@ -1,4 +1,4 @@
-"""adapt deploy: make a model that the dispatcher's side can build available."""
+"""adapt deploy: make a model available that the dispatcher's side can build, or that lies in a file here."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from adapt.models.program import OPTIMIZE
 from adapt.protocol.codecs import CODECS
 from adapt.protocol.messages import DeploymentRecord
 
+FILE_HELP = "the path of a .pt2 file, which torch.export.save wrote; reading one runs what is in it, so trust it"
+
 
 def add_to(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "deploy",
         help="make a model available",
-        description="Export a model beside the dispatcher, cut it into stages and load them on the workers.",
+        description="Export a model beside the dispatcher, or a .pt2 file on this machine, cut it into stages and load them on the workers.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a torchvision model, for instance torchvision/resnet50")
+    parser.add_argument("model", metavar="MODEL", help=f"a torchvision model, for instance torchvision/resnet50, or {FILE_HELP}")
     parser.add_argument("--name", help="name of the deployment (default: the model's)")
     parser.add_argument("--version", type=int, help="number of the version, above all that there were (default: the next)")
     parser.add_argument("--stages", default="auto", help="number of stages (default: auto, what should be fastest)")
@@ -49,7 +51,7 @@ def add_optimize(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """What a torchvision model is built with, besides its weights."""
+    """What a torchvision model is built with, besides its weights; a file brings all that."""
     parser.add_argument("--seed", type=int, help="of random weights, when no weights are given")
     parser.add_argument("--model-args", metavar="JSON", default="{}", help="arguments of the model's constructor: '{\"num_classes\": 10}'")
     parser.add_argument(

@@ -17,7 +17,7 @@ from adapt.emulation.description import ClusterSpec
 from adapt.emulation.facts import cluster_profile
 from adapt.emulation.parse import load
 from adapt.errors import ConfigError
-from adapt.interfaces.cli.deploy import add_model_options, add_optimize, read_arguments, read_shape
+from adapt.interfaces.cli.deploy import FILE_HELP, add_model_options, add_optimize, read_arguments, read_shape
 from adapt.interfaces.cli.doors import OK
 from adapt.interfaces.measure import measured
 from adapt.interfaces.profile_files import PROFILE_SUFFIX, read_profile, save_profile
@@ -31,8 +31,8 @@ from adapt.protocol.messages import NamedSource
 ALL = "all"
 PLAIN_WIDTH = 140
 ABOUT = """\
-Say how a model would be cut and placed on a cluster, and how fast it would be. No cluster has to run. MODEL is a profile, a .json file, or a
-torchvision model, which is then exported and timed here first; seconds are those of a device with one core like this machine's. Devices that
+Say how a model would be cut and placed on a cluster, and how fast it would be. No cluster has to run. MODEL is a profile, a .json file; or a
+torchvision model or a .pt2 file that you trust, which are exported and timed here first; seconds are those of a device with one core like this machine's. Devices that
 are called as workers that adapt profile has measured take the seconds of these.
 """
 EPILOG = """\
@@ -52,7 +52,9 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a profile (.json), or a torchvision model such as torchvision/resnet50")
+    parser.add_argument(
+        "model", metavar="MODEL", help=f"a profile (.json), a torchvision model such as torchvision/resnet50, or {FILE_HELP}"
+    )
     parser.add_argument("--cluster", metavar="CLUSTER", required=True, help="a TOML file, or a ready cluster; see adapt emulate --list")
     parser.add_argument("--strategy", default=AUTO, metavar="NAME", help=f"{', '.join(STRATEGIES)}, or {ALL} to compare (default: {AUTO})")
     parser.add_argument(

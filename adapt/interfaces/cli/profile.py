@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from adapt.config import VARIABLE_PREFIX, counted
 from adapt.errors import ConfigError, ConnectError, ExportUnavailableError
 from adapt.interfaces.cli import clients
-from adapt.interfaces.cli.deploy import add_model_options, read_arguments, read_shape
+from adapt.interfaces.cli.deploy import FILE_HELP, add_model_options, read_arguments, read_shape
 from adapt.interfaces.cli.doors import OK
 from adapt.interfaces.measure import measured
 from adapt.interfaces.profile_files import PROFILE_SUFFIX, read_profile, save_profile
@@ -39,7 +39,7 @@ PLAIN_STEPS = 4  # a step of known length says in plain lines how far it is, so 
 ABOUT = """\
 Measure what each part of a model takes. With a running cluster, one worker of each kind of device measures it while it has nothing else to
 do; the dispatcher keeps that, and plans what is deployed without a number of stages by it. Without a cluster, this machine measures it.
-MODEL is a torchvision model, or a profile (.json) to be shown again.
+MODEL is a torchvision model, a .pt2 file that you trust (it is exported here), or a profile (.json) to be shown again.
 """
 EPILOG = """\
 examples:
@@ -58,7 +58,9 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a torchvision model such as torchvision/resnet50, or a profile (.json)")
+    parser.add_argument(
+        "model", metavar="MODEL", help=f"a torchvision model such as torchvision/resnet50, a profile (.json), or {FILE_HELP}"
+    )
     parser.add_argument("--here", action="store_true", help="measure on this machine, whatever cluster there is")
     parser.add_argument("--device-class", metavar="TEXT", default="", help="only kinds of devices with this in their name")
     parser.add_argument(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from adapt.models.cut import legal_cuts
+from adapt.models.vision import import_torchvision
 from adapt.planning.partition import partition
 
 SMALL = ["mobilenet_v2", "resnet18", "alexnet"]
@@ -62,6 +63,14 @@ def test_random_cuts_of_every_family_are_exact(named_case, tmp_path, name):
     rng = random.Random(f"cuts of {name}")
     for _ in range(2):
         case.check(random_positions(case.program, rng), tmp_path)
+
+
+def test_every_family_of_torchvision_is_tested():
+    """So each exports to operators that stages may have: nothing needs a worker that builds an architecture by its name."""
+    models = import_torchvision().models
+    family = {name: models.get_model_builder(name).__module__ for name in models.list_models(module=models)}
+    assert set(family.values()) == {family[name] for name in [*SMALL, *LARGE, *FAMILIES]}
+    assert len(set(family.values())) >= 15
 
 
 class Reader(nn.Module):

@@ -680,7 +680,7 @@ def test_a_worker_that_comes_meanwhile_ends_the_waiting():
 
 
 def test_a_timeout_asks_another_worker_to_load_the_stage():
-    cluster = Cluster()
+    cluster = Cluster(spares=0)
     for worker in ("w1", "w2"):
         cluster.join(worker)
     cluster.deploy("w1")
@@ -1793,7 +1793,7 @@ def test_a_load_without_progress_is_given_to_another_worker():
 
 def test_a_worker_that_could_not_load_a_stage_is_asked_again_after_a_while():
     """Its disk was full for a moment; nobody else is left, and requests wait."""
-    cluster = a_cluster("w1", "w2", places=("w1",))
+    cluster = a_cluster("w1", "w2", places=("w1",), spares=0)
     cluster.lose("w1")
     cluster.wait(GRACE_S)
     cluster.submit(budget_s=500.0)

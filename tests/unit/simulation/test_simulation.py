@@ -31,7 +31,7 @@ RARE_PATHS = {
     "model raised on other workers only", "neutral answers", "numeric re-pin",
     # stages
     "stage moved", "stage copied", "copy gave way", "stage refused by a worker", "version switched", "version failed", "version released",
-    "version cut anew",
+    "version cut anew", "spare used", "spare gave way",
     "canary runs", "canary judged", "wrong outputs", "version failed on a canary",
     # verification
     "checks", "verified", "unverified", "disagreements", "wrong workers", "ended in disagreement",
