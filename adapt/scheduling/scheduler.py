@@ -785,8 +785,10 @@ class Scheduler:
                 self._due.clear(("breaker", member.worker_id))
                 self._wake(member)
             return
-        self.counters["breakers_opened"] += member.worker_id not in self._choice.troubled
-        self._choice.troubled.add(member.worker_id)
+        if member.worker_id not in self._choice.troubled:
+            self.counters["breakers_opened"] += 1
+            self._choice.troubled.add(member.worker_id)
+            self._wake(member)  # who rather waited for it than go elsewhere
         if (moment := member.qos.next_wakeup()) is not None:
             self._due.set(("breaker", member.worker_id), moment)
 
