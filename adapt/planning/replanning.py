@@ -11,7 +11,7 @@ figure counts as it was until it has moved by more than `HOLDS`, and a worker as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from statistics import median_low
 from typing import Generic, TypeVar
 
@@ -96,11 +96,6 @@ class Figures(Generic[Key]):
         if held is None or not held / HOLDS <= value <= held * HOLDS:
             self._held[key] = held = value
         return held
-
-    def keep(self, keys: Iterable[Key]) -> None:
-        """Forget all others."""
-        kept = set(keys)
-        self._held = {key: value for key, value in self._held.items() if key in kept}
 
 
 def as_their_kind(slowness: Mapping[Key, float], kinds: Mapping[Key, Kind]) -> dict[Key, float]:

@@ -27,6 +27,7 @@ from adapt.runtime.replanning import AFTER_FAILURE, Replanner
 from adapt.runtime.state import StateDirectory
 from adapt.runtime.terms import HEADER_BYTES
 from adapt.scheduling import events as ev
+from adapt.scheduling.links import Link
 
 WIDTH, LAYERS = 256, 8
 LAYER_BYTES = 4 * (WIDTH * WIDTH + WIDTH)
@@ -43,6 +44,7 @@ class House:
         self.slowness = {"w1": 1.0, "w2": 1.0, "w3": 1.0}
         self.layers = 10  # for which each worker has room
         self.is_stubborn = self.is_lazy = False  # new stages cannot be loaded; never are
+        self.measured_links: dict[WorkerId, Link] = {}
         self.current: ev.Version | None = None
         self.retired: list[ev.Version] = []
         self.withdrawn: list[ev.VersionWithdrawn] = []
@@ -124,8 +126,8 @@ class House:
     def device_kinds(self):
         return {}
 
-    def links(self):
-        return {}
+    def links(self) -> dict[WorkerId, Link]:
+        return self.measured_links
 
     def to_worker(self, worker_id, message):
         return True
@@ -185,6 +187,14 @@ async def test_a_slow_worker_gets_less_at_the_second_look(house):
     assert house.retired == [before] and "w3" not in house.sizes()
     assert (after.number, after.cut, after.program) == (1, 1, before.program) and after.plan.epoch > before.plan.epoch
     assert house.deployments.record(after).version == 1
+
+
+@in_a_house
+async def test_a_link_that_has_become_slow_is_a_reason_too(house):
+    await cut_for_three(house)
+    house.measured_links[WorkerId("w2")] = Link(0.01, 1e4, 1e4)
+    await house.looks(2)
+    assert house.current.cut == 1 and house.sizes().get("w2", 0) == 0
 
 
 @in_a_house
