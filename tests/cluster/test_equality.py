@@ -127,6 +127,7 @@ def check_saved(answer, expected):
     assert torch.equal(answer["scores"], expected["scores"]) and torch.equal(answer["label"][0], expected["label"][0])
 
 
+@pytest.mark.slow
 def test_a_file_of_torch_is_deployed_by_its_path(client, tmp_path):
     calls, answered = saved_model(tmp_path / "mixed.pt2")
     told = []

@@ -153,7 +153,7 @@ CASES = {
 }
 
 
-SLOW = ("translator", "reader")
+SLOW = ("translator", "reader", "tagger")
 
 
 def call(made, batch):
