@@ -47,8 +47,9 @@ from adapt.scheduling.deadlines import earliest
 from adapt.scheduling.links import Link
 from adapt.scheduling.liveness import LAG_S, Verdict
 from adapt.scheduling.qos import QosSettings
-from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
+from adapt.scheduling.scheduler import Scheduler
 from adapt.scheduling.session import Session, Sessions
+from adapt.scheduling.settings import SchedulerSettings
 from adapt.scheduling.term import Reign
 from adapt.scheduling.tokens import TokenSettings
 from adapt.version import VERSION

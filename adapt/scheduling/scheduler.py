@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
 from typing import TypeAlias
@@ -53,12 +52,13 @@ from adapt.scheduling.choice import Choice
 from adapt.scheduling.deadlines import Deadlines, earliest
 from adapt.scheduling.liveness import Liveness, Verdict
 from adapt.scheduling.policies import POLICIES
-from adapt.scheduling.qos import Breaker, QosSettings
+from adapt.scheduling.qos import Breaker
 from adapt.scheduling.queues import Entry, StageKey, StageQueues
 from adapt.scheduling.requests import POISONED, Attempt, Ended, EndedRequests, Request
 from adapt.scheduling.residency import REFUSED_S, Residency
 from adapt.scheduling.roster import Member, Roster, Slot
-from adapt.scheduling.tokens import RetryTokens, TokenSettings
+from adapt.scheduling.settings import SchedulerSettings
+from adapt.scheduling.tokens import RetryTokens
 from adapt.scheduling.verification import Check, Told, is_drawn
 from adapt.scheduling.versions import LiveVersion
 
@@ -76,31 +76,6 @@ WORTH_S = 0.01  # a better worker is waited for if that saves more than this
 SPARE = 2.0  # times what the stages that follow should take: so much time is left to them when an answer is to be verified
 SPARE_SHARE = 0.1  # of a request's budget: the least that is
 LOOK_AGAIN_S = 0.01  # the least pause before looking whether a busy worker is still worth waiting for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerSettings:
-    """All durations in seconds."""
-
-    policy: str = "earliest-finish"
-    silence_s: float = 2.0  # without a heartbeat for so long, a worker is suspect
-    grace_s: float = 2.0  # without a connection for so long, a worker is lost
-    attempt_timeout_s: float = 20.0  # until it is known what is usual; never longer
-    min_attempt_timeout_s: float = 2.0
-    load_timeout_s: float = 60.0  # without progress
-    spares: int = 1  # workers that have each stage ready besides those that run it, where memory allows
-    client_grace_s: float = 10.0  # without a connection for so long, a client's requests are cancelled
-    relief_s: float = 5.0  # so often, while there are requests, it is looked whether a slow worker needs help
-    cooldown_s: float = 0.0  # a worker that was given a task gets no other for so long
-    hedge_share: float = 0.05  # of tasks that may be given to a second worker because the first is slower than usual
-    verify_share: float = 0.0  # of tasks whose answers are believed only when another worker has come to the same bits
-    max_failures: int = 8  # of one stage of one request, losses included
-    max_budget_s: float = 3600.0
-    max_requests: int = 4096
-    max_retained_bytes: int = 2 << 30
-    max_kept_bytes: int = 256 << 20
-    qos: QosSettings = field(default_factory=QosSettings)
-    tokens: TokenSettings = field(default_factory=TokenSettings)
 
 
 # What can fall due, as a key of the deadline heap: "deadline", "attempt", "hedge", "retry", "forget", "client", "member", "load", "look",

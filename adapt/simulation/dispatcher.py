@@ -24,8 +24,9 @@ from adapt.scheduling import translation
 from adapt.scheduling.acknowledgements import Acknowledgements
 from adapt.scheduling.deadlines import earliest
 from adapt.scheduling.liveness import LAG_S, Verdict
-from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
+from adapt.scheduling.scheduler import Scheduler
 from adapt.scheduling.session import Session, Sessions
+from adapt.scheduling.settings import SchedulerSettings
 from adapt.scheduling.term import Reign
 from adapt.simulation.inspector import Inspector
 from adapt.simulation.leases import LeaseService

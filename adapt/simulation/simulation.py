@@ -19,7 +19,8 @@ from adapt.protocol.wire import Blob
 from adapt.scheduling import events as ev
 from adapt.scheduling.qos import QosSettings
 from adapt.scheduling.requests import POISONED
-from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
+from adapt.scheduling.scheduler import Scheduler
+from adapt.scheduling.settings import SchedulerSettings
 from adapt.scheduling.tokens import TokenSettings
 from adapt.simulation.arithmetic import Nature, digest, leaves, result
 from adapt.simulation.client import Client

@@ -12,7 +12,8 @@ from adapt.runtime.registry import EmbeddedRegistry, Listener
 from adapt.runtime.state import StateDirectory
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
-from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
+from adapt.scheduling.scheduler import Scheduler
+from adapt.scheduling.settings import SchedulerSettings
 
 W1, W2 = WorkerId("w1"), WorkerId("w2")
 

@@ -39,8 +39,8 @@ from adapt.scheduling.scheduler import (
     STORY_LENGTH,
     WORTH_S,
     Scheduler,
-    SchedulerSettings,
 )
+from adapt.scheduling.settings import SchedulerSettings
 from adapt.scheduling.tokens import TokenSettings
 
 SILENCE_S, GRACE_S, TIMEOUT_S, LOAD_TIMEOUT_S, CLIENT_GRACE_S = 3.0, 2.0, 20.0, 60.0, 10.0

@@ -29,7 +29,8 @@ from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
 from adapt.scheduling.requests import POISONED
 from adapt.scheduling.roster import AHEAD_S, STEADY
-from adapt.scheduling.scheduler import ACCEPT_S, REACHED_S, REMEMBER_S, SAID_S, Scheduler, SchedulerSettings
+from adapt.scheduling.scheduler import ACCEPT_S, REACHED_S, REMEMBER_S, SAID_S, Scheduler
+from adapt.scheduling.settings import SchedulerSettings
 from adapt.scheduling.tokens import TokenSettings
 
 WORKERS = [WorkerId(name) for name in ("w1", "w2", "w3", "w4")]

@@ -15,8 +15,9 @@ from adapt.protocol.wire import Envelope
 from adapt.scheduling import events as ev
 from adapt.scheduling.outcome import Outcomes, Resolve
 from adapt.scheduling.roster import Member
-from adapt.scheduling.scheduler import Scheduler, SchedulerSettings
+from adapt.scheduling.scheduler import Scheduler
 from adapt.scheduling.session import PeerSession, Step
+from adapt.scheduling.settings import SchedulerSettings
 from adapt.simulation.dispatcher import Dispatcher
 from adapt.simulation.faults import Kind
 from adapt.simulation.simulation import Report, Simulation
