@@ -278,13 +278,16 @@ class Residency:
         self._woken()
 
     def _adopt(self, member: Member) -> None:
-        """What it has besides its part is used, if there is room for it; else it has not heard yet that it was to give it up."""
+        """What it has besides its part is a spare if others run it, and is used if there is room for it; else it has not heard yet that it was to
+        give it up."""
         for live in self._versions.values():
             for stage, need in enumerate(live.plan.stages):
                 if need.artifact in member.resident and member.worker_id not in live.plan.places[stage]:
-                    if need.artifact in member.spares and live.plan.places[stage]:
-                        continue
-                    if self._is_placed(member, need.artifact) or self.offer(member).free_bytes >= need.memory_bytes:
+                    is_placed = self._is_placed(member, need.artifact)
+                    if self._spares.are_wanted and live.plan.places[stage] and not is_placed:
+                        member.spares[need.artifact] = need.memory_bytes
+                        self._drop_spares(member)
+                    elif is_placed or self.offer(member).free_bytes >= need.memory_bytes:
                         member.spares.pop(need.artifact, None)
                         self._replan(live, live.plan.added(stage, member.worker_id))
                     else:

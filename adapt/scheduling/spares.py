@@ -24,6 +24,10 @@ class Spares:
     def __init__(self, roster: Roster, offer: Callable[[Member], WorkerOffer], *, wanted: int) -> None:
         self._roster, self._offer, self._wanted = roster, offer, wanted
 
+    @property
+    def are_wanted(self) -> bool:
+        return self._wanted > 0
+
     def room_bytes(self, member: Member) -> int:
         """What neither plans nor spares take of its stage budget; below 0: spares have to give way."""
         return self._offer(member).free_bytes - sum(member.spares.values())

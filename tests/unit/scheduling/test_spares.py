@@ -162,6 +162,18 @@ def test_a_worker_that_comes_back_has_its_spares_still():
     assert set(house.member("w1").spares) == {"m.1"} and house.done == [ev.Load(worker_id=WorkerId("w1"), artifact=Digest("m.1"))]
 
 
+def test_after_a_restart_of_the_dispatcher_they_are_spares_still():
+    house = House()
+    for name in ("w1", "w2"):
+        house.member(name)  # expected, and not there yet
+    house.deploy(1, "w1", "w2")
+    house.join("w1", "m.0", "m.1")
+    house.join("w2", "m.0", "m.1")
+    house.settle()
+    assert house.places() == (("w1",), ("w2",)) and not house.done[1:]
+    assert (set(house.member("w1").spares), set(house.member("w2").spares)) == ({"m.1"}, {"m.0"})
+
+
 def test_a_spare_of_what_nobody_has_is_used_when_its_worker_comes_back():
     house = House("w1", "w2")
     house.deploy(1, "w1", "w2")
