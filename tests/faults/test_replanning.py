@@ -32,6 +32,7 @@ def deploy(client: adapt.Client, workload: Workload, **options: object) -> adapt
     return client.deploy(workload.module, example_inputs=(workload.inputs[0],), **options)
 
 
+@pytest.mark.slow
 def test_a_deployment_is_cut_anew_under_load_and_comes_back_so(cluster_of, wide):
     """Cut for workers that have little room; then there is room, and one of them has become slow."""
     settings = {"replan_interval": 0.5, "relief": 1000}
