@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -279,7 +280,14 @@ def _trace(module: torch.nn.Module, example: _Example, *, is_batched: bool) -> A
     except AdaptError:
         raise
     except Exception as error:  # whatever the model or torch raises while it is traced
-        raise _TraceRefused(_shortened(error)) from None
+        raise _TraceRefused(_shortened(error) + _advice(error)) from None
+
+
+def _advice(error: Exception) -> str:
+    """What to do where it is torch's own code that looks at values: a transformer compares its mask with a causal one."""
+    if any(frame.f_code.co_name == "_detect_is_causal_mask" for frame, _ in traceback.walk_tb(error.__traceback__)):
+        return "; torch's transformer looks at the values of its mask to see whether it is causal: say so in the call (is_causal=, tgt_is_causal=)"
+    return ""
 
 
 def _named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from adapt.errors import ExportError
 from adapt.models.cut import legal_cuts, write_stages
+from adapt.models.export import export_module
 from adapt.models.interface import Interface
 from adapt.models.interpreter import Stage
 from adapt.models.program import unflatten
@@ -43,8 +45,9 @@ class Biased(nn.Module):
 class Translator(nn.Module):
     """Tokens of two languages; an encoder and a decoder with a mask that both need."""
 
-    def __init__(self):
+    def __init__(self, is_causal=True):
         super().__init__()
+        self.is_causal = is_causal
         self.source, self.target = nn.Embedding(30, 16), nn.Embedding(40, 16, padding_idx=0)
         self.body = nn.Transformer(16, 2, 1, 1, 32, batch_first=True)
         self.out = nn.Linear(16, 40)
@@ -52,7 +55,9 @@ class Translator(nn.Module):
     def forward(self, source, target):
         mask = nn.Transformer.generate_square_subsequent_mask(5)
         padding = source == 0
-        hidden = self.body(self.source(source), self.target(target), tgt_mask=mask, src_key_padding_mask=padding)
+        hidden = self.body(
+            self.source(source), self.target(target), tgt_mask=mask, src_key_padding_mask=padding, tgt_is_causal=self.is_causal
+        )
         return {"logits": self.out(hidden), "tokens": self.out(hidden).argmax(-1)}
 
 
@@ -197,3 +202,8 @@ def test_a_module_of_ones_own_is_exact_at_every_cut(make_case, tmp_path, name):
             leaves, form_here = pytree.tree_flatten(answer)
             assert form_of(form_here) == form_of(form)
             assert all(map(are_equal, leaves, expected)), f"{name}, cut at {chosen}"
+
+
+def test_a_mask_whose_values_torch_looks_at_gets_advice(tmp_path):
+    with pytest.raises(ExportError, match=r"cannot trace Translator: .*say so in the call \(is_causal=, tgt_is_causal=\)"):
+        export_module(Translator(None), (ints(30, 7)(2), ints(40, 5)(2)), directory=tmp_path)
