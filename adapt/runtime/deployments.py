@@ -32,6 +32,7 @@ from adapt.protocol.codecs import resolve_codec
 from adapt.protocol.ids import Digest, Epoch, WorkerId
 from adapt.protocol.messages import Deploy, DeploymentRecord, StagePlace
 from adapt.runtime.artifacts import ArtifactStore
+from adapt.runtime.profiles import KnownCosts
 from adapt.runtime.recipes import KEPT, Earlier, ProfiledProgram, Recipe
 from adapt.runtime.state import StateDirectory
 from adapt.scheduling.events import Version
@@ -333,7 +334,7 @@ def plan_freely(
     offers: Sequence[WorkerOffer],
     *,
     name: str,
-    costs_s: Mapping[WorkerId, Sequence[float]] | None = None,
+    known: Mapping[WorkerId, KnownCosts] | None = None,
     links: Mapping[WorkerId, Link] | None = None,
     exact: bool = False,
 ) -> tuple[CutModel, Plan]:
@@ -342,7 +343,7 @@ def plan_freely(
     A worker without a profile is as fast as it has proved to be, at first as fast as who exported the model.
 
     Args:
-        costs_s: seconds of each operator on the workers on whose kind of device the program was measured.
+        known: what the program takes on the workers on whose kind of device it was measured.
         links: to the workers, where they have been measured; the others are no limit.
         exact: requests stay in one numeric class: the plan is for the one that computes most and has the memory.
 
@@ -351,7 +352,8 @@ def plan_freely(
     source = read_program(store.path(program.digest))
     profile = profile_model(name, source, program.operator_costs_s)
     measured = {
-        worker: tuple(max(cost, LEAST_LAYER_S) for cost in layer_costs_s(profile, costs)) for worker, costs in (costs_s or {}).items()
+        worker: KnownCosts(tuple(max(cost, LEAST_LAYER_S) for cost in layer_costs_s(profile, costs.costs_s)), costs.handling)
+        for worker, costs in (known or {}).items()
     }
 
     def device(offer: WorkerOffer) -> DeviceProfile:
@@ -398,17 +400,25 @@ def _stepped(value: float) -> float:
     return 2.0 ** (round(math.log2(value) * 4) / 4)
 
 
-def _device(offer: WorkerOffer, model: ModelProfile, costs_s: tuple[float, ...] | None) -> DeviceProfile:
+def _device(offer: WorkerOffer, model: ModelProfile, measured: KnownCosts | None) -> DeviceProfile:
+    """`measured`: seconds of each layer."""
     budget_bytes = max(offer.free_bytes - HEADER_BYTES, 0)
-    if costs_s is None:
+    if measured is None:
         return DeviceProfile(name=offer.worker_id, speed=1.0 / _believed(offer.slowness), budget_bytes=budget_bytes)
+    costs_s = measured.costs_s
     usual = sum(costs_s) / model.seconds_before[-1] if model.seconds_before[-1] > 0 else 1.0
     drift = _believed(offer.slowness / usual) if offer.slowness != 1.0 and usual > 0 else 1.0  # 1: it has done nothing yet
     if 1 / PROFILE_HOLDS < drift < PROFILE_HOLDS:
         drift = 1.0
     drift = _stepped(drift)  # so that workers that are alike stay alike
     costs_s = costs_s if drift == 1.0 else tuple(cost * drift for cost in costs_s)
-    return DeviceProfile(name=offer.worker_id, speed=1.0 / (usual * drift or 1.0), budget_bytes=budget_bytes, costs_s=costs_s)
+    return DeviceProfile(
+        name=offer.worker_id,
+        speed=1.0 / (usual * drift or 1.0),
+        budget_bytes=budget_bytes,
+        costs_s=costs_s,
+        handling=measured.handling.times(drift),
+    )
 
 
 def _believed(ratio: float) -> float:
