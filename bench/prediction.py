@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python benc
 from bench.contestants.adapt_stream import AdaptStream
 from bench.harness.arguments import RESULTS
 from bench.harness.contest import Array
-from bench.harness.cpu import OthersMeter, use_of
+from bench.harness.cpu import OthersMeter, Use, use_of
 from bench.harness.ledger import Ledger, Request
 from bench.harness.machine import Facts, facts, in_words, lines
 from bench.harness.plot import Errors, draw_errors
@@ -84,7 +84,8 @@ class Sample:
         images: whose answers came.
         limiting: workers, as predicted.
         busiest: the worker that used most of its CPU share, and how much of it.
-        cpu_s, compute_s: of the busiest for each of its tasks: all its threads, and its clock while it computes.
+        cpu_s, loop_s: CPU seconds of the busiest for each of its tasks: of all its threads, and of its loop and ZeroMQ's thread.
+        compute_s: seconds of its clock while it computes.
     """
 
     model: str
@@ -100,6 +101,7 @@ class Sample:
     busiest: str
     busiest_share: float
     cpu_s: float
+    loop_s: float
     compute_s: float
     others_cores: float
 
@@ -184,8 +186,9 @@ class Bench:
         """Of each worker: seconds on its compute thread, and tasks."""
         return {worker.worker_id: (worker.compute_s, worker.tasks_done) for worker in self.client.status().workers}
 
-    def cpu_s(self) -> dict[str, float]:
-        return {name: sum(use_of({name: pid}).values()) for name, pid in self.workers().items()}
+    def cpu(self) -> dict[str, Use]:
+        """Of each worker that lives."""
+        return {name: use_of({name: pid}) for name, pid in self.workers().items()}
 
 
 def _until(is_so: Callable[[], bool], otherwise: str) -> None:
@@ -270,13 +273,14 @@ def measure(bench: Bench, deployed: adapt.Model, ledger: Ledger, task: Task, for
 
 
 def _window(bench: Bench, ledger: Ledger, foreseen: Prediction, digest: str, place: int, length_s: float) -> Sample:
-    meter, cpu_s, computed, began = OthersMeter(), bench.cpu_s(), bench.computed(), time.monotonic()
+    meter, cpu, computed, began = OthersMeter(), bench.cpu(), bench.computed(), time.monotonic()
     meter.begin(bench)  # type: ignore[arg-type]  # of a contestant it needs its processes
     time.sleep(length_s)
     ended = time.monotonic()
     meter.end(bench)  # type: ignore[arg-type]
-    used = {name: after_s - cpu_s[name] for name, after_s in bench.cpu_s().items()}
-    busiest = max(used, key=lambda name: used[name] / CORES[name])
+    used = {name: after - cpu[name] for name, after in bench.cpu().items()}
+    busiest = max(used, key=lambda name: used[name].total() / CORES[name])
+    loop_s = sum(seconds for (_, kind), seconds in used[busiest].items() if kind in ("main", "io"))
     compute_s, tasks = (after - before for after, before in zip(bench.computed()[busiest], computed[busiest], strict=True))
     moments = [one.ended_s for one in ledger.requests() if one.answers and began <= one.ended_s < ended]
     return Sample(
@@ -291,8 +295,9 @@ def _window(bench: Bench, ledger: Ledger, foreseen: Prediction, digest: str, pla
         images=len(moments),
         limiting="+".join(foreseen.limiting),
         busiest=busiest,
-        busiest_share=used[busiest] / (ended - began) / CORES[busiest],
-        cpu_s=used[busiest] / max(tasks, 1),
+        busiest_share=used[busiest].total() / (ended - began) / CORES[busiest],
+        cpu_s=used[busiest].total() / max(tasks, 1),
+        loop_s=loop_s / max(tasks, 1),
         compute_s=compute_s / max(tasks, 1),
         others_cores=meter.figures(1)["others_cores"],
     )
@@ -454,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             trials = try_model(model, plans, given, moment, console)
             whole.samples += trials.samples
             whole.requests += trials.requests
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:
         print(f"bench.prediction: {error}", file=sys.stderr)
         return 1
     _present(whole, given, moment, known, console)

@@ -8,10 +8,12 @@ A device of a stage needs, for one request,
     star, not overlapped   cpu + received / down + sent / up + both latencies
     direct                 cpu;  the link to the next device has its own time, sent / rate of the pair
 
-Codecs, and the handling of a task and its bytes, use the CPU that computes: true where a control group or a single core is shared by all
-threads of a worker; where other cores are idle they do it meanwhile, and it takes a little less. Replicas of a stage share its requests in proportion to their rates, which is the best they can do: a stage
-of devices that need t1, t2 ... has the time 1 / (1/t1 + 1/t2 + ...). In a star all activations, the input and the output included, pass the
-dispatcher's port one after the other. A device serves one stage at most.
+Codecs, and the handling of a task and its bytes, use the CPU that computes: so it is where all threads of a worker share a core or a quota;
+where other cores are idle, these do it meanwhile, and it takes a little less than predicted.
+
+Replicas of a stage share its requests in proportion to their rates, which is the best they can do: a stage of devices that need t1, t2 ... has
+the time 1 / (1/t1 + 1/t2 + ...). In a star all activations, the input and the output included, pass the dispatcher's port one after the
+other. A device serves one stage at most.
 """
 
 from __future__ import annotations

@@ -88,6 +88,7 @@ def sample(window: int, measured_per_s: float, *, plan: str = "2") -> bench.Samp
         busiest="w2",
         busiest_share=0.99,
         cpu_s=0.02,
+        loop_s=0.001,
         compute_s=0.09,
         others_cores=0.2,
     )
