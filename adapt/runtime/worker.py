@@ -513,7 +513,13 @@ class Worker:
 
     def _open_profiler(self, path: Path, repetitions: int) -> Profiler:
         program = read_program(path, verify=False)  # its digest has just been compared
-        return Profiler(program, device=self._device, repetitions=repetitions, room_bytes=lambda: self._stages.room_bytes)
+        return Profiler(
+            program,
+            device=self._device,
+            repetitions=repetitions,
+            room_bytes=lambda: self._stages.room_bytes,
+            is_throttled=self._device == "cpu" and 0 < allowed_cores() < self._config.threads,
+        )
 
     def _open_meter(self) -> HandlingMeter:
         return HandlingMeter(
