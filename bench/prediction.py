@@ -58,7 +58,7 @@ from bench.workloads.vision import SEED, answers, images
 
 QUESTION = "Does a cluster do what is predicted of it?"
 CORES = {"w1": 0.5, "w2": 0.35, "w3": 0.25, "w4": 0.2}  # the rest of two cores is for dispatcher, client and the others of this machine
-LEAVERS = ("w2", "w3")  # in this order: the most unequal ones stay
+DEVICES = {4: tuple(CORES), 3: ("w1", "w3", "w4"), 2: ("w1", "w4")}  # for so many stages
 MODELS = ("mobilenet_v2", "resnet50", "vgg16")
 AUTO = "auto"
 PLANS = (AUTO, "4", "3", "2")
@@ -113,22 +113,30 @@ class Sample:
 # ── the cluster ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def described() -> ClusterSpec:
-    return ClusterSpec(name="prediction", devices=tuple(DeviceSpec(name=name, cores=cores) for name, cores in CORES.items()))
+def described(names: Sequence[str]) -> ClusterSpec:
+    return ClusterSpec(name="prediction", devices=tuple(DeviceSpec(name=name, cores=CORES[name]) for name in names))
+
+
+def devices_of(plan: str) -> tuple[str, ...]:
+    """All, or the most unequal ones."""
+    return tuple(CORES) if plan == AUTO else DEVICES[int(plan)]
 
 
 class Bench:
-    """A cluster with its client. A context manager; `name` and `processes` are for the meters."""
+    """A cluster of these devices, with its client. A context manager; `name` and `processes` are for the meters.
+
+    Workers have done nothing yet: one stage for each, as a dispatcher does not know who is slow. What was measured is in the directory.
+    """
 
     name = "adapt"
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, names: Sequence[str]) -> None:
+        self._directory, self._names = directory, names
 
     def __enter__(self) -> Bench:
         with contextlib.ExitStack() as stack:
             self.cluster = stack.enter_context(
-                adapt.EmulatedCluster(described(), directory=self._directory, dispatcher=dict[str, object](HOLD_STILL))
+                adapt.EmulatedCluster(described(self._names), directory=self._directory, dispatcher=dict[str, object](HOLD_STILL))
             )
             self.client = stack.enter_context(adapt.Client(self.cluster.address))
             self._stack = stack.pop_all()
@@ -143,17 +151,6 @@ class Bench:
     def workers(self) -> dict[str, int]:
         """Process of each that lives."""
         return {device.name: device.pid for device in self.cluster.workers if device.is_alive}
-
-    def leave_only(self, count: int) -> None:
-        """The others drain, and are gone."""
-        for name in LEAVERS:
-            if len(self.workers()) > count and name in self.workers():
-                self.cluster.device(name).terminate()
-                self.cluster.device(name).wait(WAIT_S)
-                _until(lambda name=name: name not in self._ready(), f"{name} has not left")
-
-    def _ready(self) -> set[str]:
-        return {worker.worker_id for worker in self.client.status().workers if worker.state == "ready"}
 
     def record(self, name: str) -> DeploymentRecord | None:
         """Of a deployment, as the plan is now."""
@@ -172,10 +169,6 @@ class Bench:
             return False
         resident = {worker.worker_id: set(worker.resident) for worker in self.client.status().workers if worker.state == "ready"}
         return all(stage.artifact in resident.get(worker, ()) for stage in record.stages for worker in stage.workers)
-
-    def undeploy(self, name: str) -> None:
-        self.client.undeploy(name)
-        _until(lambda: self.record(name) is None, f"{name} is still there")
 
     def operators(self, record: DeploymentRecord) -> list[int]:
         """Of each stage, counted in its file."""
@@ -232,7 +225,6 @@ def predicted(bench: Bench, task: Task, plan: str, record: DeploymentRecord) -> 
 
 def try_plan(bench: Bench, task: Task, plan: str, console: Console) -> tuple[list[Sample], list[Request]]:
     """Deploy, predict, and then measure. Raises RuntimeError: the plan did not hold still."""
-    bench.leave_only(len(CORES) if plan == AUTO else int(plan))
     deployed = bench.deploy(task.model, plan)
     record = bench.record(deployed.name)
     assert record is not None
@@ -253,11 +245,12 @@ def try_plan(bench: Bench, task: Task, plan: str, console: Console) -> tuple[lis
     error = foreseen.rate_per_s / rates.median - 1
     console.print(
         f"  measured {number(rates.median)} ({number(rates.low)} – {number(rates.high)}), error {error:+.1%}; {samples[-1].busiest} used "
-        f"{samples[-1].busiest_share:.0%} of its share",
+        f"{samples[-1].busiest_share:.0%} of its share: {1e3 * samples[-1].cpu_s:.2f} ms a task, {1e3 * samples[-1].loop_s:.2f} of them "
+        "on its loop",
         highlight=False,
         soft_wrap=True,
     )
-    bench.undeploy(deployed.name)
+    bench.client.undeploy(deployed.name)
     return samples, ledger.requests()
 
 
@@ -318,16 +311,18 @@ def try_model(model: str, plans: Sequence[str], given: argparse.Namespace, momen
     pool = images(POOL)
     console.print(f"\n[dim]{model}: the eager module's answers, a cluster, and its profile ...[/dim]", highlight=False)
     expected = answers(model, pool, threads=1)
+    windows = given.windows or (QUICK_WINDOWS if given.quick else WINDOWS)
+    least_s = (QUICK_LEAST_S if given.quick else LEAST_S) * given.scale
     trials = Trials()
-    with tempfile.TemporaryDirectory(prefix="bench-prediction-") as name, Bench(Path(name)) as bench:
-        profile = bench.client.profile(f"torchvision/{model}", seed=SEED, repetitions=REPETITIONS)
-        windows = given.windows or (QUICK_WINDOWS if given.quick else WINDOWS)
-        least_s = (QUICK_LEAST_S if given.quick else LEAST_S) * given.scale
+    with tempfile.TemporaryDirectory(prefix="bench-prediction-") as name:
+        with Bench(Path(name), tuple(CORES)) as bench:
+            profile = bench.client.profile(f"torchvision/{model}", seed=SEED, repetitions=REPETITIONS)
         task = Task(model, pool, expected, profile, windows, least_s, given.out, moment)
         (path := task.file("-profile.json")).write_text(profile.to_json(), encoding="utf-8")
         _tell_profile(profile, path, console)
         for plan in plans:
-            samples, requests = try_plan(bench, task, plan, console)
+            with Bench(Path(name), devices_of(plan)) as bench:
+                samples, requests = try_plan(bench, task, plan, console)
             trials.samples += samples
             trials.requests += requests
     return trials
@@ -450,7 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench.prediction: no shares of the CPU here: {'; '.join(missing)}", file=sys.stderr)
         return 2
     models = (given.model,) if given.model else MODELS[:1] if given.quick else MODELS
-    plans = [plan for plan in PLANS if given.plan is None or plan in given.plan]  # devices only leave
+    plans = [plan for plan in PLANS if given.plan is None or plan in given.plan]
     console, known, moment = wide_console(), facts(), datetime.now()  # noqa: DTZ005 - of the person who looks for the file
     console.print(f"[bold]{QUESTION}[/bold]\n[dim]{escape(in_words(known))}[/dim]", highlight=False, soft_wrap=True)
     whole = Trials()
