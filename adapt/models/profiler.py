@@ -66,12 +66,12 @@ class Profiler:
     window, after that what the window before has computed. Then its weights go. Times are differences of medians of prefix times, and so add
     up to what a run takes.
 
-    Where the CPU is cut off and given back every few milliseconds, pauses are longer than most operators, and fall anywhere. There the
-    processor's clock tells how a run is divided, and all runs together how much longer it takes.
+    Where a quota cuts the CPU off and gives it back every few milliseconds, pauses are longer than most operators, and fall anywhere. There the
+    processor's clock is read instead, and what it says divided by the quota: that much longer it takes, as the kernel sees to.
 
     Args:
         device: where stages run.
-        is_throttled: a control group allows this process less CPU than it would use.
+        cores: that a control group allows this process, if that is less than the one thread which computes would use; 0: it is not.
         room_bytes: what may be held now; asked before each window.
 
     Attributes:
@@ -86,10 +86,10 @@ class Profiler:
         device: torch.device | str = "cpu",
         repetitions: int = 9,
         room_bytes: Callable[[], int] = lambda: 1 << 62,
-        is_throttled: bool = False,
+        cores: float = 0.0,
     ) -> None:
         self._program, self._device, self._room_bytes = program, torch.device(device), room_bytes
-        self._repetitions, self._is_throttled = repetitions, is_throttled
+        self._repetitions, self._cores = repetitions, cores
         self._operators = len(program.graph.operators)
         self._model = profile_model("", program, [0.0] * self._operators)
         self._cuts = legal_cuts(program)
@@ -169,17 +169,15 @@ class Profiler:
             stage.step(run, position)
             if is_cuda:
                 torch.cuda.synchronize(self._device)
-            used_s = thread_time() - used_s  # between the two looks at the clock: Linux throttles a thread when a system call returns
+            used_s = thread_time() - used_s
             times.append(_Lap(perf_counter() - began, used_s))
             self._done += worth
             yield
         return times, stage.finish(run)
 
     def _keep(self, piece: Window, runs: Sequence[Sequence[_Lap]]) -> None:
-        times = [[lap.cpu_s if self._is_throttled else lap.clock_s for lap in run] for run in runs]
-        cpu_s = sum(lap.cpu_s for run in runs for lap in run)
-        slower = _seconds(runs) / cpu_s if self._is_throttled and cpu_s > 0 else 1.0
-        prefixes = [slower * median(moments) for moments in zip(*(accumulate(run) for run in times), strict=True)]
+        times = [[lap.cpu_s / self._cores if self._cores else lap.clock_s for lap in run] for run in runs]
+        prefixes = [median(moments) for moments in zip(*(accumulate(run) for run in times), strict=True)]
         grown = list(accumulate(prefixes, max, initial=0.0))  # medians of two places may come from two runs
         for position, (before, after) in zip(piece.positions, pairwise(grown), strict=True):
             if position >= 0 and self.costs_s[position] is None:  # a constant is computed in each window that needs it

@@ -32,8 +32,8 @@ from adapt.runtime.endpoint import WatchedSocket, letter, parcels, read
 from adapt.runtime.link import DEFAULT_PIECE_BYTES
 
 SMALL_BYTES, LARGE_BYTES = 128 << 10, 1 << 20  # activations of that order travel in pieces, as most do
-ROUNDS = 2  # of each size in a sample
-SAMPLES = 9  # of which the median counts, after one to warm up
+ROUNDS, IN_FLIGHT = 4, 2  # of each size in a sample; as on a busy worker, where one task computes and one waits
+SAMPLES = 7  # of which the median counts, after one to warm up
 WORK_S, WORKED_BYTES = 0.002, 4 << 20  # of the stage
 PATIENCE_S = 5.0  # for a sample: somebody may have forbidden this machine to talk to itself
 LIMIT_BYTES = 16 << 20
@@ -125,7 +125,7 @@ class _Circle:
         self._assembler = Assembler(session=SESSION, term=TERM, limit_bytes=LIMIT_BYTES)
         self._transfers = itertools.count(1)
         self._stage = Echo()
-        self._left = 0
+        self._left = self._unsent = 0  # rounds that have not come to their end, and those that have not begun
         self._round: asyncio.Future[None] | None = None
 
     async def open(self) -> None:
@@ -142,9 +142,10 @@ class _Circle:
         """CPU seconds of this process for each of so many rounds, without those of the stage."""
         header, payload = codecs.encode(np.random.default_rng(0).random(size_bytes // 4, np.float32))
         self._round = asyncio.get_running_loop().create_future()
-        self._left = rounds
+        self._left, self._unsent = rounds, max(rounds - IN_FLIGHT, 0)
         began = process_time() - self._stage.spent_s
-        self._send([header], (Blob.of(payload),))
+        for _ in range(min(rounds, IN_FLIGHT)):
+            self._send([header], (Blob.of(payload),))
         await self._round
         return (process_time() - self._stage.spent_s - began) / rounds
 
@@ -173,9 +174,10 @@ class _Circle:
 
     def _came_round(self, leaves: Sequence[Leaf], blobs: tuple[Blob, ...]) -> None:
         self._left -= 1
-        if self._left:
+        if self._unsent:
+            self._unsent -= 1
             self._send(leaves, blobs)
-        else:
+        if not self._left:
             self._end(None)
 
     def _end(self, error: BaseException | None) -> None:

@@ -518,8 +518,13 @@ class Worker:
             device=self._device,
             repetitions=repetitions,
             room_bytes=lambda: self._stages.room_bytes,
-            is_throttled=self._device == "cpu" and 0 < allowed_cores() < self._config.threads,
+            cores=self._quota(),
         )
+
+    def _quota(self) -> float:
+        """The share of a core that its one thread which computes has to do with; 0: all of one, or there are several threads."""
+        cores = allowed_cores()
+        return cores if cores < 1 and self._device == "cpu" and self._config.threads == 1 else 0.0
 
     def _open_meter(self) -> HandlingMeter:
         return HandlingMeter(

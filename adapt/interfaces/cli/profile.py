@@ -142,7 +142,7 @@ def _on_this_machine(options: argparse.Namespace, source: NamedSource, told: Tol
         devices.warm_up("cpu")
         kind = replace(DeviceKind.of(devices.device_facts("cpu", threads=1), allowed_cores()), workers=(HERE,))
         chosen([kind], options.device_class)
-        profiler = Profiler(program, repetitions=options.repetitions, is_throttled=kind.cores > 0)
+        profiler = Profiler(program, repetitions=options.repetitions, cores=kind.cores)
         while profiler.step():
             told("measuring on this machine", profiler.share)
         return combined(source.model, program, [(kind, Measured(profiler.costs_s))], quick_s)
