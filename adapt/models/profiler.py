@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import Any
+from time import perf_counter, thread_time
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,16 +51,27 @@ def profile_file(
     return operator_costs_s(stage, example_inputs(stage.inputs, batch), repetitions)
 
 
+class _Lap(NamedTuple):
+    """One operator in one run: by the clock, and of this thread on the processor."""
+
+    clock_s: float
+    cpu_s: float
+
+
 class Profiler:
     """Measures a program on this device, a slice at a time, and never holds more than it is given room for.
 
     A *window* is a run of layers, between two legal cuts, whose weights and activations fit into the room: all of the program, if it does.
     It runs as the stage that it could be, once to warm up and then `repetitions` times on inputs of batch 1: made-up ones for the first
     window, after that what the window before has computed. Then its weights go. Times are differences of medians of prefix times, and so add
-    up to what a run takes, also on a device whose share of the CPU is cut off and given back every few milliseconds.
+    up to what a run takes.
+
+    Where a quota cuts the CPU off and gives it back every few milliseconds, pauses are longer than most operators, and fall anywhere. There the
+    processor's clock is read instead, and what it says divided by the quota: that much longer it takes, as the kernel sees to.
 
     Args:
         device: where stages run.
+        cores: that a control group allows this process, if that is less than the one thread which computes would use; 0: it is not.
         room_bytes: what may be held now; asked before each window.
 
     Attributes:
@@ -69,10 +80,16 @@ class Profiler:
     """
 
     def __init__(
-        self, program: Program, *, device: torch.device | str = "cpu", repetitions: int = 9, room_bytes: Callable[[], int] = lambda: 1 << 62
+        self,
+        program: Program,
+        *,
+        device: torch.device | str = "cpu",
+        repetitions: int = 9,
+        room_bytes: Callable[[], int] = lambda: 1 << 62,
+        cores: float = 0.0,
     ) -> None:
         self._program, self._device, self._room_bytes = program, torch.device(device), room_bytes
-        self._repetitions = repetitions
+        self._repetitions, self._cores = repetitions, cores
         self._operators = len(program.graph.operators)
         self._model = profile_model("", program, [0.0] * self._operators)
         self._cuts = legal_cuts(program)
@@ -132,9 +149,9 @@ class Profiler:
         inputs = example_inputs(stage.inputs, 1) if values is None else values
         first = self._model.layers[begin - 1].end if begin else 0
         operators = self._model.layers[end - 1].end - first
-        runs: list[list[float]] = []
+        runs: list[list[_Lap]] = []
         outputs: list[Leaf] = []
-        while len(runs) <= LEAST_RUNS or (len(runs) <= self._repetitions and sum(map(sum, runs)) < ENOUGH_S):
+        while len(runs) <= LEAST_RUNS or (len(runs) <= self._repetitions and _seconds(runs) < ENOUGH_S):
             worth = operators / (max(self._repetitions, LEAST_RUNS) + 1)
             self._done = first + worth * len(runs)
             times, outputs = yield from self._timed_run(stage, inputs, worth / max(len(stage), 1))
@@ -142,23 +159,25 @@ class Profiler:
         self._keep(piece, runs[1:])
         return outputs
 
-    def _timed_run(self, stage: Stage, inputs: Sequence[Leaf], worth: float) -> Generator[None, None, tuple[list[float], list[Leaf]]]:
+    def _timed_run(self, stage: Stage, inputs: Sequence[Leaf], worth: float) -> Generator[None, None, tuple[list[_Lap], list[Leaf]]]:
         """`worth`: of an operator, for `share`; on a slow device one run may take minutes."""
         is_cuda = self._device.type == "cuda"
         run = stage.begin(inputs)
         times = []
         for position in range(len(stage)):
-            began = perf_counter()
+            began, used_s = perf_counter(), thread_time()
             stage.step(run, position)
             if is_cuda:
                 torch.cuda.synchronize(self._device)
-            times.append(perf_counter() - began)
+            used_s = thread_time() - used_s
+            times.append(_Lap(perf_counter() - began, used_s))
             self._done += worth
             yield
         return times, stage.finish(run)
 
-    def _keep(self, piece: Window, runs: Sequence[Sequence[float]]) -> None:
-        prefixes = [median(moments) for moments in zip(*(accumulate(run) for run in runs), strict=True)]
+    def _keep(self, piece: Window, runs: Sequence[Sequence[_Lap]]) -> None:
+        times = [[lap.cpu_s / self._cores if self._cores else lap.clock_s for lap in run] for run in runs]
+        prefixes = [median(moments) for moments in zip(*(accumulate(run) for run in times), strict=True)]
         grown = list(accumulate(prefixes, max, initial=0.0))  # medians of two places may come from two runs
         for position, (before, after) in zip(piece.positions, pairwise(grown), strict=True):
             if position >= 0 and self.costs_s[position] is None:  # a constant is computed in each window that needs it
@@ -171,6 +190,11 @@ class Profiler:
             f"no room to profile any of {counted(len(sizes), 'layer')}: the smallest, {self._model.layers[least].place}, needs "
             f"{sizes[least] / MEBIBYTE:.1f} MiB, and of the stage budget {self._room_bytes() / MEBIBYTE:.1f} MiB are free"
         )
+
+
+def _seconds(runs: Sequence[Sequence[_Lap]]) -> float:
+    """That all of them took."""
+    return sum(lap.clock_s for run in runs for lap in run)
 
 
 def example_inputs(specs: Sequence[ValueSpec], batch: int) -> list[Leaf]:

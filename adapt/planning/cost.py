@@ -4,13 +4,16 @@
 
 A device of a stage needs, for one request,
 
-    star, overlapped       max(decode + compute + encode,  received / down,  sent / up)
-    star, not overlapped   decode + compute + encode + received / down + sent / up + both latencies
-    direct                 decode + compute + encode;  the link to the next device has its own time, sent / rate of the pair
+    star, overlapped       max(cpu,  received / down,  sent / up)            cpu = decode + compute + encode + handling
+    star, not overlapped   cpu + received / down + sent / up + both latencies
+    direct                 cpu;  the link to the next device has its own time, sent / rate of the pair
 
-Codecs use the CPU that computes. Replicas of a stage share its requests in proportion to their rates, which is the best they can do: a stage
-of devices that need t1, t2 ... has the time 1 / (1/t1 + 1/t2 + ...). In a star all activations, the input and the output included, pass the
-dispatcher's port one after the other. A device serves one stage at most.
+Codecs, and the handling of a task and its bytes, use the CPU that computes: so it is where all threads of a worker share a core or a quota;
+where other cores are idle, these do it meanwhile, and it takes a little less than predicted.
+
+Replicas of a stage share its requests in proportion to their rates, which is the best they can do: a stage of devices that need t1, t2 ... has
+the time 1 / (1/t1 + 1/t2 + ...). In a star all activations, the input and the output included, pass the dispatcher's port one after the
+other. A device serves one stage at most.
 """
 
 from __future__ import annotations
@@ -147,11 +150,12 @@ def _together(busy_s: Sequence[float]) -> float:
 def _times(model: ModelProfile, cluster: ClusterProfile, stage: StageLayout, number: int, entering: int, leaving: int) -> _Times:
     device = cluster.devices[number]
     coding_s = (model.decode_s(stage.begin, entering) + model.encode_s(stage.end, leaving)) / device.speed
-    down_s = model.wire_bytes(stage.begin, entering) / device.down_bytes_per_s
-    up_s = model.wire_bytes(stage.end, leaving) / device.up_bytes_per_s
+    received, sent = model.wire_bytes(stage.begin, entering), model.wire_bytes(stage.end, leaving)
+    handling_s = device.handling.task_s + device.handling.byte_s * (received + sent)
+    down_s, up_s = received / device.down_bytes_per_s, sent / device.up_bytes_per_s
     if cluster.pairs is not None:  # only the ends of the model cross the devices' own links
         down_s, up_s = (down_s if stage.begin == 0 else 0.0), (up_s if stage.end == len(model.layers) else 0.0)
-    return _Times(compute_s(model, device, stage.begin, stage.end) + coding_s, down_s, up_s, 2 * device.latency_s)
+    return _Times(compute_s(model, device, stage.begin, stage.end) + coding_s + handling_s, down_s, up_s, 2 * device.latency_s)
 
 
 def compute_s(model: ModelProfile, device: DeviceProfile, begin: int, end: int) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from adapt.planning.model import ModelProfile
+from adapt.planning.model import NO_HANDLING, Handling, ModelProfile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,7 @@ class DeviceProfile:
         down_bytes_per_s, up_bytes_per_s: received and sent.
         latency_s: added to each direction.
         costs_s: seconds of each layer where they were measured on this kind of device; instead of reference seconds over speed.
+        handling: what each task takes besides, in seconds of this device.
     """
 
     name: str
@@ -36,6 +37,7 @@ class DeviceProfile:
     up_bytes_per_s: float = math.inf
     latency_s: float = 0.0
     costs_s: tuple[float, ...] | None = None
+    handling: Handling = NO_HANDLING
 
     def layer_costs_s(self, model: ModelProfile) -> tuple[float, ...]:
         return self.costs_s or tuple(layer.cost_s / self.speed for layer in model.layers)

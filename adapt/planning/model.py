@@ -64,6 +64,33 @@ class CodecProfile:
 RAW = CodecProfile(name="raw")
 
 
+@dataclass(frozen=True, slots=True)
+class Handling:
+    """What a worker does with a task besides computing and codecs: taking it from the wire, checking it, sending its answer.
+
+    Attributes:
+        task_s: for each task.
+        byte_s: for each byte that it receives or sends.
+    """
+
+    task_s: float = 0.0
+    byte_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(value) and value >= 0 for value in (self.task_s, self.byte_s)):
+            raise ValueError(f"handling of {self.task_s:g} s a task and {self.byte_s:g} s a byte: expected finite seconds, not negative")
+
+    def times(self, factor: float) -> Handling:
+        return Handling(self.task_s * factor, self.byte_s * factor)
+
+    def at_share(self, cores: float) -> Handling:
+        """Of a worker whose control group allows it so many cores, from that of a whole one; 0: no limit."""
+        return self if cores <= 0 or cores >= 1 else self.times(1.0 / cores)
+
+
+NO_HANDLING = Handling()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredCosts:
     """What a model takes on one kind of device.
@@ -74,6 +101,7 @@ class MeasuredCosts:
         threads: that one operator uses.
         cores: that its control group allows a worker; 0: no limit.
         costs_s: seconds of each layer.
+        handling: seconds of the processor, as if it had a whole core.
     """
 
     device_class: str
@@ -81,6 +109,7 @@ class MeasuredCosts:
     threads: int
     cores: float
     costs_s: tuple[float, ...]
+    handling: Handling = NO_HANDLING
 
 
 @dataclass(frozen=True)
@@ -151,6 +180,10 @@ class ModelProfile:
         """Seconds of each layer on a worker whose kind was measured."""
         return next((kind.costs_s for kind in self.measured if worker in kind.workers), None)
 
+    def handling_of(self, worker: str) -> Handling:
+        """Seconds at its share of the CPU; none if its kind was not measured."""
+        return next((kind.handling.at_share(kind.cores) for kind in self.measured if worker in kind.workers), NO_HANDLING)
+
     def with_codecs(self, *codecs: CodecProfile) -> ModelProfile:
         return replace(self, codecs=codecs)
 
@@ -187,6 +220,7 @@ def _measured(plain: Mapping[str, Any]) -> MeasuredCosts:
         threads=int(plain["threads"]),
         cores=float(plain["cores"]),
         costs_s=tuple(float(cost) for cost in plain["costs_s"]),
+        handling=Handling(**{key: float(value) for key, value in plain.get("handling", {}).items()}),
     )
 
 

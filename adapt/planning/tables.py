@@ -140,6 +140,7 @@ def _class_tables(
 ) -> tuple[Floats, Floats]:
     before_s = np.concatenate([[0.0], np.cumsum(profile.layer_costs_s(model))])[at]
     cpu_s = before_s[None, :] - before_s[:, None] + (decode_s[:, None] + encode_s[None, :]) / profile.speed
+    cpu_s += profile.handling.task_s + profile.handling.byte_s * (wire[:, None] + wire[None, :])
     down_s, up_s = wire / profile.down_bytes_per_s, wire / profile.up_bytes_per_s
     if cluster.pairs is not None:
         down_s, up_s = np.where(at == 0, down_s, 0.0), np.where(at == len(model.layers), up_s, 0.0)

@@ -26,6 +26,7 @@ from adapt.models.canaries import FILE_LIMIT_BYTES, TOLERANCE, KnownCanaries, ch
 from adapt.models.interface import interface_digest
 from adapt.models.layers import completed, profile_model
 from adapt.models.program import Program, read_program
+from adapt.planning.model import Handling
 from adapt.planning.placement import NOBODY, Plan, WorkerOffer
 from adapt.protocol import codecs
 from adapt.protocol import messages as msg
@@ -38,6 +39,8 @@ from adapt.runtime.deployments import Blueprint, CutModel, Deployments, check, c
 from adapt.runtime.profiles import (
     DeviceKind,
     KeptProfile,
+    KnownCosts,
+    Measured,
     Profilers,
     ProfileStore,
     chosen,
@@ -373,15 +376,15 @@ class Deployer:
             model = await asyncio.to_thread(cut, self._store, recipe.program, recipe.stages)
             made |= {need.artifact for need in model.stages}
             return model, first_plan(model, offers, exact=recipe.is_exact)
-        costs_s = await asyncio.to_thread(self.known_costs, recipe.program, self._around.device_kinds())
+        known = await asyncio.to_thread(self.known_costs, recipe.program, self._around.device_kinds())
         model, plan = await asyncio.to_thread(
-            plan_freely, self._store, recipe.program, offers, name=name, costs_s=costs_s, links=self._around.links(), exact=recipe.is_exact
+            plan_freely, self._store, recipe.program, offers, name=name, known=known, links=self._around.links(), exact=recipe.is_exact
         )
         made |= {need.artifact for need in model.stages}
         return model, plan
 
-    def known_costs(self, program: ProfiledProgram, kinds: dict[WorkerId, DeviceKind]) -> dict[WorkerId, tuple[float, ...]]:
-        """Seconds of each operator on the workers whose kind was measured. Blocks."""
+    def known_costs(self, program: ProfiledProgram, kinds: dict[WorkerId, DeviceKind]) -> dict[WorkerId, KnownCosts]:
+        """What the program takes on the workers whose kind was measured. Blocks."""
         kept = self._profiles.read(form_of(self._store.path(program.digest)))
         return known_costs(kept, kinds, len(program.operator_costs_s))
 
@@ -422,24 +425,22 @@ class Deployer:
             raise ConfigError(f"{name}: the program cannot be profiled: {type(error).__name__}: {str(error)[:1000]}") from error
         return source
 
-    async def _measured(
-        self, client_id: ClientId, order: msg.Profile, program: ProfiledProgram
-    ) -> list[tuple[DeviceKind, Sequence[float | None]]]:
-        """Seconds of each operator on each kind of device that is wanted; raises PlanError if no kind could be measured."""
+    async def _measured(self, client_id: ClientId, order: msg.Profile, program: ProfiledProgram) -> list[tuple[DeviceKind, Measured]]:
+        """On each kind of device that is wanted; raises PlanError if no kind could be measured."""
         path = self._store.path(program.digest)
         form = await asyncio.to_thread(form_of, path)
         kept = {} if order.again else await asyncio.to_thread(self._profiles.read, form)
         free = {offer.worker_id: offer.free_bytes for offer in await self._around.offers(wait_s=0.0)}
-        found: list[tuple[DeviceKind, Sequence[float | None]]] = []
+        found: list[tuple[DeviceKind, Measured]] = []
         failed: PlanError | None = None
         for kind in chosen(kinds_of(self._around.device_kinds()), order.device_class):
             known = kept.get(kind.name)
             if known is not None and len(known.costs_s) == len(program.operator_costs_s):
-                found.append((kind, known.costs_s))
+                found.append((kind, Measured(list(known.costs_s), known.handling)))
                 continue
             roomy = sorted(kind.workers, key=lambda worker: (-free.get(worker, 0), worker))
             try:
-                worker_id, costs_s = await self.profilers.measure(
+                worker_id, measured = await self.profilers.measure(
                     program.digest,
                     path.stat().st_size,
                     replace(kind, workers=tuple(roomy)),
@@ -450,19 +451,21 @@ class Deployer:
                 self._progress(client_id, order.call, str(error))
                 failed = error
                 continue
-            if len(costs_s) != len(program.operator_costs_s):
-                failed = PlanError(f"{worker_id} measured {len(costs_s)} operators, the program has {len(program.operator_costs_s)}")
+            if len(measured.costs_s) != len(program.operator_costs_s):
+                failed = PlanError(
+                    f"{worker_id} measured {len(measured.costs_s)} operators, the program has {len(program.operator_costs_s)}"
+                )
                 continue
-            await self._keep(form, kind, worker_id, completed(costs_s, program.operator_costs_s))
-            found.append((replace(kind, workers=(worker_id, *(other for other in kind.workers if other != worker_id))), costs_s))
+            await self._keep(form, kind, worker_id, completed(measured.costs_s, program.operator_costs_s), measured.handling)
+            found.append((replace(kind, workers=(worker_id, *(other for other in kind.workers if other != worker_id))), measured))
         if not found:
             raise failed or PlanError("no worker is left that could be measured")
         return found
 
-    async def _keep(self, form: str, kind: DeviceKind, worker_id: WorkerId, costs_s: tuple[float, ...]) -> None:
+    async def _keep(self, form: str, kind: DeviceKind, worker_id: WorkerId, costs_s: tuple[float, ...], handling: Handling) -> None:
         if not is_believable(costs_s):  # as completed by what a client has sent
             return
-        profile = KeptProfile(device_class=kind.name, worker=worker_id, cores=kind.cores, costs_s=costs_s)
+        profile = KeptProfile(device_class=kind.name, worker=worker_id, cores=kind.cores, costs_s=costs_s, handling=handling)
         await asyncio.to_thread(self._profiles.write, form, profile)
 
     # ── what both need ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -27,6 +27,7 @@ from adapt.protocol.codecs import resolve_codec
 from adapt.protocol.ids import Digest, Epoch, WorkerId
 from adapt.protocol.messages import Deploy, DeploymentRecord, StagePlace
 from adapt.runtime.artifacts import ArtifactStore
+from adapt.runtime.profiles import KnownCosts
 from adapt.runtime.recipes import KEPT, Earlier, ProfiledProgram, Recipe
 from adapt.runtime.state import StateDirectory
 from adapt.runtime.terms import Proposal, Terms
@@ -337,7 +338,7 @@ def plan_freely(
     offers: Sequence[WorkerOffer],
     *,
     name: str,
-    costs_s: Mapping[WorkerId, Sequence[float]] | None = None,
+    known: Mapping[WorkerId, KnownCosts] | None = None,
     links: Mapping[WorkerId, Link] | None = None,
     exact: bool = False,
 ) -> tuple[CutModel, Plan]:
@@ -346,14 +347,14 @@ def plan_freely(
     A worker without a profile is as fast as it has proved to be, at first as fast as who exported the model.
 
     Args:
-        costs_s: seconds of each operator on the workers on whose kind of device the program was measured.
+        known: what the program takes on the workers on whose kind of device it was measured.
         links: to the workers, where they have been measured; the others are no limit.
         exact: requests stay in one numeric class: the plan is for the one that computes most and has the memory.
 
     Raises: as `cut`; PlanError: the workers' memory cannot hold the model; says what is missing.
     """
     source = read_program(store.path(program.digest))
-    terms = Terms.of(profile_model(name, source, program.operator_costs_s), costs_s or {}, links or {})
+    terms = Terms.of(profile_model(name, source, program.operator_costs_s), known or {}, links or {})
     return _as_proposed(store, program, source, terms.best(offers, exact=exact), Epoch(1))
 
 

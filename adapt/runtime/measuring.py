@@ -1,6 +1,7 @@
 """A worker's profiles: a program is fetched, measured on the compute thread while nothing else is there to do, and told.
 
     ProfileProgram  one at a time; another one, or one while draining, is refused
+    the first one   what a task takes besides computing is measured before it (handling.py), once in the life of the worker
     CancelProfile   it ends at the next pause, and nothing more is said of it; so does a lost session
     LoadStage       goes first: a profile whose weights take the room that the stage needs is given up
 
@@ -19,6 +20,7 @@ from typing import Any, Protocol, TypeAlias
 
 from adapt.clock import Clock, monotonic
 from adapt.errors import AdaptError, OverloadedError, PlanError
+from adapt.planning.model import NO_HANDLING, Handling
 from adapt.protocol.ids import Digest
 from adapt.protocol.messages import (
     ArtifactMissing,
@@ -54,6 +56,15 @@ class Profiler(Protocol):
     def step(self) -> bool: ...
 
 
+class Meter(Protocol):
+    """What is needed of `handling.HandlingMeter`."""
+
+    @property
+    def handling(self) -> Handling: ...
+
+    def step(self) -> bool: ...
+
+
 class Slices(Protocol):
     """What is needed of `executor.Chore`."""
 
@@ -67,7 +78,8 @@ class Measuring:
 
     Args:
         open_profiler: of a program's file and a number of runs; blocks, on a thread of its own.
-        begin: has the steps of a profiler done on the compute thread.
+        open_meter: of what a task takes besides computing; None: it is not measured.
+        begin: has the steps of a profiler or meter done on the compute thread.
         send: sends a message to the dispatcher; False when that is not possible at the moment.
         spawn: starts a named background task whose owner outlives this object.
     """
@@ -77,17 +89,19 @@ class Measuring:
         store: ArtifactStore,
         *,
         open_profiler: Callable[[Path, int], Profiler],
+        open_meter: Callable[[], Meter] | None = None,
         begin: Callable[[Callable[[], bool]], Slices],
         send: Callable[[Said], bool],
         spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]],
         clock: Clock = monotonic,
     ) -> None:
-        self._store, self._open_profiler, self._begin = store, open_profiler, begin
+        self._store, self._open_profiler, self._open_meter, self._begin = store, open_profiler, open_meter, begin
         self._send, self._spawn, self._clock = send, spawn, clock
         self._program: Digest | None = None  # that is being measured
         self._task: asyncio.Task[None] | None = None
         self._download: Download | None = None
         self._profiler: Profiler | None = None
+        self._handling: Handling | None = None  # once it has been measured
         self._tell_at = 0.0  # moment from which on it may be said again how much has been fetched
 
     @property
@@ -147,6 +161,7 @@ class Measuring:
                 await self._pull(program, order.file_bytes, thread)
             path = self._store.path(program)
             self._profiler = await asyncio.get_running_loop().run_in_executor(thread, self._open_profiler, path, order.repetitions)
+            handling = await self._handled()
             costs_s = await self._costs_s(program, self._profiler)
         except Exception as error:  # foreign code: a program may come from anybody, and it must not end the worker
             self._program = None
@@ -154,7 +169,7 @@ class Measuring:
         else:
             self._program = None
             log.info("program profiled", extra={"program": program, "seconds": sum(cost or 0.0 for cost in costs_s)})
-            self._send(ProgramProfiled(program=program, costs_s=costs_s))
+            self._send(ProgramProfiled(program=program, costs_s=costs_s, task_s=handling.task_s, byte_s=handling.byte_s))
         finally:
             thread.shutdown(wait=False, cancel_futures=True)
             self._profiler = None
@@ -176,6 +191,22 @@ class Measuring:
             share = min(fetch.offset / max(self._download.file_bytes, 1), 1.0)
             self._send(ProfileProgress(program=fetch.artifact, step="fetching the program", share=share))
         return self._send(fetch)
+
+    async def _handled(self) -> Handling:
+        """What a task takes besides computing; nothing if that cannot be measured here: a profile without it is still one."""
+        if self._handling is None and self._open_meter is not None:
+            meter = self._open_meter()
+            slices = self._begin(meter.step)
+            try:
+                await asyncio.wrap_future(slices.done)
+                self._handling = meter.handling
+                log.info("handling measured", extra={"task_s": self._handling.task_s, "byte_s": self._handling.byte_s})
+            except AdaptError as error:
+                log.warning("what a task takes besides computing was not measured", extra={"reason": str(error)})
+                self._handling = NO_HANDLING
+            finally:
+                slices.cancel()
+        return self._handling or NO_HANDLING
 
     async def _costs_s(self, program: Digest, profiler: Profiler) -> list[float | None]:
         slices = self._begin(profiler.step)

@@ -23,16 +23,17 @@ from adapt.errors import AdaptError, ConfigError, PlanError
 from adapt.models.layers import completed, layer_costs_s, profile_model
 from adapt.models.program import Program
 from adapt.models.tensorfile import canonical_json, read_tensor_file
-from adapt.planning.model import MeasuredCosts, ModelProfile, typical_codecs
+from adapt.planning.model import NO_HANDLING, Handling, MeasuredCosts, ModelProfile, typical_codecs
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import Digest, WorkerId
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 KEPT = 256  # forms of programs, those measured last
 LEAST_CORES, MOST_CORES = 0.01, 1e6  # what may be believed: no control group hands out less
 BELIEVED_S = (1e-9, 1e9)  # of a whole program
+MOST_HANDLING = Handling(task_s=1.0, byte_s=1e-6)  # that is believed
 SILENCE_S = 60.0  # without progress of a worker that should be measuring; it tells of some a few times a second unless others keep it busy
 MOST_STEPS = 16  # of a profile, each with words of its own
 
@@ -104,6 +105,7 @@ class KeptProfile:
     worker: str
     cores: float
     costs_s: tuple[float, ...]
+    handling: Handling = NO_HANDLING  # of a whole core
 
 
 class ProfileStore:
@@ -157,7 +159,10 @@ def _kept(plain: Mapping[str, Any]) -> KeptProfile:
     cores = float(plain["cores"])
     if not all(cost >= 0 for cost in costs_s) or not is_believable(costs_s) or not (cores == 0 or LEAST_CORES <= cores <= MOST_CORES):
         raise ValueError("seconds and cores are such as there may be")
-    return KeptProfile(device_class=str(plain["device_class"]), worker=str(plain["worker"]), cores=cores, costs_s=costs_s)
+    handling = Handling(**{key: float(value) for key, value in plain["handling"].items()})
+    return KeptProfile(
+        device_class=str(plain["device_class"]), worker=str(plain["worker"]), cores=cores, costs_s=costs_s, handling=handling
+    )
 
 
 def is_believable(costs_s: Iterable[float | None]) -> bool:
@@ -166,12 +171,18 @@ def is_believable(costs_s: Iterable[float | None]) -> bool:
     return least_s <= sum(cost for cost in costs_s if cost is not None) <= most_s
 
 
-def known_costs(
-    kept: Mapping[str, KeptProfile], workers: Mapping[WorkerId, DeviceKind], operators: int
-) -> dict[WorkerId, tuple[float, ...]]:
-    """Seconds of each operator on each worker of whose kind there is a profile. One that differs from it only in its share of the CPU is
-    as much slower as its share is smaller."""
-    found: dict[WorkerId, tuple[float, ...]] = {}
+@dataclass(frozen=True, slots=True)
+class KnownCosts:
+    """What a program takes on one worker: seconds of each operator, and what a task takes besides, both at its share of the CPU."""
+
+    costs_s: tuple[float, ...]
+    handling: Handling = NO_HANDLING
+
+
+def known_costs(kept: Mapping[str, KeptProfile], workers: Mapping[WorkerId, DeviceKind], operators: int) -> dict[WorkerId, KnownCosts]:
+    """Of each worker of whose kind there is a profile. One that differs from it only in its share of the CPU is as much slower as its share is
+    smaller."""
+    found: dict[WorkerId, KnownCosts] = {}
     for worker_id, kind in workers.items():
         whole_name = kind.name.removesuffix(f"/{kind.cores:.2g}-cores") if kind.cores else kind.name
         exact = kept.get(kind.name)
@@ -182,18 +193,26 @@ def known_costs(
         slower = (profile.cores or kind.threads) / (kind.cores or kind.threads)
         costs_s = profile.costs_s if slower == 1.0 else tuple(cost * slower for cost in profile.costs_s)
         if is_believable(costs_s):
-            found[worker_id] = costs_s
+            found[worker_id] = KnownCosts(costs_s, profile.handling.at_share(kind.cores))
     return found
 
 
 # ── measured by workers ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a worker says: seconds of each operator, None where it had no room for its layer; and what a task takes of a whole core besides."""
+
+    costs_s: list[float | None]
+    handling: Handling = NO_HANDLING
+
+
 @dataclass(slots=True)
 class _Waiting:
     """For one worker's answer."""
 
-    answer: asyncio.Future[list[float | None]]
+    answer: asyncio.Future[Measured]
     told: Told
     heard: asyncio.Event
     steps: dict[str, float] = field(default_factory=dict)  # how far each has come
@@ -220,8 +239,8 @@ class Profilers:
 
     async def measure(
         self, program: Digest, file_bytes: int, kind: DeviceKind, *, repetitions: int, told: Told
-    ) -> tuple[WorkerId, list[float | None]]:
-        """Seconds of each operator on a worker of this kind: the first one that can.
+    ) -> tuple[WorkerId, Measured]:
+        """By a worker of this kind: the first one that can.
 
         Raises:
             PlanError: none has room for any layer, or all are too busy or leave.
@@ -246,7 +265,7 @@ class Profilers:
             case msg.ProfileProgress(step=step, share=share):
                 waiting.note(f"{worker_id}: {step}", share)
             case msg.ProgramProfiled(costs_s=costs_s) if is_believable(costs_s):
-                waiting.answer.set_result(costs_s)
+                waiting.answer.set_result(Measured(costs_s, _believed(message)))
             case msg.ProgramProfiled(costs_s=costs_s):
                 seconds = sum(cost or 0.0 for cost in costs_s)
                 waiting.answer.set_exception(PlanError(f"it says that the program takes {seconds:g} s, which nobody can have measured"))
@@ -263,7 +282,7 @@ class Profilers:
             if other == worker_id and not waiting.answer.done():
                 waiting.answer.set_exception(PlanError("it has left"))
 
-    async def _measured_by(self, worker_id: WorkerId, program: Digest, file_bytes: int, repetitions: int, told: Told) -> list[float | None]:
+    async def _measured_by(self, worker_id: WorkerId, program: Digest, file_bytes: int, repetitions: int, told: Told) -> Measured:
         waiting = _Waiting(asyncio.get_running_loop().create_future(), told, asyncio.Event())
         with self._registered((worker_id, program), waiting):
             self._make_room(worker_id)
@@ -299,17 +318,19 @@ class Profilers:
             heard.cancel()
 
 
+def _believed(message: msg.ProgramProfiled) -> Handling:
+    return Handling(min(message.task_s, MOST_HANDLING.task_s), min(message.byte_s, MOST_HANDLING.byte_s))
+
+
 # ── for people and for planning ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def combined(
-    name: str, program: Program, profiles: Sequence[tuple[DeviceKind, Sequence[float | None]]], quick_s: Sequence[float]
-) -> ModelProfile:
+def combined(name: str, program: Program, profiles: Sequence[tuple[DeviceKind, Measured]], quick_s: Sequence[float]) -> ModelProfile:
     """What planning knows of a model that was measured on these kinds of devices, whose first worker each was measured.
 
     Its reference device is one core of the fastest kind that computes with one thread, if there is one."""
-    whole = [(kind, completed(costs_s, quick_s)) for kind, costs_s in profiles]
-    kind, costs_s = min(whole, key=lambda item: (item[0].threads != 1, sum(item[1]) * (item[0].cores or 1.0)))
+    whole = [(kind, completed(measured.costs_s, quick_s), measured.handling) for kind, measured in profiles]
+    kind, costs_s, _ = min(whole, key=lambda item: (item[0].threads != 1, sum(item[1]) * (item[0].cores or 1.0)))
     reference_s = [cost * (kind.cores or 1.0) for cost in costs_s]
     words = f"{kind.title}, measured on {kind.workers[0]}" + (
         f"; seconds of one core, {kind.cores:.2g} of what it took" if kind.cores else ""
@@ -322,7 +343,8 @@ def combined(
             threads=kind.threads,
             cores=kind.cores,
             costs_s=layer_costs_s(model, costs_s),
+            handling=handling,
         )
-        for kind, costs_s in whole
+        for kind, costs_s, handling in whole
     ]
     return replace(model, measured=tuple(measured))

@@ -163,12 +163,12 @@ class Replanner:
         if len(self._around.present()) == 1:  # no copies of other deployments' stages: nobody has asked for this
             with_copies = _as_slow(await self._around.offers(wait_s=0.0, with_copies=True), slowness)
             offers += [with_copies] if with_copies != offers[0] else []
-        costs_s = await asyncio.to_thread(self._deployer.known_costs, recipe.program, kinds)
-        seen = (standing, offers, links, costs_s)
+        known = await asyncio.to_thread(self._deployer.known_costs, recipe.program, kinds)
+        seen = (standing, offers, links, known)
         if seen == watched.seen and not watched.patience.is_waiting:
             return None
         watched.seen = seen
-        terms, there = Terms.of(watched.model, costs_s, links), offers[0]
+        terms, there = Terms.of(watched.model, known, links), offers[0]
         present_s = terms.seconds(there, standing)
         best = await asyncio.to_thread(self._best, watched, terms, offers, present_s, exact=recipe.is_exact)
         chosen = watched.patience.look(present_s, best, lambda proposal: terms.seconds(there, proposal))

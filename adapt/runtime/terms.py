@@ -22,6 +22,7 @@ from adapt.planning.model import ModelProfile
 from adapt.planning.placement import WorkerOffer, apart
 from adapt.planning.replanning import bottleneck_s
 from adapt.protocol.ids import WorkerId
+from adapt.runtime.profiles import KnownCosts
 from adapt.scheduling.links import Link
 
 HEADER_BYTES = 256 << 10  # of a stage's file, beside its weights, at most
@@ -46,13 +47,16 @@ class Terms:
     """See the head of this file."""
 
     model: ModelProfile
-    measured: Mapping[WorkerId, tuple[float, ...]]  # seconds of each layer, on workers of whose kind they are known
+    measured: Mapping[WorkerId, KnownCosts]  # seconds of each layer, on workers of whose kind they are known
     links: Mapping[WorkerId, Link]
 
     @classmethod
-    def of(cls, model: ModelProfile, costs_s: Mapping[WorkerId, Sequence[float]], links: Mapping[WorkerId, Link]) -> Self:
-        """`costs_s`: seconds of each operator of the program, on these workers."""
-        measured = {worker: tuple(max(cost, LEAST_LAYER_S) for cost in layer_costs_s(model, costs)) for worker, costs in costs_s.items()}
+    def of(cls, model: ModelProfile, known: Mapping[WorkerId, KnownCosts], links: Mapping[WorkerId, Link]) -> Self:
+        """`known`: what the program takes on these workers, operator by operator."""
+        measured = {
+            worker: KnownCosts(tuple(max(cost, LEAST_LAYER_S) for cost in layer_costs_s(model, costs.costs_s)), costs.handling)
+            for worker, costs in known.items()
+        }
         return cls(model, measured, links)
 
     def best(self, offers: Sequence[WorkerOffer], *, exact: bool) -> Proposal:
@@ -109,17 +113,25 @@ def _stepped(value: float) -> float:
     return math.exp2(round(math.log2(value) * 4) / 4)
 
 
-def _device(offer: WorkerOffer, model: ModelProfile, costs_s: tuple[float, ...] | None) -> DeviceProfile:
+def _device(offer: WorkerOffer, model: ModelProfile, measured: KnownCosts | None) -> DeviceProfile:
+    """`measured`: seconds of each layer."""
     budget_bytes = max(offer.free_bytes - HEADER_BYTES, 0)
-    if costs_s is None:
+    if measured is None:
         return DeviceProfile(name=offer.worker_id, speed=1.0 / _believed(offer.slowness), budget_bytes=budget_bytes)
+    costs_s = measured.costs_s
     usual = sum(costs_s) / model.seconds_before[-1] if model.seconds_before[-1] > 0 else 1.0
     drift = _believed(offer.slowness / usual) if offer.slowness != 1.0 and usual > 0 else 1.0  # 1: it has done nothing yet
     if 1 / PROFILE_HOLDS < drift < PROFILE_HOLDS:
         drift = 1.0
     drift = _stepped(drift)  # so that workers that are alike stay alike
     costs_s = costs_s if drift == 1.0 else tuple(cost * drift for cost in costs_s)
-    return DeviceProfile(name=offer.worker_id, speed=1.0 / (usual * drift or 1.0), budget_bytes=budget_bytes, costs_s=costs_s)
+    return DeviceProfile(
+        name=offer.worker_id,
+        speed=1.0 / (usual * drift or 1.0),
+        budget_bytes=budget_bytes,
+        costs_s=costs_s,
+        handling=measured.handling.times(drift),
+    )
 
 
 def _believed(ratio: float) -> float:

@@ -60,6 +60,7 @@ from adapt.protocol.wire import Blob
 from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.cores import allowed_cores
 from adapt.runtime.executor import Begun, Cancelled, Chore, Crashed, Done, Event, Executor, Failed, RunnableStage, State, Work
+from adapt.runtime.handling import HandlingMeter
 from adapt.runtime.link import LinkEvent, LinkReceived, LinkRefused, PeerLink, SessionLost, SessionOpened
 from adapt.runtime.measuring import Measuring
 from adapt.runtime.probing import payload
@@ -160,6 +161,7 @@ class Worker:
         self._measuring = Measuring(
             self._store,
             open_profiler=self._open_profiler,
+            open_meter=self._open_meter,
             begin=self._take_on,
             send=self._send,
             spawn=self._spawn,
@@ -511,7 +513,29 @@ class Worker:
 
     def _open_profiler(self, path: Path, repetitions: int) -> Profiler:
         program = read_program(path, verify=False)  # its digest has just been compared
-        return Profiler(program, device=self._device, repetitions=repetitions, room_bytes=lambda: self._stages.room_bytes)
+        return Profiler(
+            program,
+            device=self._device,
+            repetitions=repetitions,
+            room_bytes=lambda: self._stages.room_bytes,
+            cores=self._quota(),
+        )
+
+    def _quota(self) -> float:
+        """The share of a core that its one thread which computes has to do with; 0: all of one, or there are several threads."""
+        cores = allowed_cores()
+        return cores if cores < 1 and self._device == "cpu" and self._config.threads == 1 else 0.0
+
+    def _open_meter(self) -> HandlingMeter:
+        return HandlingMeter(
+            lambda notify: Executor(
+                device=self._device,
+                threads=self._config.threads,
+                limit_bytes=self._config.max_message_bytes,
+                notify=notify,
+                clock=self._clock,
+            )
+        )
 
     def _take_on(self, step: Callable[[], bool]) -> Chore:
         chore = Chore(step)

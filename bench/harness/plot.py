@@ -127,6 +127,35 @@ def _draw_lines(panel: Any, group: Lines, names: Sequence[str]) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """How far a prediction was off: its error as a share, least and most."""
+
+    name: str
+    figure: Figure
+
+
+def draw_errors(path: Path, question: str, rows: Sequence[Errors], *, goal: float, foot: str = "") -> None:
+    """A dot for each prediction, from above down, beside the band in which it should be."""
+    figure, (panel,) = _figure(1, width=8.5, height=1.9 + 0.36 * len(rows))
+    panel.axvspan(-100 * goal, 100 * goal, color=LIMIT, alpha=0.25, linewidth=0, zorder=0)
+    panel.axvline(0, color="#333333", linewidth=1)
+    for place, row in enumerate(reversed(rows)):
+        middle, low, high = (100 * value for value in (row.figure.median, row.figure.low, row.figure.high))
+        panel.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="o", color=OURS, capsize=3, zorder=3)
+        panel.annotate(f"{middle:+.1f} %", (high, place), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9)
+    panel.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
+    panel.set_ylim(-0.7, len(rows) - 0.3)
+    furthest = max(abs(value) for row in rows for value in (row.figure.low, row.figure.high))
+    reach = 100 * max(1.3 * furthest, 1.5 * goal)
+    panel.set_xlim(-reach, 1.1 * reach)
+    panel.set_xlabel(f"predicted above measured, % (band: {100 * goal:.0f} %)")
+    panel.grid(axis="x", alpha=0.3)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    _finish(figure, path, question, foot)
+
+
 def _figure(columns: int, *, width: float, height: float) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas

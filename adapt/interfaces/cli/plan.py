@@ -123,7 +123,7 @@ def _measured(options: argparse.Namespace) -> ModelProfile:
 
 def _as_measured(cluster: ClusterProfile, model: ModelProfile) -> ClusterProfile:
     """Devices that are called as workers on whose kind the model was measured take the seconds that it took there."""
-    devices = (replace(device, costs_s=model.costs_of(device.name)) for device in cluster.devices)
+    devices = (replace(device, costs_s=model.costs_of(device.name), handling=model.handling_of(device.name)) for device in cluster.devices)
     return replace(cluster, devices=tuple(devices))
 
 

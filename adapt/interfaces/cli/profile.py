@@ -28,7 +28,7 @@ from adapt.protocol.messages import NamedSource
 from adapt.runtime.calls import MOST_REPETITIONS, REPETITIONS, ToldShare
 from adapt.runtime.client import Client
 from adapt.runtime.cores import allowed_cores
-from adapt.runtime.profiles import DeviceKind, chosen, combined
+from adapt.runtime.profiles import DeviceKind, Measured, chosen, combined
 
 PLAIN_WIDTH = 140
 MOST_ROWS = 28
@@ -144,10 +144,10 @@ def _on_this_machine(options: argparse.Namespace, source: NamedSource, told: Tol
         devices.warm_up("cpu")
         kind = replace(DeviceKind.of(devices.device_facts("cpu", threads=1), allowed_cores()), workers=(HERE,))
         chosen([kind], options.device_class)
-        profiler = Profiler(program, repetitions=options.repetitions)
+        profiler = Profiler(program, repetitions=options.repetitions, cores=kind.cores)
         while profiler.step():
             told("measuring on this machine", profiler.share)
-        return combined(source.model, program, [(kind, profiler.costs_s)], quick_s)
+        return combined(source.model, program, [(kind, Measured(profiler.costs_s))], quick_s)
 
 
 @contextmanager

@@ -65,6 +65,27 @@ def test_timed_runs_are_not_watched(wide, monkeypatch):
     assert len(watched) == 7, "those of the run to warm up"
 
 
+def test_pauses_of_a_quota_are_shared_by_all_operators(wide, monkeypatch):
+    """2 ms of every 10: a pause falls into one run or the next, and into any operator; medians of the clock would miss most of them."""
+    cpu_s = clock_s = 0.0
+    step = interpreter.Stage.step
+
+    def throttled(self, run, position):
+        nonlocal cpu_s, clock_s
+        step(self, run, position)
+        pauses_before = int(cpu_s / 0.002)
+        cpu_s += 0.0003 * (position + 1)
+        clock_s += 0.0003 * (position + 1) + 0.008 * (int(cpu_s / 0.002) - pauses_before)
+
+    monkeypatch.setattr(interpreter.Stage, "step", throttled)
+    monkeypatch.setattr(models_profiler, "perf_counter", lambda: clock_s)
+    monkeypatch.setattr(models_profiler, "thread_time", lambda: cpu_s)
+    profiler = Profiler(wide.program, repetitions=3, cores=0.2)
+    while profiler.step():
+        pass
+    assert profiler.costs_s == pytest.approx([0.0015 * (place + 1) for place in range(7)])
+
+
 def test_a_layer_without_room_is_left_out_and_the_rest_is_measured(wide):
     profiler, held = measured(wide.program, 600 << 10)
     assert max(held) <= 600 << 10

@@ -7,7 +7,7 @@ import random
 
 from adapt.planning.cost import Layout, StageLayout
 from adapt.planning.devices import ClusterProfile, DeviceProfile
-from adapt.planning.model import RAW, CodecProfile, LayerProfile, ModelProfile
+from adapt.planning.model import NO_HANDLING, RAW, CodecProfile, Handling, LayerProfile, ModelProfile
 
 MIB = 1 << 20
 
@@ -51,6 +51,7 @@ def _kind(draw, number, layers):
         up_bytes_per_s=draw.choice([math.inf, draw.uniform(2e6, 100e6)]),
         latency_s=draw.choice([0.0, 0.01]),
         costs_s=tuple(draw.uniform(0.001, 0.1) for _ in range(layers)) if layers and draw.random() < 0.3 else None,
+        handling=draw.choice([NO_HANDLING, Handling(draw.uniform(0, 0.02), draw.uniform(0, 2e-8))]),
     )
 
 
@@ -124,8 +125,9 @@ class _Search:
             return math.inf
         compute = sum(device.costs_s[begin:end]) if device.costs_s else sum(layer.cost_s for layer in layers) / device.speed
         coding = arrives / model.codecs[entering].decode_bytes_per_s + leaves / model.codecs[leaving].encode_bytes_per_s
-        down = arrives / model.codecs[entering].ratio / device.down_bytes_per_s
-        up = leaves / model.codecs[leaving].ratio / device.up_bytes_per_s
+        received, sent = arrives / model.codecs[entering].ratio, leaves / model.codecs[leaving].ratio
+        compute += device.handling.task_s + device.handling.byte_s * (received + sent)
+        down, up = received / device.down_bytes_per_s, sent / device.up_bytes_per_s
         if self.cluster.pairs is not None:
             down, up = down * (begin == 0), up * (end == len(model.layers))
         parts = (compute + coding / device.speed, down, up)

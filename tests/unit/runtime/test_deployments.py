@@ -7,10 +7,12 @@ import torch
 
 from adapt.errors import PlanError
 from adapt.models.export import export_module
+from adapt.planning.model import Handling
 from adapt.planning.placement import WorkerOffer
 from adapt.protocol.ids import Digest, WorkerId
 from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.deployments import ProfiledProgram, plan_freely
+from adapt.runtime.profiles import KnownCosts
 from adapt.runtime.terms import HEADER_BYTES, MANY_KINDS
 from adapt.scheduling.links import Link
 
@@ -76,18 +78,26 @@ def test_very_many_kinds_of_workers_are_planned_for_all_the_same(stored):
 
 def test_measured_workers_are_planned_by_what_they_take(stored):
     operators = len(stored[1].operator_costs_s)
-    costs_s = {WorkerId("w1"): (0.003,) * operators, WorkerId("w2"): (0.001,) * operators}
-    model, plan = plan_freely(*stored, offers(6, 6), name="m", costs_s=costs_s)
+    known = {WorkerId("w1"): KnownCosts((0.003,) * operators), WorkerId("w2"): KnownCosts((0.001,) * operators)}
+    model, plan = plan_freely(*stored, offers(6, 6), name="m", known=known)
     assert dict(zip([at[0] for at in plan.places], layers_of(model), strict=True)) == {"w1": 2, "w2": 6}
-    uneven = {WorkerId("w1"): (0.002,) * operators, WorkerId("w2"): (0.001,) * 2 + (0.004,) * (operators - 2)}
-    model, plan = plan_freely(*stored, offers(6, 6), name="m", costs_s=uneven)
+    uneven = {WorkerId("w1"): KnownCosts((0.002,) * operators), WorkerId("w2"): KnownCosts((0.001,) * 2 + (0.004,) * (operators - 2))}
+    model, plan = plan_freely(*stored, offers(6, 6), name="m", known=uneven)
     assert [(at[0], count) for at, count in zip(plan.places, layers_of(model), strict=True)] == [("w2", 3), ("w1", 5)]
 
 
+def test_where_handling_takes_more_than_computing_the_model_is_not_cut(stored):
+    """Two workers that could hold it all: two stages would each have the handling to do, as much as two copies have."""
+    operators = len(stored[1].operator_costs_s)
+    known = {worker: KnownCosts((0.001,) * operators, Handling(task_s=0.1)) for worker in (WorkerId("w1"), WorkerId("w2"))}
+    _, plan = plan_freely(*stored, offers(40, 40), name="m", known=known)
+    assert plan.places == (("w1", "w2"),)
+
+
 def test_a_worker_that_has_proved_to_be_slow_is_not_believed_its_profile(stored):
-    costs_s = {worker: (0.001,) * len(stored[1].operator_costs_s) for worker in (WorkerId("w1"), WorkerId("w2"))}
+    known = {worker: KnownCosts((0.001,) * len(stored[1].operator_costs_s)) for worker in (WorkerId("w1"), WorkerId("w2"))}
     for slowness, layers in ((1.2, [4, 4]), (3.0, [6, 2])):
-        model, plan = plan_freely(*stored, offers(6, 6, slowness=(slowness, 1.0)), name="m", costs_s=costs_s)
+        model, plan = plan_freely(*stored, offers(6, 6, slowness=(slowness, 1.0)), name="m", known=known)
         assert sorted(layers_of(model), reverse=True) == layers
         assert layers == [4, 4] or plan.places[layers_of(model).index(2)] == ("w1",)
 
@@ -110,6 +120,7 @@ def test_a_worker_that_tells_nonsense_of_its_seconds_stops_no_plan(stored, slown
     operators = len(stored[1].operator_costs_s)
     odd = [1e-323] * (operators - 1) + [0.001]
     for costs_s in (None, {WorkerId("w1"): [0.001] * operators}, {WorkerId("w1"): odd, WorkerId("w2"): odd}):
-        _, plan = plan_freely(*stored, offers(6, 6, slowness=(slowness, 1.0)), name="m", costs_s=costs_s)
+        known = None if costs_s is None else {worker: KnownCosts(tuple(costs)) for worker, costs in costs_s.items()}
+        _, plan = plan_freely(*stored, offers(6, 6, slowness=(slowness, 1.0)), name="m", known=known)
         assert {worker for place in plan.places for worker in place} == {"w1", "w2"}
     assert plan_freely(*stored, offers(9, 9, slowness=(slowness, 1.0)), name="m", exact=True)

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from adapt.errors import AdaptError
 from adapt.models.export import export_module
+from adapt.planning.model import Handling
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import Digest
 from adapt.runtime.artifacts import ArtifactStore
@@ -32,7 +34,7 @@ def raising(error: Exception):
     return raise_it
 
 
-def said_of(store, program, *, open_profiler, error=None):
+def said_of(store, program, *, open_profiler, error=None, **options):
     """What a worker says of a program, whose background task must come to its end."""
 
     async def measure():
@@ -40,9 +42,10 @@ def said_of(store, program, *, open_profiler, error=None):
         measuring = Measuring(
             store,
             open_profiler=open_profiler,
-            begin=lambda step: slices(error),
+            begin=lambda step: slices(step if isinstance(step, Exception) else error),
             send=lambda message: said.append(message) or True,
             spawn=lambda work, name: asyncio.get_running_loop().create_task(work, name=name),
+            **options,
         )
         measuring.measure(msg.ProfileProgram(program=program.digest, file_bytes=program.path.stat().st_size, repetitions=3))
         await measuring._task
@@ -76,4 +79,18 @@ def test_so_is_one_that_fails_while_it_is_measured(store, program):
     (failed,) = said_of(store, program, open_profiler=lambda *_: profiler, error=MemoryError("no more"))
     assert isinstance(failed, msg.ProfileFailed) and "cannot be profiled: MemoryError: no more" in failed.message
     (told,) = said_of(store, program, open_profiler=lambda *_: profiler)
+    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1])
+
+
+def test_what_a_task_takes_besides_is_told_with_a_profile(store, program):
+    profiler = SimpleNamespace(costs_s=[0.1], held_bytes=0, share=0.0, step=lambda: False)
+    meter = SimpleNamespace(handling=Handling(0.001, 1e-9), step=lambda: False)
+    (told,) = said_of(store, program, open_profiler=lambda *_: profiler, open_meter=lambda: meter)
+    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1], task_s=0.001, byte_s=1e-9)
+
+
+def test_a_profile_without_it_is_still_one(store, program):
+    profiler = SimpleNamespace(costs_s=[0.1], held_bytes=0, share=0.0, step=lambda: False)
+    meter = SimpleNamespace(step=AdaptError("this machine does not talk to itself"))
+    (told,) = said_of(store, program, open_profiler=lambda *_: profiler, open_meter=lambda: meter)
     assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1])

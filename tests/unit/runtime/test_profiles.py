@@ -12,11 +12,23 @@ import torch
 from adapt.errors import ConfigError, OverloadedError, PlanError
 from adapt.models.export import export_module
 from adapt.models.program import read_program
-from adapt.planning.model import ModelProfile
+from adapt.planning.model import Handling, ModelProfile
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import Digest, WorkerId
 from adapt.runtime import profiles
-from adapt.runtime.profiles import DeviceKind, KeptProfile, Profilers, ProfileStore, chosen, combined, form_of, kinds_of, known_costs
+from adapt.runtime.profiles import (
+    DeviceKind,
+    KeptProfile,
+    KnownCosts,
+    Measured,
+    Profilers,
+    ProfileStore,
+    chosen,
+    combined,
+    form_of,
+    kinds_of,
+    known_costs,
+)
 
 PI = msg.DeviceFacts(device="cpu", device_name="Cortex-A72", threads=1, numeric_class="torch-2/cpu/Cortex-A72/NEON/threads=1")
 PC = msg.DeviceFacts(device="cpu", device_name="Xeon", threads=2, numeric_class="torch-2/cpu/Xeon/AVX512/threads=2")
@@ -26,8 +38,16 @@ PROGRAM = Digest("a" * 64)
 FORM = "f" * 64
 
 
+HANDLING = Handling(0.001, 1e-9)
+
+
 def kept(kind: DeviceKind, *costs_s: float, worker: str = "w1") -> KeptProfile:
-    return KeptProfile(device_class=kind.name, worker=worker, cores=kind.cores, costs_s=costs_s)
+    return KeptProfile(device_class=kind.name, worker=worker, cores=kind.cores, costs_s=costs_s, handling=HANDLING)
+
+
+def known(kept_profiles, workers, operators):
+    """Seconds alone."""
+    return {worker: costs.costs_s for worker, costs in known_costs(kept_profiles, workers, operators).items()}
 
 
 # ── kinds ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -52,8 +72,8 @@ def test_no_share_of_the_cpu_is_less_than_there_is():
     """Regression: one worker that told of 1e-320 cores made all plans divide by zero."""
     tiny, none = DeviceKind.of(PI, 1e-320), DeviceKind.of(PI, 0.0)
     assert (tiny.cores, none.cores) == (profiles.LEAST_CORES, 0.0)
-    assert known_costs({none.name: kept(none, 1.0)}, {W1: tiny}, 1) == {W1: (100.0,)}
-    assert known_costs({none.name: kept(none, 5e8)}, {W1: tiny, W2: none}, 1) == {W2: (5e8,)}
+    assert known({none.name: kept(none, 1.0)}, {W1: tiny}, 1) == {W1: (100.0,)}
+    assert known({none.name: kept(none, 5e8)}, {W1: tiny, W2: none}, 1) == {W2: (5e8,)}
 
 
 def test_kinds_are_chosen_by_a_part_of_their_name():
@@ -69,15 +89,21 @@ def test_kinds_are_chosen_by_a_part_of_their_name():
 
 def test_a_worker_of_a_measured_kind_takes_what_was_measured():
     pi, pc = DeviceKind.of(PI, 0.0), DeviceKind.of(PC, 0.0)
-    found = known_costs({pi.name: kept(pi, 1.0, 2.0)}, {W1: pi, W2: pc, W3: pi}, 2)
+    found = known({pi.name: kept(pi, 1.0, 2.0)}, {W1: pi, W2: pc, W3: pi}, 2)
     assert found == {W1: (1.0, 2.0), W3: (1.0, 2.0)}
-    assert known_costs({pi.name: kept(pi, 1.0, 2.0)}, {W1: pi}, 3) == {}
+    assert known({pi.name: kept(pi, 1.0, 2.0)}, {W1: pi}, 3) == {}
 
 
 def test_another_share_of_the_same_cpu_is_as_much_slower():
     whole, third, tenth = DeviceKind.of(PI, 0.0), DeviceKind.of(PI, 0.3), DeviceKind.of(PI, 0.1)
-    found = known_costs({third.name: kept(third, 1.0)}, {W1: whole, W2: third, W3: tenth}, 1)
+    found = known({third.name: kept(third, 1.0)}, {W1: whole, W2: third, W3: tenth}, 1)
     assert {worker: cost for worker, (cost,) in found.items()} == {W1: pytest.approx(0.3), W2: 1.0, W3: pytest.approx(3.0)}
+
+
+def test_what_a_task_takes_besides_grows_with_a_smaller_share_and_is_no_less_than_on_a_whole_core():
+    whole, third, four = DeviceKind.of(PI, 0.0), DeviceKind.of(PI, 0.25), DeviceKind.of(PC, 1.5)
+    found = known_costs({third.name: kept(third, 1.0), four.name: kept(four, 1.0)}, {W1: whole, W2: third, W3: four}, 1)
+    assert found == {W1: KnownCosts((0.25,), HANDLING), W2: KnownCosts((1.0,), Handling(0.004, 4e-9)), W3: KnownCosts((1.0,), HANDLING)}
 
 
 def test_what_is_kept_is_there_again(tmp_path):
@@ -89,13 +115,14 @@ def test_what_is_kept_is_there_again(tmp_path):
     assert ProfileStore(tmp_path / "profiles").read(FORM) == {pi.device_class: pi, pc.device_class: pc}
 
 
-def written(*costs_s: float, cores: float = 0.0) -> str:
-    profile = {"device_class": "pi", "worker": "w1", "cores": cores, "costs_s": costs_s}
-    return json.dumps({"version": 1, "profiles": [profile]})
+def written(*costs_s: float, cores: float = 0.0, byte_s: float = 0.0) -> str:
+    profile = {"device_class": "pi", "worker": "w1", "cores": cores, "costs_s": costs_s, "handling": {"task_s": 0.0, "byte_s": byte_s}}
+    return json.dumps({"version": 2, "profiles": [profile]})
 
 
-DAMAGED = ["", "[]", '{"version": 1, "profiles": [{}]}', '{"version": 9, "profiles": []}']
+DAMAGED = ["", "[]", '{"version": 2, "profiles": [{}]}', '{"version": 1, "profiles": []}']
 BEYOND_BELIEF = [written(0.0, 0.0), written(1e-323), written(-1.0, 2.0), written(math.nan), written(1e200), written(0.1, cores=1e-320)]
+BEYOND_BELIEF += [written(0.1, byte_s=math.inf), written(0.1, byte_s=-1.0)]
 
 
 @pytest.mark.parametrize("text", DAMAGED + BEYOND_BELIEF)
@@ -130,9 +157,10 @@ def test_what_planning_gets_is_in_seconds_of_one_core(tmp_path):
     program = exported(tmp_path)
     fast, slow = DeviceKind.of(PI, 0.5), DeviceKind.of(PI, 0.25)
     fast, slow = (profiles.replace(kind, workers=(worker,)) for kind, worker in ((fast, W1), (slow, W2)))
-    model = combined("m", program, [(slow, [0.8, 0.4, None]), (fast, [0.4, 0.2, 0.2])], [2.0, 1.0, 1.0])
+    model = combined("m", program, [(slow, Measured([0.8, 0.4, None], HANDLING)), (fast, Measured([0.4, 0.2, 0.2]))], [2.0, 1.0, 1.0])
     assert [layer.cost_s for layer in model.layers] == pytest.approx([0.2, 0.1, 0.1])
     assert model.costs_of("w2") == pytest.approx((0.8, 0.4, 0.4)) and model.costs_of("w1") == pytest.approx((0.4, 0.2, 0.2))
+    assert model.handling_of("w2") == Handling(0.004, 4e-9) and model.handling_of("w1") == model.handling_of("w3") == Handling()
     assert model.costs_of("w3") is None and "measured on w1" in model.reference
     assert ModelProfile.from_json(model.to_json()) == model
     assert json.loads(model.to_json())["measured"][0]["workers"] == ["w2"]
@@ -178,7 +206,7 @@ def gone(worker):
 def test_the_first_worker_that_can_measures():
     async def test():
         cluster = Cluster(w1=refused(W1, OverloadedError("busy", retry_after_s=1.0)), w2=gone(W2), w3=profiled(W3, 0.1, None))
-        assert await cluster.measure(W4, W1, W2, W3) == (W3, [0.1, None])
+        assert await cluster.measure(W4, W1, W2, W3) == (W3, Measured([0.1, None]))
         asked = [(worker, name) for worker, name in cluster.said if name == "ProfileProgram"]
         assert asked == [(worker, "ProfileProgram") for worker in (W4, W1, W2, W3)]
 
@@ -189,9 +217,19 @@ def test_the_first_worker_that_can_measures():
 def test_seconds_that_nobody_can_have_measured_are_not_taken(costs_s):
     async def test():
         cluster = Cluster(w1=profiled(W1, *costs_s), w2=profiled(W2, 0.1, 0.2))
-        assert await cluster.measure(W1, W2) == (W2, [0.1, 0.2])
+        assert await cluster.measure(W1, W2) == (W2, Measured([0.1, 0.2]))
         with pytest.raises(PlanError, match=r"w1: it says that the program takes .* s, which nobody can have measured"):
             await cluster.measure(W1)
+
+    asyncio.run(test())
+
+
+def test_what_a_task_takes_besides_is_believed_within_reason():
+    def says(cluster):
+        cluster.profilers.heard(W1, msg.ProgramProfiled(program=PROGRAM, costs_s=[0.1], task_s=1e9, byte_s=1e-9))
+
+    async def test():
+        assert await Cluster(w1=says).measure(W1) == (W1, Measured([0.1], Handling(profiles.MOST_HANDLING.task_s, 1e-9)))
 
     asyncio.run(test())
 
