@@ -91,7 +91,8 @@ def test_a_worker_that_fetches_a_program_is_not_probed(dispatcher, clock, monkey
         dispatcher._from_worker(session, beat)
         assert not probes
         dispatcher._from_worker(session, Envelope(msg.ProgramProfiled(program=PROGRAM, costs_s=[0.1]), session=session.number, term=1))
-        assert await first == ("w1", [0.1])
+        worker_id, measured = await first
+        assert (worker_id, measured.costs_s) == ("w1", [0.1])
         dispatcher._from_worker(session, beat)
         assert len(probes) == 1
         second = await profile()
