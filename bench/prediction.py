@@ -12,7 +12,8 @@ and more images in flight for each stage, every answer compared bit for bit with
     busiest     the worker that used most of its CPU share, and how much of it: who limits
     others      cores that other work on this machine kept busy; above 0.1 the figures are those of a crowd
 
-All settings are the defaults of ADAPT, but for `--relief`: plans hold still. Needs root, for shares of the CPU.
+All settings are the defaults of ADAPT but for those that would change plans meanwhile, or load something: `--relief`, `--replan-interval` and
+`--spares`. Needs root, for shares of the CPU.
 
     python bench/prediction.py --quick
 """
@@ -71,7 +72,7 @@ LEAST_S, QUICK_LEAST_S = 6.0, 3.0  # of a window
 LEAST_IMAGES = 30  # in a window, as predicted
 WARM_IMAGES = 2  # for each one in flight
 WAIT_S = 120.0
-HOLD_STILL = {"relief": 3600}
+HOLD_STILL = {"relief": 3600, "replan_interval": 0, "spares": 0}
 CROWD_CORES = 0.1
 
 
@@ -239,7 +240,7 @@ def try_plan(bench: Bench, task: Task, plan: str, console: Console) -> tuple[lis
     ledger = Ledger(task.pool, task.expected)
     samples = measure(bench, deployed, ledger, task, foreseen, digest)
     after = bench.record(deployed.name)
-    if after is None or [stage.workers for stage in after.stages] != [stage.workers for stage in record.stages]:
+    if after is None or _plan_of(after) != _plan_of(record):
         raise RuntimeError(f"{deployed.name}: the plan has changed while it was measured")
     rates = Figure.of(sample.measured_per_s for sample in samples)
     error = foreseen.rate_per_s / rates.median - 1
@@ -252,6 +253,10 @@ def try_plan(bench: Bench, task: Task, plan: str, console: Console) -> tuple[lis
     )
     bench.client.undeploy(deployed.name)
     return samples, ledger.requests()
+
+
+def _plan_of(record: DeploymentRecord) -> list[tuple[str, list[str]]]:
+    return [(stage.artifact, stage.workers) for stage in record.stages]
 
 
 def measure(bench: Bench, deployed: adapt.Model, ledger: Ledger, task: Task, foreseen: Prediction, digest: str) -> list[Sample]:
@@ -448,17 +453,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     plans = [plan for plan in PLANS if given.plan is None or plan in given.plan]
     console, known, moment = wide_console(), facts(), datetime.now()  # noqa: DTZ005 - of the person who looks for the file
     console.print(f"[bold]{QUESTION}[/bold]\n[dim]{escape(in_words(known))}[/dim]", highlight=False, soft_wrap=True)
-    whole = Trials()
+    whole, error = Trials(), None
     try:
         for model in models:
             trials = try_model(model, plans, given, moment, console)
             whole.samples += trials.samples
             whole.requests += trials.requests
-    except (RuntimeError, TimeoutError) as error:
+    except (RuntimeError, TimeoutError) as caught:  # what was measured until then is shown all the same
+        error = caught
         print(f"bench.prediction: {error}", file=sys.stderr)
-        return 1
-    _present(whole, given, moment, known, console)
-    return 1 if whole.bad else 0
+    if whole.samples or error is None:
+        _present(whole, given, moment, known, console)
+    return 1 if whole.bad or error is not None else 0
 
 
 def _present(whole: Trials, given: argparse.Namespace, moment: datetime, known: Facts, console: Console) -> None:

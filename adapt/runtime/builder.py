@@ -245,7 +245,7 @@ def _check_shape(shape: list[int] | None) -> None:
 
 def _staging(directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=".build-", dir=directory))
+    return Path(tempfile.mkdtemp(prefix=".build-", dir=directory.absolute()))
 
 
 def _store(built: dict[str, Any], staging: Path, directory: Path) -> BuiltProgram:

@@ -35,7 +35,7 @@ SMALL_BYTES, LARGE_BYTES = 128 << 10, 1 << 20  # activations of that order trave
 ROUNDS, IN_FLIGHT = 4, 2  # of each size in a sample; as on a busy worker, where one task computes and one waits
 SAMPLES = 7  # of which the median counts, after one to warm up
 WORK_S, WORKED_BYTES = 0.002, 4 << 20  # of the stage
-PATIENCE_S = 5.0  # for a sample: somebody may have forbidden this machine to talk to itself
+PATIENCE_S = 2.0  # for a sample: somebody may have forbidden this machine to talk to itself
 LIMIT_BYTES = 16 << 20
 SESSION = TERM = 1
 ARTIFACT = "0" * 64
@@ -70,7 +70,7 @@ class Runs(Protocol):
 
 
 class HandlingMeter:
-    """Measures in `step`s of some 20 ms of a plain core, which leave nothing behind.
+    """Measures in `step`s of 20 to 50 ms of a plain core, which leave nothing behind. A task that comes meanwhile waits for one of them.
 
     Args:
         open_executor: makes one like the worker's, given what it shall notify.
@@ -189,4 +189,4 @@ class _Circle:
             if (watched := getattr(self, end, None)) is not None:
                 watched.close()
         await self._executor.close()
-        self._context.term()
+        self._context.destroy(linger=0)

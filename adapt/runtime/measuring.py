@@ -60,6 +60,11 @@ class Meter(Protocol):
     """What is needed of `handling.HandlingMeter`."""
 
     @property
+    def share(self) -> float:
+        """How much is done, 0 to 1."""
+        ...
+
+    @property
     def handling(self) -> Handling: ...
 
     def step(self) -> bool: ...
@@ -161,7 +166,7 @@ class Measuring:
                 await self._pull(program, order.file_bytes, thread)
             path = self._store.path(program)
             self._profiler = await asyncio.get_running_loop().run_in_executor(thread, self._open_profiler, path, order.repetitions)
-            handling = await self._handled()
+            handling = await self._handled(program)
             costs_s = await self._costs_s(program, self._profiler)
         except Exception as error:  # foreign code: a program may come from anybody, and it must not end the worker
             self._program = None
@@ -192,35 +197,35 @@ class Measuring:
             self._send(ProfileProgress(program=fetch.artifact, step="fetching the program", share=share))
         return self._send(fetch)
 
-    async def _handled(self) -> Handling:
-        """What a task takes besides computing; nothing if that cannot be measured here: a profile without it is still one."""
+    async def _handled(self, program: Digest) -> Handling:
+        """What a task takes besides computing; nothing if that cannot be measured now: a profile without it is still one."""
         if self._handling is None and self._open_meter is not None:
             meter = self._open_meter()
-            slices = self._begin(meter.step)
             try:
-                await asyncio.wrap_future(slices.done)
-                self._handling = meter.handling
-                log.info("handling measured", extra={"task_s": self._handling.task_s, "byte_s": self._handling.byte_s})
-            except AdaptError as error:
-                log.warning("what a task takes besides computing was not measured", extra={"reason": str(error)})
-                self._handling = NO_HANDLING
-            finally:
-                slices.cancel()
+                await self._stepped(program, meter, "measuring what a task takes besides computing")
+            except Exception as error:  # of sockets and threads, which may be short for a moment
+                log.warning("what a task takes besides computing was not measured", extra={"reason": f"{type(error).__name__}: {error}"})
+                return NO_HANDLING
+            self._handling = meter.handling
+            log.info("handling measured", extra={"task_s": self._handling.task_s, "byte_s": self._handling.byte_s})
         return self._handling or NO_HANDLING
 
     async def _costs_s(self, program: Digest, profiler: Profiler) -> list[float | None]:
-        slices = self._begin(profiler.step)
+        await self._stepped(program, profiler, "measuring")
+        return profiler.costs_s
+
+    async def _stepped(self, program: Digest, work: Profiler | Meter, step: str) -> None:
+        """Have it done slice by slice, and tell how far it is."""
+        slices = self._begin(work.step)
         done = asyncio.wrap_future(slices.done)
         try:
             told = -1.0
             while not (await asyncio.wait([done], timeout=TELL_S))[0]:
-                if (
-                    share := min(profiler.share, 1.0)
-                ) > told:  # while others are served nothing is said, and the dispatcher draws its conclusion
+                # While others are served nothing is said, and the dispatcher draws its conclusion.
+                if (share := min(work.share, 1.0)) > told:
                     told = share
-                    self._send(ProfileProgress(program=program, step="measuring", share=share))
+                    self._send(ProfileProgress(program=program, step=step, share=share))
             done.result()
-            return profiler.costs_s
         finally:
             slices.cancel()  # on the compute thread the last reference goes, and with it the weights
 

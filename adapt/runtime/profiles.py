@@ -263,6 +263,7 @@ class Profilers:
             return
         match message:
             case msg.ProfileProgress(step=step, share=share):
+                self._make_room(worker_id)  # for longer
                 waiting.note(f"{worker_id}: {step}", share)
             case msg.ProgramProfiled(costs_s=costs_s) if is_believable(costs_s):
                 waiting.answer.set_result(Measured(costs_s, _believed(message)))

@@ -29,7 +29,7 @@ from adapt.scheduling.links import Link
 
 log = logging.getLogger(__name__)
 
-AFTER_FAILURE = 10  # looks to let pass
+AFTER_FAILURE = 10  # looks to let pass at least
 LOAD_TIMEOUT_S = 600.0  # other stages that are not ready by then are given up
 
 
@@ -40,8 +40,14 @@ class _Watched:
     model: ModelProfile
     patience: Patience[Proposal] = field(default_factory=Patience)
     figures: Figures[tuple[WorkerId, str]] = field(default_factory=Figures)
+    failures: int = 0  # to cut anew, one after the other
     seen: Any = None  # all that a plan depends on
     lack: str = ""  # why there was no plan, as it was logged last
+
+    def failed(self) -> None:
+        """What was loaded for nothing has cost something: each time it rests longer."""
+        self.failures += 1
+        self.put_off(AFTER_FAILURE * looks_after(self.failures - 1) if self.failures > 1 else AFTER_FAILURE)
 
     def put_off(self, looks: int) -> None:
         """After so many looks it is planned again, though nothing may have changed."""
@@ -142,12 +148,13 @@ class Replanner:
             self._failed(watched, facts, error)
         else:
             log.info("cut anew", extra=facts)
+            watched.failures = 0
             watched.patience.rest(looks_after(version.cut + 1))
 
     def _failed(self, watched: _Watched, facts: dict[str, object], error: BaseException) -> None:
         """The present plan goes on."""
         log.warning("not cut anew", extra=facts | {"reason": str(error)})
-        watched.put_off(AFTER_FAILURE)
+        watched.failed()
 
     # ── one look ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -130,6 +130,9 @@ class Residency:
             self._current.setdefault(version.deployment, version.key)
         for need, workers in zip(version.plan.stages, version.plan.places, strict=True):
             for worker_id in workers:
+                self._roster.member(worker_id).spares.pop(need.artifact, None)
+        for need, workers in zip(version.plan.stages, version.plan.places, strict=True):
+            for worker_id in workers:
                 member = self._roster.member(worker_id)
                 if member.verdict is Verdict.READY:
                     self._clear_room(member)
@@ -261,12 +264,15 @@ class Residency:
     def joined(self, member: Member, now: float) -> None:
         """Give a worker that has come (back) its part: what it holds, what it had, what nobody has, or what relieves the busiest."""
         self._prune_spares(member)
+        for artifact in sorted(member.resident):
+            if not any(self._wanting(artifact)):  # it has not heard that its version is gone
+                self._unload(member, artifact)
+        self._adopt(member)
         versions = list(self._versions.values())
         for live in versions:
             for stage, need in enumerate(live.plan.stages):
                 if member.worker_id in live.plan.places[stage]:
                     self._load(member, need.artifact, now)
-        self._adopt(member)
         for live in versions:  # of all versions, before any second place of any: without them no request of theirs can end
             for stage in orphans(live.plan):
                 if live.plan.stages[stage].memory_bytes <= self.offer(member).free_bytes:
@@ -340,8 +346,11 @@ class Residency:
 
     def _left_version(self, live: LiveVersion, member: Member, now: float) -> None:
         self._replan(live, live.plan.removed(member.worker_id))
-        for stage in orphans(live.plan) if not live.is_ready else ():
-            self._replace_or_fail(live, stage, WorkerLostError(member.worker_id, "it left while it was loading a stage"), now)
+        for stage in orphans(live.plan):
+            if not live.is_ready:
+                self._replace_or_fail(live, stage, WorkerLostError(member.worker_id, "it left while it was loading a stage"), now)
+            elif self._is_there(live, stage, self._spare_workers(live, stage, now), now):  # before its room is given to something else
+                self.stages_moved += 1
 
     # ── help for those who wait ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -353,12 +362,17 @@ class Residency:
             member = self._roster.get(worker_id)
             if member is not None and member.is_ready and need.artifact in member.loading and suits(member):
                 return True
-        spare = [m for m in self._roster if m.is_ready and m.worker_id not in places and not m.refuses(need.artifact, now) and suits(m)]
+        spare = [member for member in self._spare_workers(live, stage, now) if suits(member)]
         is_helped = self._is_there(live, stage, spare, now) or self._substitute(live, stage, spare, now)
         if not is_helped and not self._make_room(live, stage, spare, suits, now):
             return False
         self.stages_moved += 1
         return True
+
+    def _spare_workers(self, live: LiveVersion, stage: int, now: float) -> list[Member]:
+        """Those that may be given the stage besides its own."""
+        artifact, places = live.plan.stages[stage].artifact, live.plan.places[stage]
+        return [m for m in self._roster if m.is_ready and m.worker_id not in places and not m.refuses(artifact, now)]
 
     def _is_there(self, live: LiveVersion, stage: int, spare: list[Member], now: float) -> bool:
         """Whether somebody has it because of another version, or as a spare: then it takes no room."""
@@ -471,8 +485,8 @@ class Residency:
             self._drop_spare(member, artifact)
 
     def _unplace(self, member: Member, artifact: Digest, size_bytes: int) -> None:
-        """No plan wants it there any more; if one wants it at all, it is a spare."""
-        if any(self._wanting(artifact)):
+        """No plan wants it there any more; if one wants it at all, it may be a spare."""
+        if self._spares.are_wanted and any(self._wanting(artifact)):
             member.spares[artifact] = size_bytes
             self._drop_spares(member)
         else:
@@ -490,9 +504,18 @@ class Residency:
 
     def resident(self, member: Member, artifact: Digest) -> None:
         self._due.clear((member.worker_id, artifact))
-        member.loading.discard(artifact)
-        member.resident.add(artifact)
-        member.refused.pop(artifact, None)  # it was given up, and came after all
+        if artifact not in member.loading and not self._is_placed(member, artifact):
+            wanted = next(self._wanting(artifact), None)
+            if wanted is None or artifact not in member.refused:  # it was told to unload it, or has begun anew since
+                self._unload(member, artifact)
+                return
+            member.resident.add(artifact)  # it was given up, and came after all
+            member.spares[artifact] = wanted.need.memory_bytes
+            self._drop_spares(member)
+        else:
+            member.loading.discard(artifact)
+            member.resident.add(artifact)
+        member.refused.pop(artifact, None)
         self.has_spares_to_tend = True
         self._check_all()
         self._woken()
@@ -533,9 +556,8 @@ class Residency:
     def _replace_or_fail(self, live: LiveVersion, stage: int, error: AdaptError, now: float) -> None:
         if live.is_retired:  # it has failed already, for another stage
             return
-        artifact, places = live.plan.stages[stage].artifact, live.plan.places[stage]
-        spare = [m for m in self._roster if m.is_ready and m.worker_id not in places and not m.refuses(artifact, now)]
-        if self._substitute(live, stage, spare, now) or places:
+        is_elsewhere = not live.version.cut and self._substitute(live, stage, self._spare_workers(live, stage, now), now)
+        if is_elsewhere or live.plan.places[stage]:  # another cut is worth it as it was planned, or not at all
             return
         self._take_from(live)
         self._retire(live, error)

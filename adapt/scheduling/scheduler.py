@@ -55,7 +55,7 @@ from adapt.scheduling.policies import POLICIES
 from adapt.scheduling.qos import Breaker
 from adapt.scheduling.queues import Entry, StageKey, StageQueues
 from adapt.scheduling.requests import POISONED, Attempt, Ended, EndedRequests, Request
-from adapt.scheduling.residency import REFUSED_S, Residency
+from adapt.scheduling.residency import REFUSED_S, SPARELESS_S, Residency
 from adapt.scheduling.roster import Member, Roster, Slot
 from adapt.scheduling.settings import SchedulerSettings
 from adapt.scheduling.tokens import RetryTokens
@@ -79,7 +79,7 @@ LOOK_AGAIN_S = 0.01  # the least pause before looking whether a busy worker is s
 
 
 # What can fall due, as a key of the deadline heap: "deadline", "attempt", "hedge", "retry", "forget", "client", "member", "load", "look",
-# "breaker", "cooldown", "verify" or "relief", and of whom.
+# "breaker", "cooldown", "room", "verify" or "relief", and of whom.
 _Due: TypeAlias = tuple[str, RequestId | AttemptId | ClientId | WorkerId]
 
 
@@ -185,7 +185,10 @@ class Scheduler:
                 if (request := self._requests.get(request_id)) is not None and request.is_answered:
                     self._weigh(request, now)
             case "load", str():
+                self._residency.has_spares_to_tend = True
                 self._queues.wake_all()
+            case "room", str():
+                self._residency.has_spares_to_tend = True
             case "relief", _:
                 self._relieve(now)
             case "cooldown", str() as worker_id:
@@ -240,6 +243,7 @@ class Scheduler:
             "copies_dropped": residency.copies_dropped,
             "versions_recut": residency.versions_recut,
             "spares_used": residency.spares_used,
+            "spares_dropped": residency.spares_dropped,
         }
 
     def versions(self) -> Iterator[tuple[ev.Version, bool]]:
@@ -298,6 +302,7 @@ class Scheduler:
                 self._worker_draining(event, now)
             case ev.RoomWanted():
                 self._residency.without_spares(event.worker_id, now)
+                self._due.set(("room", event.worker_id), now + SPARELESS_S)
             case ev.WorkerLeft():
                 self._worker_left(event.worker_id, now)
             case ev.ClientArrived():
@@ -446,6 +451,7 @@ class Scheduler:
         self._due.clear(("retry", request.request_id))
         if request.check is not None:
             self._due.clear(("verify", request.request_id))
+            request.check = None
         if request.run is None:
             self._due.set(("forget", request.request_id), max(request.deadline, now) + REMEMBER_S)
         self._admission.release(request.request_id)
@@ -1220,7 +1226,7 @@ class Scheduler:
 
     def _worker_draining(self, event: ev.WorkerDraining, now: float) -> None:
         member = self.roster.member(event.worker_id)
-        member.is_draining = True
+        member.is_draining = self._residency.has_spares_to_tend = True
         for attempt in sorted(event.handed_back):
             self._loss(member, attempt, "it is draining and has handed the task back", now)
         self._queues.wake_all()

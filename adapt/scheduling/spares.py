@@ -34,7 +34,7 @@ class Spares:
 
     def next(self, versions: Iterable[LiveVersion], now: float) -> tuple[Member, StageNeed] | None:
         """The spare to load now: of what fewest have, what takes longest to load, where most room is left."""
-        if not self._wanted or any(member.loading for member in self._roster):
+        if not self._wanted or any(member.loading for member in self._roster if member.is_ready):
             return None
         room_bytes = {member.worker_id: self.room_bytes(member) for member in self._roster if _may_have_any(member, now)}
         for _, need, numeric_class in sorted(

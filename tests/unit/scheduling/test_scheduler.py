@@ -28,7 +28,7 @@ from adapt.protocol.wire import Blob
 from adapt.scheduling import events as ev
 from adapt.scheduling.choice import REGAINED_SHARE
 from adapt.scheduling.liveness import Verdict
-from adapt.scheduling.residency import REFUSED_S
+from adapt.scheduling.residency import REFUSED_S, SPARELESS_S
 from adapt.scheduling.roster import AHEAD_S, STEADY, Service
 from adapt.scheduling.scheduler import (
     ACCEPT_S,
@@ -1789,6 +1789,17 @@ def test_a_load_without_progress_is_given_to_another_worker():
     cluster.tell(ev.LoadProgressed(worker_id=WorkerId("w1"), artifact=Digest("d.0")))
     assert cluster.wait(LOAD_TIMEOUT_S - 1) == []
     assert only(cluster.wait(1), ev.Load) == [ev.Load(worker_id=WorkerId("w2"), artifact=Digest("d.0"))]
+
+
+def test_spares_come_back_by_themselves():
+    cluster = a_cluster("w1", "w2", places=("w1",))
+    cluster.load("w2")
+    spare = {"worker_id": WorkerId("w2"), "artifact": Digest("d.0")}
+    assert cluster.tell(ev.RoomWanted(worker_id=WorkerId("w2"))) == [ev.Unload(**spare)]
+    assert cluster.wait(SPARELESS_S - 1) == []
+    assert cluster.wait(1) == [ev.Load(**spare)]
+    cluster.tell(ev.StageRefused(worker_id=WorkerId("w2"), artifact=Digest("d.0"), error=AdaptError("disk full")))
+    assert cluster.wait(REFUSED_S) == [ev.Load(**spare)]
 
 
 def test_a_worker_that_could_not_load_a_stage_is_asked_again_after_a_while():

@@ -98,8 +98,7 @@ def test_a_loss_costs_no_load():
     house.settle()
     house.done.clear()
     house.lose("w1")
-    assert house.is_coming(0)
-    assert house.places() == (("w2",), ("w2",))
+    assert house.places() == (("w2",), ("w2",)), "before its room can be given to something else"
     house.settle()
     assert not [action for action in house.done if isinstance(action, ev.Load)]
     assert house.residency.spares_used == 1 and not house.member("w2").spares
@@ -178,9 +177,53 @@ def test_a_spare_of_what_nobody_has_is_used_when_its_worker_comes_back():
     house = House("w1", "w2")
     house.deploy(1, "w1", "w2")
     house.settle()
+    house.member("w2").verdict = Verdict.SUSPECT
     house.lose("w1")
+    assert house.places() == ((), ("w2",))
     house.join("w2", "m.0", "m.1")
     assert house.places() == (("w2",), ("w2",))
+
+
+def test_what_is_told_and_nobody_waits_for_is_unloaded():
+    house = House("w1", "w2", budget_bytes=2 * STAGE_BYTES)
+    house.deploy(1, "w1")
+    house.residency.resident(house.member("w1"), Digest("m.0"))
+    house.residency.tend_spares(house.now)
+    house.deploy(1, "w2 w1", "w2", model="n")  # the spare of w2 gives way while it is being loaded
+    assert not house.member("w2").spares
+    house.actions.clear()
+    house.residency.resident(house.member("w2"), Digest("m.0"))  # that had been said before
+    assert house.actions == [ev.Unload(worker_id=WorkerId("w2"), artifact=Digest("m.0"))]
+    assert "m.0" not in house.member("w2").resident
+
+
+def test_what_is_loaded_after_it_was_given_up_is_a_spare():
+    house = House("w1", "w2")
+    house.deploy(1, "w1")
+    house.residency.resident(house.member("w1"), Digest("m.0"))
+    house.residency.tend_spares(house.now)
+    house.residency.refused(house.member("w2"), Digest("m.0"), ValueError("no progress"), house.now)
+    house.residency.resident(house.member("w2"), Digest("m.0"))
+    assert house.member("w2").spares == {"m.0": STAGE_BYTES} and house.resident("w2") == {"m.0"}
+
+
+def test_a_worker_that_has_missed_the_end_of_a_version_is_told():
+    house = House("w1")
+    house.deploy(1, "w1")
+    house.settle()
+    house.actions.clear()
+    house.join("w1", "m.0", "old.0")
+    assert house.actions == [ev.Unload(worker_id=WorkerId("w1"), artifact=Digest("old.0"))]
+
+
+def test_what_is_planned_where_it_was_a_spare_is_not_loaded_again():
+    house = House("w1", "w2", budget_bytes=2 * STAGE_BYTES)
+    house.deploy(1, "w1", "w2")
+    house.settle()
+    house.done.clear()
+    house.deploy(2, "w2", "w1")
+    house.settle()
+    assert not [action for action in house.done if isinstance(action, ev.Load | ev.Unload)]
 
 
 def test_where_bits_have_to_agree_the_spare_is_of_the_same_class():
