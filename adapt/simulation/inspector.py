@@ -60,6 +60,13 @@ class _Inside:
         """Who has the request's current stage, by the plan that is in force now."""
         return self._scheduler._residency.live(request.version).plan.places[request.stage]
 
+    def uncounted(self, member: Member) -> set[Digest]:
+        """What it has or loads though no plan wants it there, nor is it a spare: nobody knows of its bytes."""
+        residency = self._scheduler._residency
+        return {
+            artifact for artifact in member.resident | member.loading if not residency._is_placed(member, artifact)
+        } - member.spares.keys()
+
     def eligible(self, request: Request, now: float) -> list[Member]:
         return self._scheduler._choice.eligible(request, now)
 
@@ -429,6 +436,8 @@ class Inspector:
         assert self._scheduler is not None
         for member in self._scheduler.roster:
             worker_id, verdict = member.worker_id, member.verdict
+            if self._turns % LOOK_AT_QUEUES_EVERY == 0 and (uncounted := self._inside.uncounted(member)):
+                raise Violation(f"{worker_id} has {sorted(uncounted)}, and no plan wants it there")
             if member.slots:
                 self._look_at_slots(member)
             elif member.qos.breaker(now) is Breaker.HALF_OPEN and not member.qos.takes(now):
