@@ -79,8 +79,14 @@ def test_a_killed_and_a_stopped_worker_change_no_answer(inputs, truth):
 def test_a_stage_that_a_dead_worker_had_is_ready_elsewhere(inputs, truth):
     with adapt.LocalCluster(workers=3) as cluster, adapt.Client(cluster.address) as client:
         model = client.deploy("torchvision/resnet18", stages=3, seed=0, input_shape=(1, 3, 128, 128))
-        wait_until(lambda: all(len(worker.resident) == 2 for worker in client.status().workers))
-        run(model, inputs, truth, at={10: cluster.workers[1].kill})
+        stages = model.record.stages
+
+        def is_twice(artifact: str) -> bool:
+            return sum(artifact in worker.resident for worker in client.status().workers) == 2
+
+        wait_until(lambda: all(is_twice(stage.artifact) for stage in stages))
+        (victim,) = (worker for worker in cluster.workers if worker.name in stages[1].workers)
+        run(model, inputs, truth, at={10: victim.kill})
         assert (counters(client)["spares_used"], counters(client)["stages_moved"]) == (1, 1)
 
 
