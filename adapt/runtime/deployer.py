@@ -113,10 +113,8 @@ class Deployer:
         clock: Clock,
     ) -> None:
         self._store, self._deployments, self._around = store, deployments, surroundings
-        self._profiles, self.profilers = (
-            profiles,
-            Profilers(surroundings.to_worker, make_room=lambda worker_id: surroundings.tell(ev.RoomWanted(worker_id=worker_id))),
-        )
+        self._profiles = profiles
+        self.profilers = Profilers(surroundings.to_worker, make_room=self._make_room)
         self._models_dir, self._threads, self._clock = models_dir, threads, clock
         self._calls: dict[tuple[ClientId, int], _Call] = {}
         self._loading: dict[ev.VersionKey, _Loading] = {}
@@ -400,6 +398,9 @@ class Deployer:
             del self._loading[version.key]
 
     # ── profiles ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _make_room(self, worker_id: WorkerId) -> None:
+        self._around.tell(ev.RoomWanted(worker_id=worker_id))
 
     async def _profile(self, client_id: ClientId, order: msg.Profile) -> msg.Profiled:
         if (order.named is None) == (order.uploaded is None):

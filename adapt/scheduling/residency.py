@@ -349,7 +349,7 @@ class Residency:
         for stage in orphans(live.plan):
             if not live.is_ready:
                 self._replace_or_fail(live, stage, WorkerLostError(member.worker_id, "it left while it was loading a stage"), now)
-            elif self._is_there(live, stage, self._spare_workers(live, stage, now), now):  # before its room is given to something else
+            elif self._is_there(live, stage, self._candidates(live, stage, now), now):  # before its room is given to something else
                 self.stages_moved += 1
 
     # ── help for those who wait ──────────────────────────────────────────────────────────────────────────────────────
@@ -362,22 +362,22 @@ class Residency:
             member = self._roster.get(worker_id)
             if member is not None and member.is_ready and need.artifact in member.loading and suits(member):
                 return True
-        spare = [member for member in self._spare_workers(live, stage, now) if suits(member)]
-        is_helped = self._is_there(live, stage, spare, now) or self._substitute(live, stage, spare, now)
-        if not is_helped and not self._make_room(live, stage, spare, suits, now):
+        able = [member for member in self._candidates(live, stage, now) if suits(member)]
+        is_helped = self._is_there(live, stage, able, now) or self._substitute(live, stage, able, now)
+        if not is_helped and not self._make_room(live, stage, able, suits, now):
             return False
         self.stages_moved += 1
         return True
 
-    def _spare_workers(self, live: LiveVersion, stage: int, now: float) -> list[Member]:
+    def _candidates(self, live: LiveVersion, stage: int, now: float) -> list[Member]:
         """Those that may be given the stage besides its own."""
         artifact, places = live.plan.stages[stage].artifact, live.plan.places[stage]
         return [m for m in self._roster if m.is_ready and m.worker_id not in places and not m.refuses(artifact, now)]
 
-    def _is_there(self, live: LiveVersion, stage: int, spare: list[Member], now: float) -> bool:
+    def _is_there(self, live: LiveVersion, stage: int, able: list[Member], now: float) -> bool:
         """Whether somebody has it because of another version, or as a spare: then it takes no room."""
         artifact = live.plan.stages[stage].artifact
-        member = min((m for m in spare if artifact in m.resident), key=lambda m: m.worker_id, default=None)
+        member = min((m for m in able if artifact in m.resident), key=lambda m: m.worker_id, default=None)
         if member is not None:
             self._take(live, stage, member, now)
         return member is not None
@@ -419,7 +419,7 @@ class Residency:
 
     # ── room for what nobody has ─────────────────────────────────────────────────────────────────────────────────────
 
-    def _make_room(self, live: LiveVersion, stage: int, spare: list[Member], suits: Callable[[Member], bool], now: float) -> bool:
+    def _make_room(self, live: LiveVersion, stage: int, able: list[Member], suits: Callable[[Member], bool], now: float) -> bool:
         """Copies give way to a stage that nobody suitable has: what others have too is dropped where least is at work on it. False: that is not
         enough."""
         need = live.plan.stages[stage]
@@ -427,7 +427,7 @@ class Residency:
         if any(suits(member) for member in holders):
             return False
         found: tuple[tuple[int, int, float, WorkerId], list[StageNeed]] | None = None
-        for member in spare:
+        for member in able:
             dropped = self.copies.enough(member, need.memory_bytes - self.offer(member).free_bytes)
             if dropped is not None:
                 at_work = sum(member.at_work(copy.artifact) for copy in dropped)  # it keeps the memory until these are done
@@ -556,15 +556,15 @@ class Residency:
     def _replace_or_fail(self, live: LiveVersion, stage: int, error: AdaptError, now: float) -> None:
         if live.is_retired:  # it has failed already, for another stage
             return
-        is_elsewhere = not live.version.cut and self._substitute(live, stage, self._spare_workers(live, stage, now), now)
+        is_elsewhere = not live.version.cut and self._substitute(live, stage, self._candidates(live, stage, now), now)
         if is_elsewhere or live.plan.places[stage]:  # another cut is worth it as it was planned, or not at all
             return
         self._take_from(live)
         self._retire(live, error)
 
-    def _substitute(self, live: LiveVersion, stage: int, spare: list[Member], now: float) -> bool:
+    def _substitute(self, live: LiveVersion, stage: int, able: list[Member], now: float) -> bool:
         need = live.plan.stages[stage]
-        chosen = substitute(need, [self.offer(member) for member in spare])
+        chosen = substitute(need, [self.offer(member) for member in able])
         if chosen is None:
             return False
         self._take(live, stage, self._roster.member(chosen), now)

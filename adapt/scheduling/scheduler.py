@@ -73,8 +73,8 @@ MOST_HEDGES = 10.0  # at once, after a time without any
 SAID_S = 0.01  # of what should take longer, a worker says that it has begun
 REACHED_S = 0.001  # what was sent less than this ago has not reached its worker
 WORTH_S = 0.01  # a better worker is waited for if that saves more than this
-SPARE = 2.0  # times what the stages that follow should take: so much time is left to them when an answer is to be verified
-SPARE_SHARE = 0.1  # of a request's budget: the least that is
+RESERVE = 2.0  # times what the stages that follow should take: so much time is left to them when an answer is to be verified
+RESERVE_SHARE = 0.1  # of a request's budget: the least that is
 LOOK_AGAIN_S = 0.01  # the least pause before looking whether a busy worker is still worth waiting for
 
 
@@ -857,7 +857,7 @@ class Scheduler:
         elif check.is_split and not was_split:
             self.counters["disagreements"] += 1
         if len(check.answers) == 1:
-            check.take_at = max(request.deadline - self._spare_s(request), now)
+            check.take_at = max(request.deadline - self._reserve_s(request), now)
             self._due.set(("verify", request.request_id), check.take_at)
         self._admission.grow(request.request_id, request.retained_bytes)
         request.ticket = 0  # whether somebody else is to compute it is asked anew
@@ -914,14 +914,14 @@ class Scheduler:
                 self._penalize(member, now)
         self._fail(request, DisagreementError(request.stage, workers=sorted(check.answers)), now)
 
-    def _spare_s(self, request: Request) -> float:
+    def _reserve_s(self, request: Request) -> float:
         """How much time is to be left to a request when an answer is held no longer: for the stages that follow, and the way to the client."""
         plan = self._residency.live(request.version).plan
         rest_s = 0.0
         for need, workers in islice(zip(plan.stages, plan.places, strict=True), request.stage + 1, None):
             members = [self.roster.member(worker_id) for worker_id in workers if self.roster.has(worker_id, need.artifact)]
             rest_s += min((sum(member.expect(need.artifact, need.cost_s)) for member in members), default=need.cost_s)
-        return max(SPARE * rest_s, SPARE_SHARE * request.budget_s)
+        return max(RESERVE * rest_s, RESERVE_SHARE * request.budget_s)
 
     # ── the queue ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -11,7 +11,7 @@ from adapt.protocol.ids import ClientId, RequestId, TaskId, WorkerId
 from adapt.protocol.messages import StageTimes
 from adapt.protocol.wire import Blob
 from adapt.scheduling import events as ev
-from adapt.scheduling.scheduler import SPARE_SHARE
+from adapt.scheduling.scheduler import RESERVE_SHARE
 from adapt.scheduling.verification import Check, is_drawn
 from tests.unit.scheduling.test_scheduler import ANNE, TIMEOUT_S, Cluster, Sent, only, tensor
 
@@ -224,7 +224,7 @@ def test_no_deadline_is_missed_for_it():
     assert the_answer(cluster.come_to(last)).unverified == 2
     cluster.submit(budget_s=10.0)
     first, _ = cluster.sent()
-    cluster.wait(10.0 * (1 - SPARE_SHARE) - 0.5)
+    cluster.wait(10.0 * (1 - RESERVE_SHARE) - 0.5)
     cluster.come_to(first)
     assert cluster.the_one_sent().action.artifact == "d.1", "there is no time at all"
 
