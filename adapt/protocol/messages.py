@@ -582,13 +582,13 @@ class ProfileProgress(Struct, frozen=True, kw_only=True):
 
 class ProgramProfiled(Struct, frozen=True, kw_only=True):
     """Worker -> dispatcher: seconds of each operator for a batch of 1; None where the stage budget had no room for its layer. And what a task
-    takes of its processor besides: CPU seconds for each, and for each byte received or sent."""
+    takes of its processor besides: CPU seconds for each, and for each byte received or sent; None: that could not be measured now."""
 
     KIND: ClassVar[bytes] = b"PD"
     program: Sha256
     costs_s: Annotated[list[Seconds | None], msgspec.Meta(max_length=1 << 20)]
-    task_s: Seconds = 0.0
-    byte_s: Seconds = 0.0
+    task_s: Seconds | None = None
+    byte_s: Seconds | None = None
 
 
 class ProfileFailed(Struct, frozen=True, kw_only=True):

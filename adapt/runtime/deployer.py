@@ -436,7 +436,7 @@ class Deployer:
         failed: PlanError | None = None
         for kind in chosen(kinds_of(self._around.device_kinds()), order.device_class):
             known = kept.get(kind.name)
-            if known is not None and len(known.costs_s) == len(program.operator_costs_s):
+            if known is not None and known.handling is not None and len(known.costs_s) == len(program.operator_costs_s):
                 found.append((kind, Measured(list(known.costs_s), known.handling)))
                 continue
             roomy = sorted(kind.workers, key=lambda worker: (-free.get(worker, 0), worker))
@@ -463,7 +463,7 @@ class Deployer:
             raise failed or PlanError("no worker is left that could be measured")
         return found
 
-    async def _keep(self, form: str, kind: DeviceKind, worker_id: WorkerId, costs_s: tuple[float, ...], handling: Handling) -> None:
+    async def _keep(self, form: str, kind: DeviceKind, worker_id: WorkerId, costs_s: tuple[float, ...], handling: Handling | None) -> None:
         if not is_believable(costs_s):  # as completed by what a client has sent
             return
         profile = KeptProfile(device_class=kind.name, worker=worker_id, cores=kind.cores, costs_s=costs_s, handling=handling)

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeAlias
 
 from adapt.clock import Clock, monotonic
 from adapt.errors import AdaptError, OverloadedError, PlanError
-from adapt.planning.model import NO_HANDLING, Handling
+from adapt.planning.model import Handling
 from adapt.protocol.ids import Digest
 from adapt.protocol.messages import (
     ArtifactMissing,
@@ -174,7 +174,8 @@ class Measuring:
         else:
             self._program = None
             log.info("program profiled", extra={"program": program, "seconds": sum(cost or 0.0 for cost in costs_s)})
-            self._send(ProgramProfiled(program=program, costs_s=costs_s, task_s=handling.task_s, byte_s=handling.byte_s))
+            told = {} if handling is None else {"task_s": handling.task_s, "byte_s": handling.byte_s}
+            self._send(ProgramProfiled(program=program, costs_s=costs_s, **told))
         finally:
             thread.shutdown(wait=False, cancel_futures=True)
             self._profiler = None
@@ -197,18 +198,18 @@ class Measuring:
             self._send(ProfileProgress(program=fetch.artifact, step="fetching the program", share=share))
         return self._send(fetch)
 
-    async def _handled(self, program: Digest) -> Handling:
-        """What a task takes besides computing; nothing if that cannot be measured now: a profile without it is still one."""
+    async def _handled(self, program: Digest) -> Handling | None:
+        """What a task takes besides computing; None if that cannot be measured now: a profile without it is still one."""
         if self._handling is None and self._open_meter is not None:
             meter = self._open_meter()
             try:
                 await self._stepped(program, meter, "measuring what a task takes besides computing")
             except Exception as error:  # of sockets and threads, which may be short for a moment
                 log.warning("what a task takes besides computing was not measured", extra={"reason": f"{type(error).__name__}: {error}"})
-                return NO_HANDLING
+                return None
             self._handling = meter.handling
             log.info("handling measured", extra={"task_s": self._handling.task_s, "byte_s": self._handling.byte_s})
-        return self._handling or NO_HANDLING
+        return self._handling
 
     async def _costs_s(self, program: Digest, profiler: Profiler) -> list[float | None]:
         await self._stepped(program, profiler, "measuring")

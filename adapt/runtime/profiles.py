@@ -29,7 +29,7 @@ from adapt.protocol.ids import Digest, WorkerId
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 1
 KEPT = 256  # forms of programs, those measured last
 LEAST_CORES, MOST_CORES = 0.01, 1e6  # what may be believed: no control group hands out less
 BELIEVED_S = (1e-9, 1e9)  # of a whole program
@@ -99,13 +99,16 @@ def form_of(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptProfile:
-    """Seconds of each operator of a program, and who measured them."""
+    """Seconds of each operator of a program, and who measured them.
+
+    `handling`: what a task takes of a whole core besides; None: it could not be measured, or was not yet when this was written.
+    """
 
     device_class: str
     worker: str
     cores: float
     costs_s: tuple[float, ...]
-    handling: Handling = NO_HANDLING  # of a whole core
+    handling: Handling | None = None
 
 
 class ProfileStore:
@@ -159,7 +162,8 @@ def _kept(plain: Mapping[str, Any]) -> KeptProfile:
     cores = float(plain["cores"])
     if not all(cost >= 0 for cost in costs_s) or not is_believable(costs_s) or not (cores == 0 or LEAST_CORES <= cores <= MOST_CORES):
         raise ValueError("seconds and cores are such as there may be")
-    handling = Handling(**{key: float(value) for key, value in plain["handling"].items()})
+    told = plain.get("handling")
+    handling = None if told is None else Handling(task_s=float(told["task_s"]), byte_s=float(told["byte_s"]))
     return KeptProfile(
         device_class=str(plain["device_class"]), worker=str(plain["worker"]), cores=cores, costs_s=costs_s, handling=handling
     )
@@ -193,7 +197,7 @@ def known_costs(kept: Mapping[str, KeptProfile], workers: Mapping[WorkerId, Devi
         slower = (profile.cores or kind.threads) / (kind.cores or kind.threads)
         costs_s = profile.costs_s if slower == 1.0 else tuple(cost * slower for cost in profile.costs_s)
         if is_believable(costs_s):
-            found[worker_id] = KnownCosts(costs_s, profile.handling.at_share(kind.cores))
+            found[worker_id] = KnownCosts(costs_s, (profile.handling or NO_HANDLING).at_share(kind.cores))
     return found
 
 
@@ -205,7 +209,7 @@ class Measured:
     """What a worker says: seconds of each operator, None where it had no room for its layer; and what a task takes of a whole core besides."""
 
     costs_s: list[float | None]
-    handling: Handling = NO_HANDLING
+    handling: Handling | None = None  # None: not measured
 
 
 @dataclass(slots=True)
@@ -319,7 +323,9 @@ class Profilers:
             heard.cancel()
 
 
-def _believed(message: msg.ProgramProfiled) -> Handling:
+def _believed(message: msg.ProgramProfiled) -> Handling | None:
+    if message.task_s is None or message.byte_s is None:
+        return None
     return Handling(min(message.task_s, MOST_HANDLING.task_s), min(message.byte_s, MOST_HANDLING.byte_s))
 
 
@@ -330,7 +336,7 @@ def combined(name: str, program: Program, profiles: Sequence[tuple[DeviceKind, M
     """What planning knows of a model that was measured on these kinds of devices, whose first worker each was measured.
 
     Its reference device is one core of the fastest kind that computes with one thread, if there is one."""
-    whole = [(kind, completed(measured.costs_s, quick_s), measured.handling) for kind, measured in profiles]
+    whole = [(kind, completed(measured.costs_s, quick_s), measured.handling or NO_HANDLING) for kind, measured in profiles]
     kind, costs_s, _ = min(whole, key=lambda item: (item[0].threads != 1, sum(item[1]) * (item[0].cores or 1.0)))
     reference_s = [cost * (kind.cores or 1.0) for cost in costs_s]
     words = f"{kind.title}, measured on {kind.workers[0]}" + (

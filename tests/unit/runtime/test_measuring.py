@@ -93,4 +93,4 @@ def test_a_profile_without_it_is_still_one(store, program):
     profiler = SimpleNamespace(costs_s=[0.1], held_bytes=0, share=0.0, step=lambda: False)
     meter = SimpleNamespace(step=AdaptError("this machine does not talk to itself"))
     (told,) = said_of(store, program, open_profiler=lambda *_: profiler, open_meter=lambda: meter)
-    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1])
+    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1], task_s=None, byte_s=None)

@@ -117,10 +117,10 @@ def test_what_is_kept_is_there_again(tmp_path):
 
 def written(*costs_s: float, cores: float = 0.0, byte_s: float = 0.0) -> str:
     profile = {"device_class": "pi", "worker": "w1", "cores": cores, "costs_s": costs_s, "handling": {"task_s": 0.0, "byte_s": byte_s}}
-    return json.dumps({"version": 2, "profiles": [profile]})
+    return json.dumps({"version": 1, "profiles": [profile]})
 
 
-DAMAGED = ["", "[]", '{"version": 2, "profiles": [{}]}', '{"version": 1, "profiles": []}']
+DAMAGED = ["", "[]", '{"version": 1, "profiles": [{}]}', '{"version": 2, "profiles": []}']
 BEYOND_BELIEF = [written(0.0, 0.0), written(1e-323), written(-1.0, 2.0), written(math.nan), written(1e200), written(0.1, cores=1e-320)]
 BEYOND_BELIEF += [written(0.1, byte_s=math.inf), written(0.1, byte_s=-1.0)]
 
@@ -132,6 +132,18 @@ def test_a_damaged_file_is_as_if_it_were_not_there(tmp_path, text):
     assert store.read(FORM) == {}
     store.write(FORM, kept(DeviceKind.of(PI, 0.0), 0.1))
     assert len(store.read(FORM)) == 1
+
+
+def test_a_profile_of_which_only_the_computing_is_known_is_used_for_that(tmp_path):
+    """As dispatchers kept them before anything else was measured, and as they do when it cannot be."""
+    kind = DeviceKind.of(PI, 0.0)
+    plain = {"device_class": kind.name, "worker": "w1", "cores": 0.0, "costs_s": [0.1, 0.2]}
+    (tmp_path / f"{FORM}.json").write_text(json.dumps({"version": 1, "profiles": [plain]}))
+    (profile,) = ProfileStore(tmp_path).read(FORM).values()
+    assert profile.handling is None
+    assert known_costs({kind.name: profile}, {W1: kind}, 2) == {W1: KnownCosts((0.1, 0.2), Handling())}
+    ProfileStore(tmp_path).write(FORM, profile)
+    assert ProfileStore(tmp_path).read(FORM) == {kind.name: profile}
 
 
 def test_a_bound_on_how_many_are_kept(tmp_path, monkeypatch):
