@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from hypothesis import settings
+
+from tests.host import HostWatch
 
 # Deadlines of single examples say more about the machine than about the code. A failure prints how to replay it.
 settings.register_profile("adapt", deadline=None, print_blob=True)
@@ -17,18 +20,35 @@ settings.load_profile("adapt")
 
 UNIT = Path(__file__).parent / "unit"
 LEAVE_WITHIN_S = 5.0
-MEASURED_AGAIN = 2  # what else a shared machine does passes; what our code has lost does not
+MEASURED_AGAIN = 2  # times, where the machine was disturbed meanwhile: what its neighbours do passes, what our code has lost does not
+WATCH = pytest.StashKey[HostWatch]()
 # Python's own, started on first use and kept to the end
 KEPT_BY_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A bound on measured time that was missed is measured again. What measures none, and starts nothing, may run beside others of its kind."""
+    """A bound on measured time that was missed on a disturbed machine is measured again. What measures none, and starts nothing, may run beside
+    others of its kind."""
     for item in items:
         if item.get_closest_marker("timing"):
-            item.add_marker(pytest.mark.flaky(reruns=MEASURED_AGAIN))
+            item.add_marker(pytest.mark.flaky(reruns=MEASURED_AGAIN, condition=partial(_was_disturbed, item)))
         elif UNIT in item.path.parents:
             item.add_marker(pytest.mark.apart)
+
+
+def _was_disturbed(item: pytest.Item) -> bool:
+    return WATCH in item.stash and item.stash[WATCH].was_disturbed()
+
+
+@pytest.fixture(autouse=True)
+def watched_host(request: pytest.FixtureRequest) -> Iterator[None]:
+    """While times are measured."""
+    if request.node.get_closest_marker("timing") is None:
+        yield
+        return
+    watch = request.node.stash[WATCH] = HostWatch()
+    yield
+    watch.close()
 
 
 def _children() -> dict[int, str]:

@@ -624,6 +624,10 @@ class Dispatcher:
                 if session is not None:
                     self._sessions.end(session.number)
                     self._peers.pop(session.number, None)
+            case ev.Suspect():
+                log.warning("worker suspected", extra={"worker_id": action.worker_id, "reason": action.reason})
+            case ev.Trust():
+                log.info("worker ready", extra={"worker_id": action.worker_id})
             case ev.PlanChanged(version=version):
                 log.info("plan changed", extra={"deployment": version.deployment, "epoch": version.plan.epoch})
                 self._deployments.put(version)

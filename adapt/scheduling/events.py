@@ -339,6 +339,19 @@ class Evict(Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class Suspect(Struct, frozen=True, kw_only=True):
+    """The worker gets nothing new until it is heard again, as the log should say."""
+
+    worker_id: WorkerId
+    reason: str
+
+
+class Trust(Struct, frozen=True, kw_only=True):
+    """The suspect is heard again, as the log should say."""
+
+    worker_id: WorkerId
+
+
 class PlanChanged(Struct, frozen=True, kw_only=True):
     """The version's plan has a new epoch; remember it."""
 
@@ -375,6 +388,6 @@ class VersionReleased(Struct, frozen=True, kw_only=True):
 
 
 Action: TypeAlias = (
-    Dispatch | Cancel | Acknowledge | Load | Unload | Accept | Answer | Fail | Evict
+    Dispatch | Cancel | Acknowledge | Load | Unload | Accept | Answer | Fail | Evict | Suspect | Trust
     | PlanChanged | JudgeCanary | VersionReady | VersionFailed | VersionReleased
 )  # fmt: skip

@@ -74,13 +74,14 @@ class Liveness:
         return Verdict.LOST if signs is None else signs.verdict
 
     def reason(self, worker_id: WorkerId) -> str:
-        """Why a worker is lost, in words."""
+        """Why a worker is suspect or lost, in words."""
         signs = self._signs.get(worker_id)
         if signs is None:
             return "it has left"
         if signs.out_of_grace:
             return f"it has had no connection for {self._grace_s:g} s"
-        return "its lease has ended, and it is silent"
+        what = f"it has been silent for {self._silence_s:g} s" if signs.connected else "its connection is down"
+        return what if signs.lease_live else f"its lease has ended, and {what}"
 
     def expected(self, worker_id: WorkerId, now: float) -> None:
         """The worker belonged to an earlier reign; it has the grace to come back."""

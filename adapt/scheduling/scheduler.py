@@ -1161,8 +1161,10 @@ class Scheduler:
                 if not member.is_draining:
                     self._residency.recovered(member, now)
                 self._queues.wake_all()
+                self._actions.append(ev.Trust(worker_id=member.worker_id))
             case Verdict.SUSPECT:
                 self.counters["workers_suspected"] += 1
+                self._actions.append(ev.Suspect(worker_id=member.worker_id, reason=self._liveness.reason(member.worker_id)))
                 self._doubt(member, now)
             case Verdict.LOST:
                 self.counters["evictions"] += 1

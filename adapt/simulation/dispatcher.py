@@ -497,7 +497,7 @@ class Dispatcher(Process):
                 self._ready.add(version.key)
             case ev.JudgeCanary():
                 self.later(JUDGE_S * self.random.random(), self._judge, action)
-            case ev.VersionFailed():
+            case ev.VersionFailed() | ev.Suspect() | ev.Trust():
                 pass
             case ev.VersionReleased(version=version):
                 self._stored.pop(version.key, None)

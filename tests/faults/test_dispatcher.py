@@ -13,7 +13,8 @@ import pytest
 
 import adapt
 from tests.faults.clusters import counter, log_lines, states, wait_until, workers_of
-from tests.faults.traffic import HostStall, Traffic, assert_clean
+from tests.faults.traffic import Traffic, assert_clean
+from tests.host import HostStall
 
 pytestmark = pytest.mark.timeout(240)
 

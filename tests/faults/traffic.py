@@ -26,6 +26,7 @@ from adapt.errors import AdaptError
 from adapt.protocol.ids import RequestId
 from adapt.simulation.history import CANCELLED, RESULT, End, Expected, Findings, Operation, check
 from tests.faults.clusters import wait_until
+from tests.host import HostStall
 
 WIDTH = 64
 POOL = 256  # distinct inputs; far more than are ever under way, so that a swap shows
@@ -92,34 +93,6 @@ def _hash(value: Any) -> int:
     """Of all bits of an array or tensor, and of its form."""
     array = value.numpy() if isinstance(value, torch.Tensor) else value
     return int.from_bytes(hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).digest()[:8], "big")
-
-
-class HostStall:
-    """How long this machine let nobody run: a thread that sleeps a little, and sees how late it wakes."""
-
-    STEP_S, FREE_S = 0.005, 0.02
-
-    def __init__(self) -> None:
-        self._lates: list[tuple[float, float]] = []
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="host-stall", daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        before = time.monotonic()
-        while not self._is_over.wait(self.STEP_S):
-            now = time.monotonic()
-            if (late_s := now - before - self.STEP_S) > self.FREE_S:
-                self._lates.append((now, late_s))
-            before = now
-
-    def between(self, since: float, until: float) -> float:
-        """Seconds of it between two moments."""
-        return sum(late_s for at, late_s in self._lates if since <= at <= until + self.STEP_S)
-
-    def close(self) -> None:
-        self._is_over.set()
-        self._thread.join()
 
 
 class Traffic:

@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         logs.add_option(subparser, default="warning")
         subparser.set_defaults(action=command.run)
     version = commands.add_parser("version", help="what is installed", description="Print what is installed.")
-    version.set_defaults(action=_print_version, log_level=None)
+    version.set_defaults(action=_print_version, log_level=None, log_format=None)
     return parser
 
 

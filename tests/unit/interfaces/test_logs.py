@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import logging
+import time
+from pathlib import Path
 
 import pytest
 
@@ -23,9 +26,9 @@ def restored():
     ours.setLevel(levels[1])
 
 
-def lines(level, *records, environ=None):
+def lines(level, *records, environ=None, form=None):
     stream = io.StringIO()
-    logs.set_up(argparse.Namespace(log_level=level), environ or {}, stream=stream)
+    logs.set_up(argparse.Namespace(log_level=level, log_format=form), environ or {}, stream=stream)
     for name, number, message, fields in records:
         logging.getLogger(name).log(number, message, extra=fields)
     return stream.getvalue().splitlines()
@@ -50,4 +53,36 @@ def test_the_level_is_ours_and_others_only_warn():
 
 def test_an_unknown_level_is_refused():
     with pytest.raises(ConfigError, match="ADAPT_LOG_LEVEL='loud': expected one of debug"):
-        logs.set_up(argparse.Namespace(log_level=None), {"ADAPT_LOG_LEVEL": "loud"})
+        logs.set_up(argparse.Namespace(log_level=None, log_format=None), {"ADAPT_LOG_LEVEL": "loud"})
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(ConfigError, match="ADAPT_LOG_FORMAT='xml': expected one of json, text"):
+        logs.set_up(argparse.Namespace(log_level=None, log_format=None), {"ADAPT_LOG_FORMAT": "xml"})
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("chosen", [{"form": "json"}, {"environ": {"ADAPT_LOG_FORMAT": "json"}}])
+def test_programs_get_a_json_object_a_line_stamped_by_a_clock_that_is_never_set(chosen):
+    before = time.monotonic()
+    path, fields = Path("a b"), {"worker_id": "w1", "reason": 'it "came"\nback', "silent_s": 1.25, "level": "shadowed"}
+    first, second = lines(
+        "info", ("adapt.a", logging.WARNING, "worker joined", fields), ("adapt.a", logging.INFO, "x", {"at": path}), **chosen
+    )
+    told = json.loads(first)
+    assert before <= told.pop("monotonic_s") <= json.loads(second)["monotonic_s"] <= time.monotonic()
+    assert abs(told.pop("unix_s") - time.time()) < 60
+    assert told == {**fields, "level": "warning", "source": "adapt.a", "event": "worker joined"}
+    assert json.loads(second)["at"] == "a b"
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_traceback_stays_on_its_line():
+    stream = io.StringIO()
+    logs.set_up(argparse.Namespace(log_level=None, log_format="json"), {}, stream=stream)
+    try:
+        raise ValueError("so")
+    except ValueError:
+        logging.getLogger("adapt.a").exception("it failed")
+    (line,) = stream.getvalue().splitlines()
+    assert "ValueError: so" in json.loads(line)["traceback"]
