@@ -46,12 +46,10 @@ from adapt.scheduling.acknowledgements import Acknowledgements
 from adapt.scheduling.deadlines import earliest
 from adapt.scheduling.links import Link
 from adapt.scheduling.liveness import LAG_S, Verdict
-from adapt.scheduling.qos import QosSettings
 from adapt.scheduling.scheduler import Scheduler
 from adapt.scheduling.session import Session, Sessions
 from adapt.scheduling.settings import SchedulerSettings
 from adapt.scheduling.term import Reign
-from adapt.scheduling.tokens import TokenSettings
 from adapt.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -90,7 +88,7 @@ class Dispatcher:
                 deposed=self._deposed,
             )
         )
-        self._scheduler = Scheduler(_settings(config), generation=secrets.randbelow(1 << 32))
+        self._scheduler = Scheduler(SchedulerSettings.of(config), generation=secrets.randbelow(1 << 32))
         self._tally = LinkTally()
         self._probing = Probing(
             self._scheduler.roster, self.to_worker, is_profiling=lambda worker_id: self._deployer.profilers.is_asked(worker_id)
@@ -779,34 +777,6 @@ class Dispatcher:
 
 def _is_of_tasks(item: object) -> bool:
     return type(item) is Received and type(item.envelope.message) in _OF_TASKS
-
-
-def _settings(config: DispatcherConfig) -> SchedulerSettings:
-    return SchedulerSettings(
-        policy=config.policy,
-        silence_s=config.silence_s,
-        grace_s=config.grace_s,
-        client_grace_s=config.client_grace_s,
-        attempt_timeout_s=config.attempt_timeout_s,
-        min_attempt_timeout_s=min(config.min_attempt_timeout_s, config.attempt_timeout_s),
-        load_timeout_s=config.load_timeout_s,
-        spares=config.spares,
-        max_budget_s=config.max_budget_s,
-        max_requests=config.max_requests,
-        max_retained_bytes=config.max_retained_bytes,
-        max_kept_bytes=config.max_kept_bytes,
-        qos=QosSettings(
-            failure_penalty=config.failure_penalty,
-            success_factor=config.success_factor,
-            open_above=config.breaker_above,
-            decay_per_s=config.breaker_decay,
-        ),
-        hedge_share=config.hedge_share,
-        verify_share=config.verify_share,
-        cooldown_s=config.cooldown_s,
-        relief_s=config.relief_s,
-        tokens=TokenSettings(most=config.retry_tokens, per_request=config.retry_tokens_per_request, per_s=config.retry_tokens_per_s),
-    )
 
 
 def _fingerprint(request: msg.InferRequest, blobs: tuple[Blob, ...]) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
+from adapt.config import DispatcherConfig
 from adapt.scheduling.qos import QosSettings
 from adapt.scheduling.tokens import TokenSettings
 
@@ -31,3 +33,32 @@ class SchedulerSettings:
     max_kept_bytes: int = 256 << 20
     qos: QosSettings = field(default_factory=QosSettings)
     tokens: TokenSettings = field(default_factory=TokenSettings)
+
+    @classmethod
+    def of(cls, config: DispatcherConfig) -> Self:
+        """What the dispatcher was told."""
+        return cls(
+            policy=config.policy,
+            silence_s=config.silence_s,
+            grace_s=config.grace_s,
+            client_grace_s=config.client_grace_s,
+            attempt_timeout_s=config.attempt_timeout_s,
+            min_attempt_timeout_s=min(config.min_attempt_timeout_s, config.attempt_timeout_s),
+            load_timeout_s=config.load_timeout_s,
+            spares=config.spares,
+            max_budget_s=config.max_budget_s,
+            max_requests=config.max_requests,
+            max_retained_bytes=config.max_retained_bytes,
+            max_kept_bytes=config.max_kept_bytes,
+            qos=QosSettings(
+                failure_penalty=config.failure_penalty,
+                success_factor=config.success_factor,
+                open_above=config.breaker_above,
+                decay_per_s=config.breaker_decay,
+            ),
+            hedge_share=config.hedge_share,
+            verify_share=config.verify_share,
+            cooldown_s=config.cooldown_s,
+            relief_s=config.relief_s,
+            tokens=TokenSettings(most=config.retry_tokens, per_request=config.retry_tokens_per_request, per_s=config.retry_tokens_per_s),
+        )
