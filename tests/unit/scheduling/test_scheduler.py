@@ -1557,7 +1557,7 @@ def test_a_worker_that_is_back_within_the_grace_keeps_its_place():
     cluster.wait(GRACE_S - 1)
     cluster.silent.clear()
     actions = cluster.join("w1", resident=["d.0"])
-    assert actions == []
+    assert actions == [ev.Trust(worker_id=WorkerId("w1"))]
     assert cluster.wait(10 * GRACE_S) == []
     assert cluster.verdict("w1") is Verdict.READY
 
@@ -1573,6 +1573,24 @@ def test_a_silent_worker_keeps_its_tasks_while_others_try_them():
     assert cluster.the_one_sent().worker != first.worker
     assert cluster.slots(first.worker) == 1, "it may be there still"
     assert only(cluster.finish(first), ev.Answer), "and its answer is as good as any"
+
+
+def test_it_is_told_who_is_suspected_and_why_and_who_is_heard_again():
+    cluster = a_cluster("w1", "w2")
+    cluster.silent.add("w1")
+    silent = ev.Suspect(worker_id=WorkerId("w1"), reason=f"it has been silent for {SILENCE_S:g} s")
+    assert only(cluster.wait(SILENCE_S), ev.Suspect) == [silent]
+    assert only(cluster.wait(SILENCE_S / 2), ev.Suspect) == [], "once"
+    cluster.silent.clear()
+    cluster.taken()
+    cluster.wait(SILENCE_S / 2)
+    assert cluster.taken(ev.Trust) == [ev.Trust(worker_id=WorkerId("w1"))]
+    cluster.lose("w2")
+    assert cluster.taken(ev.Suspect) == [ev.Suspect(worker_id=WorkerId("w2"), reason="its connection is down")]
+    cluster.silent.add("w1")
+    cluster.tell(ev.LeaseEnded(worker_id=WorkerId("w1")))
+    (evicted,) = [evict for evict in only(cluster.wait(SILENCE_S), ev.Evict) if evict.worker_id == "w1"]
+    assert evicted.reason == f"its lease has ended, and it has been silent for {SILENCE_S:g} s"
 
 
 def test_who_waits_for_a_worker_that_falls_silent_is_given_another():
