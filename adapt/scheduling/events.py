@@ -340,14 +340,14 @@ class Evict(Struct, frozen=True, kw_only=True):
 
 
 class Suspect(Struct, frozen=True, kw_only=True):
-    """The worker gets nothing new until it is heard again, as the log should say."""
+    """For the log: the worker gets nothing new until it is heard again."""
 
     worker_id: WorkerId
     reason: str
 
 
 class Trust(Struct, frozen=True, kw_only=True):
-    """The suspect is heard again, as the log should say."""
+    """For the log: the worker, new or a suspect so far, is heard, and gets work."""
 
     worker_id: WorkerId
 

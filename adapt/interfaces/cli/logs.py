@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -72,7 +73,7 @@ class JsonFormatter(logging.Formatter):
             "source": record.name,
             "event": record.getMessage(),
         }
-        plain |= {name: value for name, value in _fields(record) if name not in plain}
+        plain |= {name: _plain(value) for name, value in _fields(record) if name not in plain}
         if record.exc_info:
             plain["traceback"] = self.formatException(record.exc_info)
         return json.dumps(plain, default=str)
@@ -83,6 +84,11 @@ _FORMATTERS: Mapping[str, type[logging.Formatter]] = {"text": FieldFormatter, "j
 
 def _fields(record: logging.LogRecord) -> list[tuple[str, object]]:
     return [(name, value) for name, value in vars(record).items() if name not in _OWN]
+
+
+def _plain(value: object) -> object:
+    """JSON has no numbers that are none."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shown(value: object) -> str:
