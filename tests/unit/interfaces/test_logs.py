@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -67,13 +68,16 @@ def test_programs_get_a_json_object_a_line_stamped_by_a_clock_that_is_never_set(
     before = time.monotonic()
     path, fields = Path("a b"), {"worker_id": "w1", "reason": 'it "came"\nback', "silent_s": 1.25, "level": "shadowed"}
     first, second = lines(
-        "info", ("adapt.a", logging.WARNING, "worker joined", fields), ("adapt.a", logging.INFO, "x", {"at": path}), **chosen
+        "info",
+        ("adapt.a", logging.WARNING, "worker joined", fields),
+        ("adapt.a", logging.INFO, "x", {"at": path, "rate": math.inf}),
+        **chosen,
     )
     told = json.loads(first)
     assert before <= told.pop("monotonic_s") <= json.loads(second)["monotonic_s"] <= time.monotonic()
     assert abs(told.pop("unix_s") - time.time()) < 60
     assert told == {**fields, "level": "warning", "source": "adapt.a", "event": "worker joined"}
-    assert json.loads(second)["at"] == "a b"
+    assert (json.loads(second)["at"], json.loads(second)["rate"]) == ("a b", "inf")
 
 
 @pytest.mark.usefixtures("restored")
