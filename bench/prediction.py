@@ -3,12 +3,14 @@
 Four emulated devices of unequal CPU shares. `adapt profile` measures a model on them; then it is deployed as the planner has it ("auto") and in
 four, three and two stages of about equal cost on so many of the devices. Of each plan that the dispatcher has made, the throughput is predicted
 from that profile (`adapt.planning.cost.forecast`), written to a file, and the file's SHA-256 is printed. Only then is it measured: two
-and more images in flight for each stage, every answer compared bit for bit with the user's own eager module.
+and more images in flight for each stage, every answer compared bit for bit with the user's own eager module. All of it in rounds, each with a
+profile of its own: a shared machine may be a quarter slower some minutes after it was profiled.
 
-    predicted   images per second, from the profile alone: seconds of the stage's layers on this kind of device, and what a worker does with a
-                task besides, for each task and for each byte
+    predicted   images per second, from the round's profile alone: seconds of the stage's layers on this kind of device, and what a worker does
+                with a task besides, for each task and for each byte; median over rounds
     computing   the same, if computing were all that a worker does
-    measured    median over windows; error: of the prediction, as share of it
+    measured    median over the windows of all rounds
+    error       of the predictions, as share of what was measured: each window against the prediction of its own round; median, and extremes
     busiest     the worker that used most of its CPU share, and how much of it: who limits
     others      cores that other work on this machine kept busy; above 0.1 the figures are those of a crowd
 
@@ -27,7 +29,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -67,7 +69,8 @@ GOAL = 0.10  # of the prediction
 POOL = 16  # different inputs
 PER_WORKER = 3  # images in flight
 REPETITIONS = 15  # of the profile
-WINDOWS, QUICK_WINDOWS = 5, 3
+ROUNDS, QUICK_ROUNDS = 3, 2
+WINDOWS = 2  # of each plan in a round
 LEAST_S, QUICK_LEAST_S = 6.0, 3.0  # of a window
 LEAST_IMAGES = 30  # in a window, as predicted
 WARM_IMAGES = 2  # for each one in flight
@@ -81,7 +84,7 @@ class Sample:
     """One window of one plan.
 
     Attributes:
-        digest: of the prediction, as it was printed before.
+        digest: of the prediction of this round, as it was printed before.
         images: whose answers came.
         limiting: workers, as predicted.
         busiest: the worker that used most of its CPU share, and how much of it.
@@ -93,6 +96,7 @@ class Sample:
     plan: str
     stages: str
     digest: str
+    round: int
     window: int
     predicted_per_s: float
     computing_per_s: float
@@ -203,6 +207,7 @@ class Task:
     model: str
     pool: Sequence[Array]
     expected: Sequence[Array]
+    round: int
     profile: ModelProfile
     windows: int
     least_s: float
@@ -210,7 +215,7 @@ class Task:
     moment: datetime
 
     def file(self, ending: str) -> Path:
-        return file_name(self.out, "prediction", self.moment, f"-{self.model}{ending}")
+        return file_name(self.out, "prediction", self.moment, f"-{self.model}-{self.round}{ending}")
 
 
 def predicted(bench: Bench, task: Task, plan: str, record: DeploymentRecord) -> Prediction:
@@ -265,12 +270,13 @@ def measure(bench: Bench, deployed: adapt.Model, ledger: Ledger, task: Task, for
     try:
         _until(lambda: sum(one.has_ended for one in ledger.requests()) >= WARM_IMAGES * in_flight, "it is not warm")
         length_s = max(task.least_s, LEAST_IMAGES / foreseen.rate_per_s)
-        return [_window(bench, ledger, foreseen, digest, number, length_s) for number in range(1, task.windows + 1)]
+        places = [(task.round, window) for window in range(1, task.windows + 1)]
+        return [_window(bench, ledger, foreseen, digest, place, length_s) for place in places]
     finally:
         stream.stop()
 
 
-def _window(bench: Bench, ledger: Ledger, foreseen: Prediction, digest: str, place: int, length_s: float) -> Sample:
+def _window(bench: Bench, ledger: Ledger, foreseen: Prediction, digest: str, place: tuple[int, int], length_s: float) -> Sample:
     meter, cpu, computed, began = OthersMeter(), bench.cpu(), bench.computed(), time.monotonic()
     meter.begin(bench)  # type: ignore[arg-type]  # of a contestant it needs its processes
     time.sleep(length_s)
@@ -286,7 +292,8 @@ def _window(bench: Bench, ledger: Ledger, foreseen: Prediction, digest: str, pla
         plan=foreseen.plan,
         stages=_in_words(foreseen.workers),
         digest=digest,
-        window=place,
+        round=place[0],
+        window=place[1],
         predicted_per_s=foreseen.rate_per_s,
         computing_per_s=foreseen.computing_rate_per_s,
         measured_per_s=rate(moments),
@@ -316,29 +323,31 @@ def try_model(model: str, plans: Sequence[str], given: argparse.Namespace, momen
     pool = images(POOL)
     console.print(f"\n[dim]{model}: the eager module's answers, a cluster, and its profile ...[/dim]", highlight=False)
     expected = answers(model, pool, threads=1)
-    windows = given.windows or (QUICK_WINDOWS if given.quick else WINDOWS)
     least_s = (QUICK_LEAST_S if given.quick else LEAST_S) * given.scale
     trials = Trials()
-    with tempfile.TemporaryDirectory(prefix="bench-prediction-") as name:
-        with Bench(Path(name), tuple(CORES)) as bench:
-            profile = bench.client.profile(f"torchvision/{model}", seed=SEED, repetitions=REPETITIONS)
-        task = Task(model, pool, expected, profile, windows, least_s, given.out, moment)
-        (path := task.file("-profile.json")).write_text(profile.to_json(), encoding="utf-8")
-        _tell_profile(profile, path, console)
-        for plan in plans:
-            with Bench(Path(name), devices_of(plan)) as bench:
-                samples, requests = try_plan(bench, task, plan, console)
-            trials.samples += samples
-            trials.requests += requests
+    for round in range(1, (given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)) + 1):
+        with tempfile.TemporaryDirectory(prefix="bench-prediction-") as name:  # where no profile is kept yet
+            with Bench(Path(name), tuple(CORES)) as bench:
+                profile = bench.client.profile(f"torchvision/{model}", seed=SEED, repetitions=REPETITIONS)
+            task = Task(model, pool, expected, round, profile, given.windows, least_s, given.out, moment)
+            (path := task.file("-profile.json")).write_text(profile.to_json(), encoding="utf-8")
+            _tell_profile(profile, path, console)
+            for plan in plans:
+                with Bench(Path(name), devices_of(plan)) as bench:
+                    trials.add(*try_plan(bench, task, plan, console))
     return trials
 
 
 class Trials:
-    """What has come of all plans."""
+    """What has come of all plans, in all rounds."""
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []
         self.requests: list[Request] = []
+
+    def add(self, samples: Sequence[Sample], requests: Sequence[Request]) -> None:
+        self.samples += samples
+        self.requests += requests
 
     @property
     def bad(self) -> int:
@@ -365,16 +374,14 @@ HEADS = ("model", "plan", "workers", "computing>", "predicted>", "measured>", "e
 
 
 def by_plan(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """The windows of each plan of each model."""
+    """The windows of each plan of each model, of all rounds."""
     for key in dict.fromkeys((sample.model, sample.plan) for sample in samples):
         yield [sample for sample in samples if (sample.model, sample.plan) == key]
 
 
 def error_of(samples: Sequence[Sample]) -> Figure:
-    """Of the prediction against the median over windows, and against the fastest and the slowest one."""
-    rates = Figure.of(sample.measured_per_s for sample in samples)
-    foreseen = samples[0].predicted_per_s
-    return Figure(foreseen / rates.median - 1, foreseen / rates.high - 1, foreseen / rates.low - 1)
+    """Of each round's prediction against the windows of that round."""
+    return Figure.of(sample.error for sample in samples)
 
 
 def show(console: Console, samples: Sequence[Sample]) -> None:
@@ -386,21 +393,29 @@ def show(console: Console, samples: Sequence[Sample]) -> None:
 
 
 def _row(group: Sequence[Sample]) -> list[str]:
-    first, rates, error = group[0], Figure.of(sample.measured_per_s for sample in group), error_of(group).median
+    first, error = group[0], error_of(group)
+    computing, foreseen, rates = (
+        Figure.of(getattr(sample, name) for sample in group) for name in ("computing_per_s", "predicted_per_s", "measured_per_s")
+    )
     busiest, share = max(((sample.busiest, sample.busiest_share) for sample in group), key=lambda item: item[1])
     others = max(sample.others_cores for sample in group)
     return [
         first.model,
         _plan(first.plan),
-        first.stages,
-        number(first.computing_per_s),
-        f"[bold]{number(first.predicted_per_s)}[/bold]",
+        _once(sample.stages for sample in group),
+        number(computing.median),
+        f"[bold]{number(foreseen.median)}[/bold] ({number(foreseen.low)} – {number(foreseen.high)})",
         f"[bold]{number(rates.median)}[/bold] ({number(rates.low)} – {number(rates.high)})",
-        f"{error:+.1%}" if abs(error) <= GOAL else f"[red]{error:+.1%}[/red]",
-        first.limiting,
+        f"[{'bold' if abs(error.median) <= GOAL else 'red'}]{error.median:+.1%}[/] ({error.low:+.1%} to {error.high:+.1%})",
+        _once(sample.limiting for sample in group),
         f"{busiest}, {share:.0%} of its share",
         number(others) if others <= CROWD_CORES else f"[red]{number(others)}[/red]",
     ]
+
+
+def _once(words: Iterable[str]) -> str:
+    """What several rounds agree on, or each that there was."""
+    return " / ".join(dict.fromkeys(words))
 
 
 def _plan(plan: str) -> str:
@@ -410,7 +425,7 @@ def _plan(plan: str) -> str:
 def draw(path: Path, samples: Sequence[Sample], machine: str) -> None:
     rows = [Errors(f"{group[0].model}, {_plan(group[0].plan)}", error_of(group)) for group in by_plan(samples)]
     shares = ", ".join(f"{cores:g}" for cores in CORES.values())
-    foot = f"Dots: against the median over windows; whiskers: against the fastest and the slowest. Devices of {shares} cores. {machine}"
+    foot = f"Dots: median over the windows of all rounds, each against the prediction of its round; whiskers: extremes. Devices of {shares} cores. {machine}"
     draw_errors(path, QUESTION, rows, goal=GOAL, foot=foot)
 
 
@@ -430,10 +445,11 @@ def parser() -> argparse.ArgumentParser:
     built = argparse.ArgumentParser(
         prog="python bench/prediction.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    built.add_argument("--quick", action="store_true", help=f"under three minutes: {MODELS[0]} alone, {QUICK_WINDOWS} short windows")
+    built.add_argument("--quick", action="store_true", help=f"under three minutes: {MODELS[0]} alone, {QUICK_ROUNDS} rounds, short windows")
     built.add_argument("--model", choices=MODELS, help="this model alone")
     built.add_argument("--plan", choices=PLANS, action="append", help="this plan alone; may be repeated")
-    built.add_argument("--windows", type=int, metavar="N", help=f"how often each plan is measured ({WINDOWS}; quick: {QUICK_WINDOWS})")
+    built.add_argument("--rounds", type=int, metavar="N", help=f"how often all is done, profiles and all ({ROUNDS}; quick: {QUICK_ROUNDS})")
+    built.add_argument("--windows", type=int, default=WINDOWS, metavar="N", help=f"how often each plan is measured in a round ({WINDOWS})")
     built.add_argument("--scale", type=float, default=1.0, metavar="X", help="windows last X times as long (1), or 30 images")
     built.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help=f"folder for files ({RESULTS})")
     built.add_argument("--no-plot", action="store_true", help="write figures, but no picture")
@@ -444,8 +460,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0; 1 if an answer was wrong or missing, or a plan changed; 2 for a wrong command line, or without rights."""
     door = parser()
     given = door.parse_args(argv)
-    if not 0 < given.scale < float("inf") or (given.windows is not None and given.windows < 1):
-        door.error("expected a positive number of windows, and a positive scale")
+    if not 0 < given.scale < float("inf") or given.windows < 1 or (given.rounds is not None and given.rounds < 1):
+        door.error("expected positive numbers of rounds and windows, and a positive scale")
     if missing := missing_rights():
         print(f"bench.prediction: no shares of the CPU here: {'; '.join(missing)}", file=sys.stderr)
         return 2
@@ -457,8 +473,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for model in models:
             trials = try_model(model, plans, given, moment, console)
-            whole.samples += trials.samples
-            whole.requests += trials.requests
+            whole.add(trials.samples, trials.requests)
     except (RuntimeError, TimeoutError) as caught:  # what was measured until then is shown all the same
         error = caught
         print(f"bench.prediction: {error}", file=sys.stderr)

@@ -73,14 +73,15 @@ def test_a_prediction_is_sealed_by_the_digest_of_its_file(tmp_path):
     assert foreseen.profile_digest == hashlib.sha256(profile().to_json().encode()).hexdigest()
 
 
-def sample(window: int, measured_per_s: float, *, plan: str = "2") -> bench.Sample:
+def sample(window: int, measured_per_s: float, *, plan: str = "2", round: int = 1, predicted_per_s: float = 10.0) -> bench.Sample:
     return bench.Sample(
         model="m",
         plan=plan,
         stages="w1 | w2",
         digest="d",
+        round=round,
         window=window,
-        predicted_per_s=10.0,
+        predicted_per_s=predicted_per_s,
         computing_per_s=12.0,
         measured_per_s=measured_per_s,
         images=40,
@@ -94,7 +95,14 @@ def sample(window: int, measured_per_s: float, *, plan: str = "2") -> bench.Samp
     )
 
 
-def test_errors_are_those_against_the_median_window():
+def test_a_prediction_is_held_against_the_windows_of_its_own_round():
+    """The machine was twice as slow in the second round, when it was profiled and when it was measured."""
+    halved = [sample(1, 4.0, round=2, predicted_per_s=5.0), sample(2, 5.0, round=2, predicted_per_s=5.0)]
+    error = bench.error_of([sample(1, 8.0), sample(2, 10.0), *halved])
+    assert (error.low, error.median, error.high) == pytest.approx((0.0, 0.125, 0.25))
+
+
+def test_errors_are_those_of_the_windows():
     error = bench.error_of([sample(1, 8.0), sample(2, 9.5), sample(3, 12.5)])
     assert error.median == pytest.approx(10 / 9.5 - 1) and (error.low, error.high) == (pytest.approx(-0.2), pytest.approx(0.25))
     assert [len(group) for group in bench.by_plan([sample(1, 8.0), sample(2, 9.0), sample(1, 9.0, plan="auto")])] == [2, 1]
@@ -122,7 +130,7 @@ def test_devices_are_unequal_and_leave_room_for_the_rest():
 
 
 def test_a_wrong_command_line_is_status_2(capsys):
-    for arguments in (["--windows", "0"], ["--scale", "-2"], ["--model", "nobody"]):
+    for arguments in (["--windows", "0"], ["--rounds", "0"], ["--scale", "-2"], ["--model", "nobody"]):
         with pytest.raises(SystemExit) as stopped:
             bench.main(arguments)
         assert stopped.value.code == 2
@@ -138,11 +146,15 @@ def test_it_runs_and_writes_its_files(tmp_path):
     assert ended.returncode == 0, ended.stderr + ended.stdout
     assert "lost, answered twice or wrong: 0" in ended.stdout
     for plan in ("auto", "2"):
-        (path,) = tmp_path.glob(f"prediction-*-mobilenet_v2-{plan}.json")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        assert ended.stdout.index(digest) < ended.stdout.index("measured", ended.stdout.index(digest))
+        paths = list(tmp_path.glob(f"prediction-*-mobilenet_v2-*-{plan}.json"))
+        assert len(paths) == bench.QUICK_ROUNDS
+        for path in paths:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            assert ended.stdout.index(digest) < ended.stdout.index("measured", ended.stdout.index(digest))
     (csv_path,) = tmp_path.glob("prediction-*.csv")
     with csv_path.open(newline="") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
-    assert {row["plan"] for row in rows} == {"auto", "2"} and all(float(row["measured_per_s"]) > 0 for row in rows)
+    assert {(row["plan"], row["round"]) for row in rows} == {("auto", "1"), ("auto", "2"), ("2", "1"), ("2", "2")} and all(
+        float(row["measured_per_s"]) > 0 for row in rows
+    )
     assert len(list(tmp_path.glob("prediction-*.png"))) == 1
