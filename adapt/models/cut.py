@@ -13,10 +13,11 @@ a tensor with gaps or overlaps (a slice, an expanded one) cannot cross.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from adapt.errors import PlanError
 from adapt.models.program import (
@@ -62,15 +63,27 @@ class StageArtifact:
     end: int
 
 
+class Held(NamedTuple):
+    """Where a window holds a value of the program: under which number of its own, and in which order of dimensions it crosses a cut.
+
+    `order`: None: it travels as it lies there.
+    """
+
+    number: int
+    order: tuple[int, ...] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """A stage that is not written: its weights stay in the program's file.
 
-    `positions`: of each of its operators in the program; -1 for what only the cuts bring along.
+    `positions`: of each of its operators in the program; -1 for what only the cuts bring along. `held`: by the program's numbers; what came
+    permuted and is used is held twice, and for as long as each is needed.
     """
 
     graph: Graph
     positions: tuple[int, ...]
+    held: Mapping[int, tuple[Held, ...]]
 
 
 def legal_cuts(program: Program) -> list[Cut]:
@@ -118,7 +131,8 @@ def window(program: Program, begin: Cut | None, end: Cut | None) -> Window:
     last = end.position if end is not None else len(program.graph.operators)
     entering, leaving = (cut.crossing if cut is not None else None for cut in (begin, end))
     builder = _StageBuilder(program.graph, first, last, entering, leaving)
-    return Window(builder.build(), tuple(builder.positions))
+    graph = builder.build()
+    return Window(graph, tuple(builder.positions), builder.held())
 
 
 def constant_values(graph: Graph) -> set[int]:
@@ -187,6 +201,15 @@ class _StageBuilder:
             self.positions.append(position)
         outputs = tuple(self._leave(index) for index in self._leaving)
         return Graph(tuple(self._operators), tuple(self._values), tuple(self._weights), inputs, outputs)
+
+    def held(self) -> dict[int, tuple[Held, ...]]:
+        """After `build`: what has come and what is computed, by the program's numbers."""
+        found = {index: (Held(number, None),) for index, number in self._arrived.items()}
+        for index, number in self._value_of.items():
+            spec = self._graph.values[index]
+            order = spec.order if isinstance(spec, TensorSpec) and _is_permuted(spec) else None
+            found[index] = (*found.get(index, ()), Held(number, order))
+        return found
 
     def _needed_operators(self) -> list[int]:
         """Positions of the stage's own operators, and before them of the constants that they or the results depend on."""

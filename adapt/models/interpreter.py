@@ -155,6 +155,11 @@ class Stage:
         """Run the operator of that position, after all before it. Raises ModelError."""
         self._run_step(position, run.slots, None, run.watch)
 
+    def value(self, run: PausedRun, number: int) -> Leaf | None:
+        """A value of the graph, on the stage's device, for looking at only. None: it is not there yet, or not needed any more."""
+        found: Leaf | None = run.slots[self._first_slot + number]
+        return found
+
     def finish(self, run: PausedRun) -> list[Leaf]:
         """The outputs, after the last step, as `run` returns them."""
         self._was_watched(run.watch, run.signature)

@@ -21,12 +21,13 @@ import torch
 
 from adapt.config import counted
 from adapt.errors import PlanError
+from adapt.models.compressing import Compressing
 from adapt.models.cut import Window, legal_cuts, window
-from adapt.models.interpreter import Leaf, Stage
+from adapt.models.interpreter import Leaf, PausedRun, Stage
 from adapt.models.layers import profile_model
 from adapt.models.operators import DTYPES
 from adapt.models.program import Program, SizeSpec, ValueSpec, size_at
-from adapt.planning.model import MEBIBYTE
+from adapt.planning.model import MEBIBYTE, CodecProfile
 
 SLICE_S = 0.01  # as long as a task that comes may have to wait; one operator may take longer
 LEAST_RUNS = 3
@@ -58,13 +59,20 @@ class _Lap(NamedTuple):
     cpu_s: float
 
 
+class _Look(NamedTuple):
+    """What crosses a boundary: numbers of the program's values."""
+
+    boundary: int
+    crossing: tuple[int, ...]
+
+
 class Profiler:
     """Measures a program on this device, a slice at a time, and never holds more than it is given room for.
 
     A *window* is a run of layers, between two legal cuts, whose weights and activations fit into the room: all of the program, if it does.
     It runs as the stage that it could be, once to warm up and then `repetitions` times on inputs of batch 1: made-up ones for the first
     window, after that what the window before has computed. Then its weights go. Times are differences of medians of prefix times, and so add
-    up to what a run takes.
+    up to what a run takes. In the run to warm up codecs are tried on what crosses each boundary (compressing.py).
 
     Where a quota cuts the CPU off and gives it back every few milliseconds, pauses are longer than most operators, and fall anywhere. There the
     processor's clock is read instead, and what it says divided by the quota: that much longer it takes, as the kernel sees to.
@@ -93,6 +101,7 @@ class Profiler:
         self._operators = len(program.graph.operators)
         self._model = profile_model("", program, [0.0] * self._operators)
         self._cuts = legal_cuts(program)
+        self._compressing = Compressing(len(self._model.layers) + 1)
         self.costs_s: list[float | None] = [None] * self._operators
         self.held_bytes = 0
         self._done = 0.0  # operators, those of the present window in part
@@ -102,6 +111,11 @@ class Profiler:
     def share(self) -> float:
         """How much is done, 0 to 1."""
         return self._done / self._operators if self._operators else 1.0
+
+    @property
+    def codecs(self) -> tuple[CodecProfile, ...]:
+        """What codecs make of what crosses each boundary, and their speeds on a whole core; where the room did not suffice, as elsewhere."""
+        return self._compressing.profiles()
 
     def step(self) -> bool:
         """Work for about `SLICE_S`, on any thread that computes; not on two at a time. Whether there is more to do.
@@ -147,20 +161,42 @@ class Profiler:
         stage = Stage.of(piece.graph, self._program.path, device=self._device, digest=self._program.digest)
         yield
         inputs = example_inputs(stage.inputs, 1) if values is None else values
+        if begin == 0:
+            self._compressing.take(0, dict(zip(self._program.graph.inputs, inputs, strict=True)))
+        looks = self._looks(piece, begin, end, made_up=before.crossing if before is not None and values is None else ())
         first = self._model.layers[begin - 1].end if begin else 0
         operators = self._model.layers[end - 1].end - first
         runs: list[list[_Lap]] = []
         outputs: list[Leaf] = []
+
+        def look(run: PausedRun, position: int) -> None:
+            if not runs and (seen := looks.get(position)) is not None:
+                self._compressing.take(seen.boundary, _crossing(stage, run, piece, seen.crossing))
+
         while len(runs) <= LEAST_RUNS or (len(runs) <= self._repetitions and _seconds(runs) < ENOUGH_S):
             worth = operators / (max(self._repetitions, LEAST_RUNS) + 1)
             self._done = first + worth * len(runs)
-            times, outputs = yield from self._timed_run(stage, inputs, worth / max(len(stage), 1))
+            times, outputs = yield from self._timed_run(stage, inputs, worth / max(len(stage), 1), look)
             runs.append(times)
         self._keep(piece, runs[1:])
         return outputs
 
-    def _timed_run(self, stage: Stage, inputs: Sequence[Leaf], worth: float) -> Generator[None, None, tuple[list[_Lap], list[Leaf]]]:
-        """`worth`: of an operator, for `share`; on a slow device one run may take minutes."""
+    def _looks(self, piece: Window, begin: int, end: int, made_up: Sequence[int]) -> dict[int, _Look]:
+        """The boundaries of a window, each after the position of its operator at which it is reached, without the first one. What was made up
+        says nothing of what crosses there."""
+        place_of = {position: place for place, position in enumerate(piece.positions) if position >= 0}
+        found = {}
+        for boundary in range(begin + 1, min(end, len(self._cuts)) + 1):
+            cut = self._cuts[boundary - 1]
+            found[place_of[cut.position - 1]] = _Look(boundary, cut.crossing)
+        if end == len(self._model.layers):
+            found[len(piece.positions) - 1] = _Look(end, self._program.graph.outputs)
+        return {place: look for place, look in found.items() if not set(made_up) & set(look.crossing)}
+
+    def _timed_run(
+        self, stage: Stage, inputs: Sequence[Leaf], worth: float, look: Callable[[PausedRun, int], None]
+    ) -> Generator[None, None, tuple[list[_Lap], list[Leaf]]]:
+        """`worth`: of an operator, for `share`; on a slow device one run may take minutes. `look`: called after each operator."""
         is_cuda = self._device.type == "cuda"
         run = stage.begin(inputs)
         times = []
@@ -171,6 +207,7 @@ class Profiler:
                 torch.cuda.synchronize(self._device)
             used_s = thread_time() - used_s
             times.append(_Lap(perf_counter() - began, used_s))
+            look(run, position)
             self._done += worth
             yield
         return times, stage.finish(run)
@@ -190,6 +227,16 @@ class Profiler:
             f"no room to profile any of {counted(len(sizes), 'layer')}: the smallest, {self._model.layers[least].place}, needs "
             f"{sizes[least] / MEBIBYTE:.1f} MiB, and of the stage budget {self._room_bytes() / MEBIBYTE:.1f} MiB are free"
         )
+
+
+def _crossing(stage: Stage, run: PausedRun, piece: Window, numbers: Sequence[int]) -> dict[int, Leaf]:
+    """These values of the program, as they travel."""
+    found: dict[int, Leaf] = {}
+    for number in numbers:
+        for held in piece.held[number]:
+            if (leaf := stage.value(run, held.number)) is not None:
+                found[number] = leaf if held.order is None or not isinstance(leaf, torch.Tensor) else leaf.permute(held.order)
+    return found
 
 
 def _seconds(runs: Sequence[Sequence[_Lap]]) -> float:

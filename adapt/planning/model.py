@@ -18,6 +18,7 @@ from adapt.errors import ConfigError
 
 VERSION = 1
 MEBIBYTE = 1 << 20
+STANDARD_TOLERANCE = 0.1  # at which lossy codecs are measured; as a share of the tensor's standard deviation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +58,17 @@ class CodecProfile:
     decode_bytes_per_s: float = math.inf
     ratios: tuple[float, ...] = ()
 
+    @property
+    def is_lossy(self) -> bool:
+        return self.name.startswith("zfp")
+
     def ratio_at(self, boundary: int) -> float:
         return self.ratios[boundary] if self.ratios else self.ratio
+
+    def times(self, factor: float) -> CodecProfile:
+        """On a device that is so much faster."""
+        speeds = (self.encode_bytes_per_s * factor, self.decode_bytes_per_s * factor)
+        return replace(self, encode_bytes_per_s=speeds[0], decode_bytes_per_s=speeds[1])
 
 
 RAW = CodecProfile(name="raw")
@@ -187,6 +197,16 @@ class ModelProfile:
     def with_codecs(self, *codecs: CodecProfile) -> ModelProfile:
         return replace(self, codecs=codecs)
 
+    def within(self, tolerance: float | None) -> ModelProfile:
+        """With those of its codecs that may be used: None: without lossy ones. A tolerance below the one at which these are measured leaves
+        of them what is typical."""
+        lossless = tuple(codec for codec in self.codecs if not codec.is_lossy)
+        if tolerance is None:
+            return self.with_codecs(*(lossless or (RAW,)))
+        if tolerance >= STANDARD_TOLERANCE or len(lossless) == len(self.codecs):
+            return self
+        return self.with_codecs(*lossless, *(codec for codec in typical_codecs(tolerance=tolerance) if codec.is_lossy))
+
     def to_json(self) -> str:
         """Infinite speeds (of a codec that does nothing) become null."""
         content = {"version": VERSION, **asdict(self)}
@@ -236,5 +256,5 @@ def typical_codecs(*, tolerance: float | None = None) -> tuple[CodecProfile, ...
     lossless = (RAW, CodecProfile(name="lz4", ratio=1.28, encode_bytes_per_s=573e6, decode_bytes_per_s=2739e6))
     if tolerance is None:
         return lossless
-    ratio = 3.44 if tolerance >= 0.1 else 2.0
+    ratio = 3.44 if tolerance >= STANDARD_TOLERANCE else 2.0
     return (*lossless, CodecProfile(name="zfp", ratio=ratio, encode_bytes_per_s=230e6, decode_bytes_per_s=250e6))
