@@ -46,9 +46,12 @@ from adapt.protocol.codecs import TensorHeader
 from adapt.protocol.ids import AttemptId, Natural, RequestId
 
 PROTOCOL_VERSION = 1
+MOST_BOUNDARIES = 1 << 18  # of a program, for each of which something is told; all of it has to fit into one header
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+Ratio = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+BytesPerSecond = Annotated[float, msgspec.Meta(ge=0.0, le=1e18)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -580,15 +583,28 @@ class ProfileProgress(Struct, frozen=True, kw_only=True):
     share: Share
 
 
+class CodecMeasured(Struct, frozen=True, kw_only=True):
+    """What a codec, a lossy one at a tolerance of 0.1, makes of what a program sends: bytes of the tensors per byte sent over all boundaries
+    and at each (the input, every legal cut, the output), and bytes of the tensors per CPU second of one thread."""
+
+    name: Named
+    ratio: Ratio
+    ratios: Annotated[list[Ratio], msgspec.Meta(max_length=MOST_BOUNDARIES)]
+    encode_bytes_per_s: BytesPerSecond
+    decode_bytes_per_s: BytesPerSecond
+
+
 class ProgramProfiled(Struct, frozen=True, kw_only=True):
     """Worker -> dispatcher: seconds of each operator for a batch of 1; None where the stage budget had no room for its layer. And what a task
-    takes of its processor besides: CPU seconds for each, and for each byte received or sent; None: that could not be measured now."""
+    takes of its processor besides: CPU seconds for each, and for each byte received or sent; None: that could not be measured now. And what
+    codecs make of what crosses; None: that was not measured."""
 
     KIND: ClassVar[bytes] = b"PD"
     program: Sha256
     costs_s: Annotated[list[Seconds | None], msgspec.Meta(max_length=1 << 20)]
     task_s: Seconds | None = None
     byte_s: Seconds | None = None
+    codecs: Annotated[list[CodecMeasured], msgspec.Meta(max_length=8)] | None = None
 
 
 class ProfileFailed(Struct, frozen=True, kw_only=True):

@@ -26,7 +26,6 @@ from adapt.models.canaries import FILE_LIMIT_BYTES, TOLERANCE, KnownCanaries, ch
 from adapt.models.interface import interface_digest
 from adapt.models.layers import completed, profile_model
 from adapt.models.program import Program, read_program
-from adapt.planning.model import Handling
 from adapt.planning.placement import NOBODY, Plan, WorkerOffer
 from adapt.protocol import codecs
 from adapt.protocol import messages as msg
@@ -436,8 +435,8 @@ class Deployer:
         failed: PlanError | None = None
         for kind in chosen(kinds_of(self._around.device_kinds()), order.device_class):
             known = kept.get(kind.name)
-            if known is not None and known.handling is not None and len(known.costs_s) == len(program.operator_costs_s):
-                found.append((kind, Measured(list(known.costs_s), known.handling)))
+            if known is not None and len(known.costs_s) == len(program.operator_costs_s) and None not in (known.handling, known.codecs):
+                found.append((kind, Measured(list(known.costs_s), known.handling, known.codecs)))
                 continue
             roomy = sorted(kind.workers, key=lambda worker: (-free.get(worker, 0), worker))
             try:
@@ -457,16 +456,24 @@ class Deployer:
                     f"{worker_id} measured {len(measured.costs_s)} operators, the program has {len(program.operator_costs_s)}"
                 )
                 continue
-            await self._keep(form, kind, worker_id, completed(measured.costs_s, program.operator_costs_s), measured.handling)
+            await self._keep(form, kind, worker_id, completed(measured.costs_s, program.operator_costs_s), measured)
             found.append((replace(kind, workers=(worker_id, *(other for other in kind.workers if other != worker_id))), measured))
         if not found:
             raise failed or PlanError("no worker is left that could be measured")
         return found
 
-    async def _keep(self, form: str, kind: DeviceKind, worker_id: WorkerId, costs_s: tuple[float, ...], handling: Handling | None) -> None:
+    async def _keep(self, form: str, kind: DeviceKind, worker_id: WorkerId, costs_s: tuple[float, ...], measured: Measured) -> None:
+        """`costs_s`: of all operators."""
         if not is_believable(costs_s):  # as completed by what a client has sent
             return
-        profile = KeptProfile(device_class=kind.name, worker=worker_id, cores=kind.cores, costs_s=costs_s, handling=handling)
+        profile = KeptProfile(
+            device_class=kind.name,
+            worker=worker_id,
+            cores=kind.cores,
+            costs_s=costs_s,
+            handling=measured.handling,
+            codecs=measured.codecs,
+        )
         await asyncio.to_thread(self._profiles.write, form, profile)
 
     # ── what both need ───────────────────────────────────────────────────────────────────────────────────────────────

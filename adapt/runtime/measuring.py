@@ -13,19 +13,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from adapt.clock import Clock, monotonic
 from adapt.errors import AdaptError, OverloadedError, PlanError
-from adapt.planning.model import Handling
+from adapt.planning.model import CodecProfile, Handling
 from adapt.protocol.ids import Digest
 from adapt.protocol.messages import (
+    MOST_BOUNDARIES,
     ArtifactMissing,
     ArtifactPiece,
     CancelProfile,
+    CodecMeasured,
     Fetch,
     ProfileFailed,
     ProfileProgram,
@@ -52,6 +54,9 @@ class Profiler(Protocol):
 
     @property
     def share(self) -> float: ...
+
+    @property
+    def codecs(self) -> Sequence[CodecProfile]: ...
 
     def step(self) -> bool: ...
 
@@ -167,7 +172,7 @@ class Measuring:
             path = self._store.path(program)
             self._profiler = await asyncio.get_running_loop().run_in_executor(thread, self._open_profiler, path, order.repetitions)
             handling = await self._handled(program)
-            costs_s = await self._costs_s(program, self._profiler)
+            costs_s, codecs = await self._measured(program, self._profiler)
         except Exception as error:  # foreign code: a program may come from anybody, and it must not end the worker
             self._program = None
             self._refuse(program, _refusal(error))
@@ -175,7 +180,7 @@ class Measuring:
             self._program = None
             log.info("program profiled", extra={"program": program, "seconds": sum(cost or 0.0 for cost in costs_s)})
             told = {} if handling is None else {"task_s": handling.task_s, "byte_s": handling.byte_s}
-            self._send(ProgramProfiled(program=program, costs_s=costs_s, **told))
+            self._send(ProgramProfiled(program=program, costs_s=costs_s, codecs=codecs or None, **told))
         finally:
             thread.shutdown(wait=False, cancel_futures=True)
             self._profiler = None
@@ -211,9 +216,9 @@ class Measuring:
             log.info("handling measured", extra={"task_s": self._handling.task_s, "byte_s": self._handling.byte_s})
         return self._handling
 
-    async def _costs_s(self, program: Digest, profiler: Profiler) -> list[float | None]:
+    async def _measured(self, program: Digest, profiler: Profiler) -> tuple[list[float | None], list[CodecMeasured]]:
         await self._stepped(program, profiler, "measuring")
-        return profiler.costs_s
+        return profiler.costs_s, [_told(codec) for codec in profiler.codecs if len(codec.ratios) <= MOST_BOUNDARIES]
 
     async def _stepped(self, program: Digest, work: Profiler | Meter, step: str) -> None:
         """Have it done slice by slice, and tell how far it is."""
@@ -234,6 +239,16 @@ class Measuring:
         log.warning("program not profiled", extra={"program": program, "reason": str(error)})
         code, message, fields = error.to_wire()
         self._send(ProfileFailed(program=program, code=code, message=message[:MESSAGE_CHARACTERS], fields=fields))
+
+
+def _told(codec: CodecProfile) -> CodecMeasured:
+    return CodecMeasured(
+        name=codec.name,
+        ratio=codec.ratio,
+        ratios=list(codec.ratios),
+        encode_bytes_per_s=codec.encode_bytes_per_s,
+        decode_bytes_per_s=codec.decode_bytes_per_s,
+    )
 
 
 def _refusal(error: Exception) -> AdaptError:

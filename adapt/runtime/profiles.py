@@ -2,7 +2,8 @@
 
 A *device class* is all that the seconds depend on: the numeric class, in which build, processor and threads are named, and what share of
 the CPU the worker's control group leaves it. A program's seconds do not depend on the numbers in its weights, so what is kept belongs to its
-*form*, the digest of all but these: a retrained model is not measured anew.
+*form*, the digest of all but these: a retrained model is not measured anew. What codecs make of its activations does depend on them, but
+rarely much: it is kept with the rest, until somebody asks for it again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from adapt.errors import AdaptError, ConfigError, PlanError
 from adapt.models.layers import completed, layer_costs_s, profile_model
 from adapt.models.program import Program
 from adapt.models.tensorfile import canonical_json, read_tensor_file
-from adapt.planning.model import NO_HANDLING, Handling, MeasuredCosts, ModelProfile, typical_codecs
+from adapt.planning.model import NO_HANDLING, RAW, CodecProfile, Handling, MeasuredCosts, ModelProfile, typical_codecs
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import Digest, WorkerId
 
@@ -34,6 +35,9 @@ KEPT = 256  # forms of programs, those measured last
 LEAST_CORES, MOST_CORES = 0.01, 1e6  # what may be believed: no control group hands out less
 BELIEVED_S = (1e-9, 1e9)  # of a whole program
 MOST_HANDLING = Handling(task_s=1.0, byte_s=1e-6)  # that is believed
+BELIEVED_CODECS = ("lz4", "zfp")  # in the order in which plans have them, after raw
+BELIEVED_RATIO = (0.1, 1e6)
+BELIEVED_BYTES_PER_S = (1e3, 1e12)  # of one core
 SILENCE_S = 60.0  # without progress of a worker that should be measuring; it tells of some a few times a second unless others keep it busy
 MOST_STEPS = 16  # of a profile, each with words of its own
 
@@ -101,7 +105,8 @@ def form_of(path: Path) -> str:
 class KeptProfile:
     """Seconds of each operator of a program, and who measured them.
 
-    `handling`: what a task takes of a whole core besides; None: it could not be measured, or was not yet when this was written.
+    `handling`: what a task takes of a whole core besides; `codecs`: what they make of what crosses, at the speed of a whole core. None: it could
+    not be measured, or was not yet when this was written.
     """
 
     device_class: str
@@ -109,6 +114,7 @@ class KeptProfile:
     cores: float
     costs_s: tuple[float, ...]
     handling: Handling | None = None
+    codecs: tuple[CodecProfile, ...] | None = None
 
 
 class ProfileStore:
@@ -165,7 +171,22 @@ def _kept(plain: Mapping[str, Any]) -> KeptProfile:
     told = plain.get("handling")
     handling = None if told is None else Handling(task_s=float(told["task_s"]), byte_s=float(told["byte_s"]))
     return KeptProfile(
-        device_class=str(plain["device_class"]), worker=str(plain["worker"]), cores=cores, costs_s=costs_s, handling=handling
+        device_class=str(plain["device_class"]),
+        worker=str(plain["worker"]),
+        cores=cores,
+        costs_s=costs_s,
+        handling=handling,
+        codecs=believed_codecs(_codec(codec) for codec in plain.get("codecs") or ()),
+    )
+
+
+def _codec(plain: Mapping[str, Any]) -> CodecProfile:
+    return CodecProfile(
+        name=str(plain["name"]),
+        ratio=float(plain["ratio"]),
+        encode_bytes_per_s=float(plain["encode_bytes_per_s"]),
+        decode_bytes_per_s=float(plain["decode_bytes_per_s"]),
+        ratios=tuple(float(ratio) for ratio in plain["ratios"]),
     )
 
 
@@ -173,6 +194,18 @@ def is_believable(costs_s: Iterable[float | None]) -> bool:
     """Whether a program may take this long; plans divide by it."""
     least_s, most_s = BELIEVED_S
     return least_s <= sum(cost for cost in costs_s if cost is not None) <= most_s
+
+
+def believed_codecs(told: Iterable[CodecProfile]) -> tuple[CodecProfile, ...] | None:
+    """Those of which plans know, once each, if their figures may be; None: of none. Plans divide by them too."""
+    by_name = {codec.name: codec for codec in told if _may_be(codec)}
+    return tuple(by_name[name] for name in BELIEVED_CODECS if name in by_name) or None
+
+
+def _may_be(codec: CodecProfile) -> bool:
+    (least, most), (slowest, fastest) = BELIEVED_RATIO, BELIEVED_BYTES_PER_S
+    speeds = (codec.encode_bytes_per_s, codec.decode_bytes_per_s)
+    return all(least <= ratio <= most for ratio in (codec.ratio, *codec.ratios)) and all(slowest <= speed <= fastest for speed in speeds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,10 +239,12 @@ def known_costs(kept: Mapping[str, KeptProfile], workers: Mapping[WorkerId, Devi
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a worker says: seconds of each operator, None where it had no room for its layer; and what a task takes of a whole core besides."""
+    """What a worker says: seconds of each operator, None where it had no room for its layer; what a task takes of a whole core besides; and what
+    codecs make of what crosses each boundary, at the speed of a whole core."""
 
     costs_s: list[float | None]
     handling: Handling | None = None  # None: not measured
+    codecs: tuple[CodecProfile, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -270,7 +305,7 @@ class Profilers:
                 self._make_room(worker_id)  # for longer
                 waiting.note(f"{worker_id}: {step}", share)
             case msg.ProgramProfiled(costs_s=costs_s) if is_believable(costs_s):
-                waiting.answer.set_result(Measured(costs_s, _believed(message)))
+                waiting.answer.set_result(Measured(costs_s, _believed(message), _codecs_of(message)))
             case msg.ProgramProfiled(costs_s=costs_s):
                 seconds = sum(cost or 0.0 for cost in costs_s)
                 waiting.answer.set_exception(PlanError(f"it says that the program takes {seconds:g} s, which nobody can have measured"))
@@ -329,6 +364,19 @@ def _believed(message: msg.ProgramProfiled) -> Handling | None:
     return Handling(min(message.task_s, MOST_HANDLING.task_s), min(message.byte_s, MOST_HANDLING.byte_s))
 
 
+def _codecs_of(message: msg.ProgramProfiled) -> tuple[CodecProfile, ...] | None:
+    return believed_codecs(
+        CodecProfile(
+            name=codec.name,
+            ratio=codec.ratio,
+            encode_bytes_per_s=codec.encode_bytes_per_s,
+            decode_bytes_per_s=codec.decode_bytes_per_s,
+            ratios=tuple(codec.ratios),
+        )
+        for codec in message.codecs or ()
+    )
+
+
 # ── for people and for planning ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -336,13 +384,14 @@ def combined(name: str, program: Program, profiles: Sequence[tuple[DeviceKind, M
     """What planning knows of a model that was measured on these kinds of devices, whose first worker each was measured.
 
     Its reference device is one core of the fastest kind that computes with one thread, if there is one."""
-    whole = [(kind, completed(measured.costs_s, quick_s), measured.handling or NO_HANDLING) for kind, measured in profiles]
-    kind, costs_s, _ = min(whole, key=lambda item: (item[0].threads != 1, sum(item[1]) * (item[0].cores or 1.0)))
+    whole = [(kind, completed(measured.costs_s, quick_s), measured) for kind, measured in profiles]
+    best_first = sorted(whole, key=lambda item: (item[0].threads != 1, sum(item[1]) * (item[0].cores or 1.0)))
+    kind, costs_s, _ = best_first[0]
     reference_s = [cost * (kind.cores or 1.0) for cost in costs_s]
     words = f"{kind.title}, measured on {kind.workers[0]}" + (
         f"; seconds of one core, {kind.cores:.2g} of what it took" if kind.cores else ""
     )
-    model = profile_model(name, program, reference_s, codecs=typical_codecs(), reference=words)
+    model = profile_model(name, program, reference_s, reference=words)
     measured = [
         MeasuredCosts(
             device_class=kind.name,
@@ -350,8 +399,20 @@ def combined(name: str, program: Program, profiles: Sequence[tuple[DeviceKind, M
             threads=kind.threads,
             cores=kind.cores,
             costs_s=layer_costs_s(model, costs_s),
-            handling=handling,
+            handling=told.handling or NO_HANDLING,
         )
-        for kind, costs_s, handling in whole
+        for kind, costs_s, told in whole
     ]
-    return replace(model, measured=tuple(measured))
+    told_codecs = [(sum(costs_s) * (kind.cores or 1.0), told.codecs or ()) for kind, costs_s, told in best_first]
+    return replace(model, codecs=_known_codecs(told_codecs, len(model.layers) + 1), measured=tuple(measured))
+
+
+def _known_codecs(told: Sequence[tuple[float, Sequence[CodecProfile]]], boundaries: int) -> tuple[CodecProfile, ...]:
+    """On the reference device: as it has said itself, or another one, as much faster as it computes than that. `told`: seconds of the whole
+    model on one core, and codecs; the reference device comes first."""
+    reference_s = told[0][0]
+    for seconds, codecs in told:
+        if fitting := [codec for codec in codecs if len(codec.ratios) == boundaries]:
+            faster = seconds / reference_s if seconds != reference_s and reference_s > 0 else 1.0
+            return (RAW, *(codec.times(faster) for codec in fitting))
+    return typical_codecs()

@@ -39,11 +39,20 @@ def test_a_module_is_measured_once_and_planned_by_it(tmp_path):
         (kind,) = model.measured
         assert model.weights_before[-1] > 8 << 20 and set(kind.workers) == {"w1", "w2"}
         assert len(kind.costs_s) == len(model.layers) and all(cost > 0 for cost in kind.costs_s)
+        raw, lz4, zfp = model.codecs
+        assert (raw.name, lz4.name, zfp.name) == ("raw", "lz4", "zfp") and len(lz4.ratios) == len(zfp.ratios) == len(model.layers) + 1
+        assert all(1 <= ratio < 1.2 for ratio in lz4.ratios) and all(1.2 < ratio < 10 for ratio in zfp.ratios), "of noise"
+        assert all(1e6 < speed < 1e12 for speed in (lz4.encode_bytes_per_s, zfp.encode_bytes_per_s, zfp.decode_bytes_per_s))
         assert any("fetching" in words and share is not None for words, share in told)
         told.clear()
         torch.nn.init.normal_(module.layers[0].weight)  # other weights: the same form
         again = client.profile(module, example_inputs=(x,), progress=lambda words, share: told.append((words, share)))
         assert again.measured[0].costs_s == kind.costs_s and not any("measuring" in words for words, _ in told)
+        assert again.codecs == model.codecs
+        told.clear()
+        forget_codecs(tmp_path / "here")
+        anew = client.profile(module, example_inputs=(x,), progress=lambda words, share: told.append((words, share)))
+        assert [codec.name for codec in anew.codecs if codec.ratios] == ["lz4", "zfp"] and any("measuring" in words for words, _ in told)
         with pytest.raises(adapt.ConfigError, match="device-class='abacus'"):
             client.profile(module, example_inputs=(x,), device_class="abacus")
         with pytest.raises(adapt.ConfigError, match="has no operators"):  # it used to end one worker after the other
@@ -57,6 +66,15 @@ def test_a_module_is_measured_once_and_planned_by_it(tmp_path):
         assert deployed(x).shape == (2, 512)
     kept = list((tmp_path / "here").rglob("profiles/*.json"))
     assert len(kept) == 1 and json.loads(kept[0].read_text())["version"] == 1
+
+
+def forget_codecs(directory):
+    """As profiles were kept before codecs were measured."""
+    (path,) = directory.rglob("profiles/*.json")
+    content = json.loads(path.read_text())
+    for profile in content["profiles"]:
+        del profile["codecs"]
+    path.write_text(json.dumps(content))
 
 
 def command(*argv, address=None):
@@ -76,6 +94,8 @@ def test_the_command_on_a_cluster_and_on_this_machine(tmp_path):
         assert "w1" in shown.stdout and "features.0" in shown.stdout and "exporting" in shown.stderr
         model = ModelProfile.from_json(kept.read_text())
         assert model.measured[0].workers == ("w1",)
+        assert max(model.codecs[1].ratios) > 1.2, "what squeezenet's rectifiers let through"
+        assert "lz4: " in shown.stdout and "times smaller" in shown.stdout
     planned = command("plan", str(kept), "--cluster", "pi3")
     assert planned.returncode == 0 and "requests/s" in planned.stdout
     here = command("profile", SMALL, "--seed", "0", "--here", "--repetitions", "3", "--plot", str(tmp_path / "small.png"))

@@ -518,6 +518,8 @@ def test_a_program_is_fetched_measured_and_forgotten(scene):
             profiled = await dispatcher.take(msg.ProgramProfiled)
             assert profiled.program == scene.digest and len(profiled.costs_s) == 3
             assert all(cost is not None and 0 < cost < 10 for cost in profiled.costs_s)
+            assert [codec.name for codec in profiled.codecs][:1] == ["lz4"]
+            assert all(ratio >= 0.99 for codec in profiled.codecs for ratio in codec.ratios)
             assert sum(fetch.length for fetch in dispatcher.of(msg.Fetch)) == scene.file_bytes
             assert not list((scene.directory / "cache").glob(f"{scene.digest}*"))
             assert not dispatcher.of(msg.ProfileFailed)

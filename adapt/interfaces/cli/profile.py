@@ -22,13 +22,13 @@ from adapt.interfaces.cli.doors import OK
 from adapt.interfaces.measure import measured
 from adapt.interfaces.profile_files import PROFILE_SUFFIX, read_profile, save_profile
 from adapt.interfaces.tables import print_table
-from adapt.planning.model import MEBIBYTE, ModelProfile
+from adapt.planning.model import MEBIBYTE, STANDARD_TOLERANCE, CodecProfile, ModelProfile
 from adapt.protocol.ids import WorkerId
 from adapt.protocol.messages import NamedSource
 from adapt.runtime.calls import MOST_REPETITIONS, REPETITIONS, ToldShare
 from adapt.runtime.client import Client
 from adapt.runtime.cores import allowed_cores
-from adapt.runtime.profiles import DeviceKind, Measured, chosen, combined
+from adapt.runtime.profiles import DeviceKind, Measured, believed_codecs, chosen, combined
 
 PLAIN_WIDTH = 140
 MOST_ROWS = 28
@@ -147,7 +147,7 @@ def _on_this_machine(options: argparse.Namespace, source: NamedSource, told: Tol
         profiler = Profiler(program, repetitions=options.repetitions, cores=kind.cores)
         while profiler.step():
             told("measuring on this machine", profiler.share)
-        return combined(source.model, program, [(kind, Measured(profiler.costs_s))], quick_s)
+        return combined(source.model, program, [(kind, Measured(profiler.costs_s, codecs=believed_codecs(profiler.codecs)))], quick_s)
 
 
 @contextmanager
@@ -198,7 +198,7 @@ def show(model: ModelProfile, console: Console) -> None:
     names = [chr(ord("A") + number) if len(kinds) <= 26 else str(number + 1) for number in range(len(kinds))]
     rows = [(name, escape(title), escape(workers), _ms(sum(costs))) for name, (title, workers, costs) in zip(names, kinds, strict=True)]
     print_table(console, "per request, a batch of one", ("", "kind of device", "workers (the first was measured)", "ms>"), rows)
-    parts = _parts(model)
+    parts, codecs = _parts(model), _measured_codecs(model)
     columns = [
         "part",
         "cuts>",
@@ -208,15 +208,36 @@ def show(model: ModelProfile, console: Console) -> None:
         "activations>",
         "crosses after it>",
         "least>",
+        *(f"{codec.name}>" for codec in codecs),
     ]
     largest_s = max(sum(kinds[0][2][begin:end]) for _, begin, end in parts) or 1.0
     table = [_row(model, place, begin, end, [costs for _, _, costs in kinds], largest_s) for place, begin, end in parts]
     print_table(console, "parts", columns, table)
     console.print(
         "[dim]cuts: where the model may be cut within or after this part; least: what crosses the cheapest of them. "
-        "Weights and activations in MiB, what crosses in kB.[/dim]",
+        f"Weights and activations in MiB, what crosses in kB{_of_codecs(codecs)}.[/dim]",
         highlight=False,
     )
+    for codec in codecs:
+        console.print(f"[dim]{_codec_in_words(codec)}[/dim]", highlight=False)
+
+
+def _measured_codecs(model: ModelProfile) -> list[CodecProfile]:
+    """Those of which it is known what they make of each boundary."""
+    return [codec for codec in model.codecs if codec.ratios]
+
+
+def _of_codecs(codecs: Sequence[CodecProfile]) -> str:
+    names = " and ".join(codec.name for codec in codecs)
+    return f"; {names}: how many times smaller that gets" if codecs else ""
+
+
+def _codec_in_words(codec: CodecProfile) -> str:
+    error = f" (error up to {STANDARD_TOLERANCE:g} standard deviations)" if codec.is_lossy else ""
+    cuts = codec.ratios[1:-1]
+    places = f" over all, {min(cuts):.2f} to {max(cuts):.2f} at the cuts" if cuts else ""
+    speeds = [f"{speed / 1e6:,.0f} MB/s" for speed in (codec.encode_bytes_per_s, codec.decode_bytes_per_s)]
+    return f"{codec.name}{error}: {codec.ratio:.2f} times smaller{places}; one core encodes {speeds[0]}, decodes {speeds[1]}"
 
 
 def _parts(model: ModelProfile) -> list[tuple[str, int, int]]:
@@ -253,6 +274,7 @@ def _row(model: ModelProfile, place: str, begin: int, end: int, kinds: Sequence[
         f"{max(layer.peak_bytes for layer in layers) / MEBIBYTE:.1f}",
         f"{layers[-1].output_bytes / 1e3:,.0f}",
         f"{min(layer.output_bytes for layer in cuts) / 1e3:,.0f}" if cuts else "-",
+        *(f"{codec.ratio_at(end):.2f}" for codec in _measured_codecs(model)),
     ]
 
 

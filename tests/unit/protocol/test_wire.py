@@ -354,6 +354,38 @@ def test_wrong_fields_are_named(changes, told):
     assert len(str(caught.value)) < 500
 
 
+LZ4 = msg.CodecMeasured(name="lz4", ratio=1.5, ratios=[1.0, 2.0], encode_bytes_per_s=1e9, decode_bytes_per_s=2e9)
+PROFILED = msg.ProgramProfiled(program="a" * 64, costs_s=[0.1], codecs=[LZ4])
+WRONG_CODECS = [
+    ({"ratio": -1.0}, "ratio"),
+    ({"ratio": math.nan}, "ratio"),
+    ({"ratio": math.inf}, "ratio"),
+    ({"ratios": [1.0, -1.0]}, "ratios"),
+    ({"ratios": [math.nan]}, "ratios"),
+    ({"ratios": [None]}, "ratios"),
+    ({"ratios": [1.0] * (msg.MOST_BOUNDARIES + 1)}, "not read further"),
+    ({"encode_bytes_per_s": 1e300}, "encode_bytes_per_s"),
+    ({"decode_bytes_per_s": -1.0}, "decode_bytes_per_s"),
+    ({"name": "x" * 65}, "name"),
+]
+
+
+@pytest.mark.parametrize("changes, told", WRONG_CODECS, ids=lambda value: str(value)[:60])
+def test_what_codecs_make_of_a_program_has_bounds(changes, told):
+    document = plain(PROFILED)
+    document["m"]["codecs"][0] |= changes
+    with pytest.raises(WireError, match=told):
+        judged(PROFILED, document)
+
+
+def test_what_codecs_make_of_a_large_program_fits_into_a_header():
+    codec = replace(LZ4, ratios=[1.25] * msg.MOST_BOUNDARIES)
+    message = replace(PROFILED, costs_s=[0.1] * msg.MOST_BOUNDARIES, codecs=[codec, codec])
+    assert decode(encode(message, session=1, term=1), limit_bytes=LIMIT_BYTES).message == message
+    with pytest.raises(WireError, match="codecs"):
+        judged(PROFILED, plain(replace(PROFILED, codecs=[LZ4] * 9)))
+
+
 DIGEST = "a" * 64
 
 

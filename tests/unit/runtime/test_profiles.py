@@ -12,7 +12,7 @@ import torch
 from adapt.errors import ConfigError, OverloadedError, PlanError
 from adapt.models.export import export_module
 from adapt.models.program import read_program
-from adapt.planning.model import Handling, ModelProfile
+from adapt.planning.model import RAW, CodecProfile, Handling, ModelProfile, typical_codecs
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import Digest, WorkerId
 from adapt.runtime import profiles
@@ -39,6 +39,8 @@ FORM = "f" * 64
 
 
 HANDLING = Handling(0.001, 1e-9)
+LZ4 = CodecProfile(name="lz4", ratio=1.5, encode_bytes_per_s=1e9, decode_bytes_per_s=2e9, ratios=(1.0, 1.25, 2.5, 1.0))
+ZFP = CodecProfile(name="zfp", ratio=4.0, encode_bytes_per_s=2e8, decode_bytes_per_s=1e8, ratios=(4.0, 3.5, 5.0, 1.0))
 
 
 def kept(kind: DeviceKind, *costs_s: float, worker: str = "w1") -> KeptProfile:
@@ -153,6 +155,22 @@ def test_a_bound_on_how_many_are_kept(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_what_codecs_make_of_it_is_kept_too(tmp_path):
+    pi = DeviceKind.of(PI, 0.3)
+    with_codecs = profiles.replace(kept(pi, 0.1, 0.2), codecs=(LZ4, ZFP))
+    ProfileStore(tmp_path).write(FORM, with_codecs)
+    assert ProfileStore(tmp_path).read(FORM) == {pi.name: with_codecs}
+    plain = json.loads((tmp_path / f"{FORM}.json").read_text())
+    for told in (None, []):
+        plain["profiles"][0]["codecs"] = told
+        (tmp_path / f"{FORM}.json").write_text(json.dumps(plain))
+        assert ProfileStore(tmp_path).read(FORM) == {pi.name: profiles.replace(with_codecs, codecs=None)}
+    for told in (True, [{"name": "lz4"}], [3]):
+        plain["profiles"][0]["codecs"] = told
+        (tmp_path / f"{FORM}.json").write_text(json.dumps(plain))
+        assert ProfileStore(tmp_path).read(FORM) == {}
+
+
 def exported(directory, *, width: int = 4, seed: int = 0):
     torch.manual_seed(seed)
     module = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.ReLU(), torch.nn.Linear(width, 4)).eval()
@@ -176,6 +194,36 @@ def test_what_planning_gets_is_in_seconds_of_one_core(tmp_path):
     assert model.costs_of("w3") is None and "measured on w1" in model.reference
     assert ModelProfile.from_json(model.to_json()) == model
     assert json.loads(model.to_json())["measured"][0]["workers"] == ["w2"]
+
+
+def combined_with(tmp_path, *told, cores=(0.5, 0.25)):
+    """The model of workers that take 0.2 and 0.4 s of one core for it, of which each has said this of codecs."""
+    workers = [profiles.replace(DeviceKind.of(PI, share), workers=(worker,)) for share, worker in zip(cores, (W1, W2), strict=True)]
+    costs_s = ([0.2, 0.1, 0.1], [0.8, 0.4, 0.4])
+    each = [(kind, Measured(list(costs), HANDLING, codecs)) for kind, costs, codecs in zip(workers, costs_s, told, strict=True)]
+    return combined("m", exported(tmp_path), each, [1.0] * 3)
+
+
+def test_planning_gets_what_the_reference_device_makes_of_what_crosses(tmp_path):
+    """Speeds are of CPU seconds: those of a whole core already."""
+    other = profiles.replace(LZ4, ratio=9.0)
+    model = combined_with(tmp_path, (LZ4, ZFP), (other,))
+    assert model.codecs == (RAW, LZ4, ZFP) and model.wire_bytes(2, 1) == model.crossing_bytes[2] / 2.5
+    assert ModelProfile.from_json(model.to_json()) == model
+
+
+def test_if_only_another_device_has_measured_codecs_they_are_as_much_faster(tmp_path):
+    model = combined_with(tmp_path, None, (LZ4,))
+    raw, lz4 = model.codecs
+    assert raw == RAW and lz4.ratios == LZ4.ratios
+    assert (lz4.encode_bytes_per_s, lz4.decode_bytes_per_s) == pytest.approx((2e9, 4e9)), "the reference device computes twice as fast"
+
+
+def test_codecs_of_another_model_are_not_taken(tmp_path):
+    short = profiles.replace(LZ4, ratios=LZ4.ratios[:3])
+    assert combined_with(tmp_path, (short,), None).codecs == typical_codecs()
+    assert combined_with(tmp_path, (short,), (LZ4,)).codecs[1].ratios == LZ4.ratios
+    assert combined_with(tmp_path, None, None).codecs == typical_codecs()
 
 
 # ── who measures ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -242,6 +290,46 @@ def test_what_a_task_takes_besides_is_believed_within_reason():
 
     async def test():
         assert await Cluster(w1=says).measure(W1) == (W1, Measured([0.1], Handling(profiles.MOST_HANDLING.task_s, 1e-9)))
+
+    asyncio.run(test())
+
+
+def told(codec: CodecProfile, **changes) -> msg.CodecMeasured:
+    plain = {key: getattr(codec, key) for key in ("name", "ratio", "encode_bytes_per_s", "decode_bytes_per_s")}
+    return msg.CodecMeasured(**{**plain, "ratios": list(codec.ratios), **changes})
+
+
+BEYOND = [
+    {"ratio": 0.0},
+    {"ratio": math.nan},
+    {"ratios": [1.0, 1e-300]},
+    {"ratios": [1.0, 1e9]},
+    {"ratios": [math.nan]},
+    {"encode_bytes_per_s": 0.0},
+    {"encode_bytes_per_s": math.nan},
+    {"decode_bytes_per_s": 1e-320},
+    {"decode_bytes_per_s": 1e18},
+    {"name": "raw"},
+    {"name": "best of all"},
+]
+
+
+@pytest.mark.parametrize("changes", BEYOND)
+def test_of_codecs_only_what_can_be_is_believed(changes):
+    """One worker that tells nonsense must stop nobody's plan; its seconds are still a profile."""
+
+    def says(*codecs):
+        message = msg.ProgramProfiled(program=PROGRAM, costs_s=[0.1], codecs=list(codecs) or None)
+        return lambda cluster: cluster.profilers.heard(W1, message)
+
+    async def believed(*codecs):
+        return (await Cluster(w1=says(*codecs)).measure(W1))[1].codecs
+
+    async def test():
+        assert await believed() is None
+        assert await believed(told(ZFP), told(LZ4)) == (LZ4, ZFP), "in the order of plans"
+        assert await believed(told(LZ4, **changes)) is None
+        assert await believed(told(LZ4), told(ZFP, **changes)) == (LZ4,)
 
     asyncio.run(test())
 
