@@ -76,6 +76,7 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     cluster = _as_measured(cluster, model)
     if options.save_profile is not None:
         save_profile(options.save_profile, model, key="save-profile")
+    model = model.within(options.tolerance)
     strategy = AUTO if options.strategy == ALL else options.strategy
     found = compare(model, cluster) if options.strategy == ALL else {strategy: plan(model, cluster, strategy)}
     changed = _changed(cluster, wishes)

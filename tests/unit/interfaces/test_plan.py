@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from adapt.interfaces.cli.main import main
-from adapt.planning.model import LayerProfile, MeasuredCosts, ModelProfile, typical_codecs
+from adapt.planning.model import RAW, CodecProfile, LayerProfile, MeasuredCosts, ModelProfile, typical_codecs
 
 MIB = 1 << 20
 HOME = """
@@ -146,3 +146,39 @@ def test_devices_called_as_measured_workers_take_what_these_took(capsys, home, t
     (laptop,) = [stage for stage in plan["stages"] if stage["workers"] == ["laptop"]]
     assert laptop["stage_s"] == pytest.approx(0.04, rel=0.02), "the last two blocks, which are quick there"
     assert plan["stages"][-1] == laptop and plan["stages"][-2]["end"] == 2
+
+
+def test_only_who_allows_an_error_gets_lossy_codecs(capsys, home, tmp_path):
+    """A profile that was measured has both kinds; whoever names a tolerance below that of the measurement gets what is typical of it."""
+    path = Path(save(tmp_path / "model.json", *(30,) * 4))
+    speeds = {"encode_bytes_per_s": 1e9, "decode_bytes_per_s": 1e9}
+    lz4, zfp = (CodecProfile(name=name, ratio=ratio, ratios=(ratio,) * 5, **speeds) for name, ratio in (("lz4", 2.0), ("zfp", 9.0)))
+    model = replace(ModelProfile.from_json(path.read_text()), codecs=(RAW, lz4, zfp))
+    path.write_text(model.to_json())
+    Path(home).write_text(HOME.replace("20 Mbit/s", "1 Mbit/s").replace("100 Mbit/s", "2 Mbit/s"), encoding="utf-8")  # links decide
+    kept = tmp_path / "kept.json"
+    used, rates = {}, {}
+    for tolerance in ((), ("--tolerance", "0.1"), ("--tolerance", "0.01")):
+        for strategy in ("auto", "exact", "greedy"):
+            options = ("--strategy", strategy, "--save-profile", str(kept), *tolerance)
+            assert main(["plan", str(path), "--cluster", home, "--json", *options]) == 0
+            plan = json.loads(capsys.readouterr().out)
+            used.setdefault(tolerance[-1:], set()).update(stage["codec"] for stage in plan["stages"])
+            if strategy == "auto":
+                rates[tolerance[-1:]] = plan["throughput_per_s"]
+        assert ModelProfile.from_json(kept.read_text()) == model, "as it was measured, whatever is planned with it"
+    assert used[()] <= {"raw", "lz4"} and "zfp" in used["0.1",]
+    assert rates[()] <= rates["0.01",] < rates["0.1",]
+
+
+def test_codecs_within_a_tolerance():
+    (layer,) = ModelProfile.from_json(ModelProfile("m", 1, (LAYER,)).to_json()).layers
+    measured = CodecProfile(name="zfp", ratio=9.0, ratios=(9.0, 9.0))
+    lossy, lossless = ModelProfile("m", 1, (layer,), (RAW, measured)), ModelProfile("m", 1, (layer,), (RAW,))
+    assert lossy.within(None) == lossless == lossless.within(None) == lossless.within(0.1) == lossless.within(0.01)
+    assert lossy.within(0.1) is lossy.within(0.5) is lossy
+    assert lossy.within(0.01).codecs == (RAW, typical_codecs(tolerance=0.01)[-1])
+    assert ModelProfile("m", 1, (layer,), (measured,)).within(None) == lossless
+
+
+LAYER = LayerProfile(place="a", cost_s=0.1, weight_bytes=1, peak_bytes=1, output_bytes=1, end=1)
