@@ -36,6 +36,7 @@ from adapt.scheduling.links import Link
 
 log = logging.getLogger(__name__)
 
+BYTE_S = 0.5e-9  # what a worker about as fast as who exports takes for each byte that comes or leaves; measured: 0.3 to 0.9
 PROFILE_ERROR = 0.05  # stages that differ by less are alike, as far as the quick profile knows; then fewer bytes count
 NUMERICS = ("auto", "close", "exact")
 
@@ -329,7 +330,7 @@ def cut(store: ArtifactStore, program: ProfiledProgram, stages: int) -> CutModel
     costs_s = list(program.operator_costs_s)
     if len(costs_s) != len(source.graph.operators):
         raise ConfigError(f"the profile has {len(costs_s)} operators, the program {len(source.graph.operators)}")
-    return _cut_at(store, program, source, partition(costs_s, legal_cuts(source), stages, slack=PROFILE_ERROR))
+    return _cut_at(store, program, source, partition(costs_s, legal_cuts(source), stages, byte_s=BYTE_S, slack=PROFILE_ERROR))
 
 
 def plan_freely(

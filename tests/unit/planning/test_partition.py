@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
@@ -20,18 +20,19 @@ def problems(draw):
     return costs, cuts, stages, draw(st.sampled_from([0.0, 1.0]))
 
 
-def judged(costs, chosen, link_s_per_byte):
-    """What a partition is compared by: slowest stage or link, bytes in all, positions."""
-    positions = [cut.position for cut in chosen]
-    slowest = max([*stage_costs_s(costs, positions), *(cut.crossing_bytes * link_s_per_byte for cut in chosen)])
-    return slowest, sum(cut.crossing_bytes for cut in chosen), positions
+def judged(costs, chosen, byte_s):
+    """What a partition is compared by: slowest stage, bytes in all, positions."""
+    positions, crossing = [cut.position for cut in chosen], [0, *(cut.crossing_bytes for cut in chosen), 0]
+    stages = zip(stage_costs_s(costs, positions), pairwise(crossing), strict=True)
+    slowest = max(cost + byte_s * (comes + leaves) for cost, (comes, leaves) in stages)
+    return slowest, sum(crossing), positions
 
 
 @given(problems())
 def test_a_partition_is_as_good_as_the_best_of_all(problem):
-    costs, cuts, stages, link_s_per_byte = problem
-    best = min(judged(costs, chosen, link_s_per_byte) for chosen in combinations(cuts, stages - 1))
-    assert partition(costs, cuts, stages, link_s_per_byte=link_s_per_byte) == best[2]
+    costs, cuts, stages, byte_s = problem
+    best = min(judged(costs, chosen, byte_s) for chosen in combinations(cuts, stages - 1))
+    assert partition(costs, cuts, stages, byte_s=byte_s) == best[2]
 
 
 def test_too_many_stages_name_the_largest_number():
@@ -56,10 +57,11 @@ def test_costs_that_are_no_durations_are_a_mistake_of_the_caller(cost):
         partition([1.0, cost], [CutPoint(1, 0)], 2)
 
 
-def test_a_slow_link_moves_the_cut_to_fewer_bytes():
+def test_what_workers_do_with_bytes_moves_the_cut_to_fewer():
     cuts = [CutPoint(1, 10), CutPoint(2, 1_000)]
     assert partition([1.0, 2.0, 3.0], cuts, 2) == [2]
-    assert partition([1.0, 2.0, 3.0], cuts, 2, link_s_per_byte=0.01) == [1]
+    assert partition([1.0, 2.0, 3.0], cuts, 2, byte_s=0.001) == [2]
+    assert partition([1.0, 2.0, 3.0], cuts, 2, byte_s=0.01) == [1]
 
 
 def test_what_is_about_as_fast_is_chosen_by_its_bytes():
