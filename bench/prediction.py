@@ -319,12 +319,12 @@ def rate(moments: Sequence[float]) -> float:
     return (len(ordered) - 1) / (ordered[-1] - ordered[0]) if len(ordered) > 1 and ordered[-1] > ordered[0] else float("nan")
 
 
-def try_model(model: str, plans: Sequence[str], given: argparse.Namespace, moment: datetime, console: Console) -> Trials:
+def try_model(trials: Trials, model: str, plans: Sequence[str], given: argparse.Namespace, moment: datetime, console: Console) -> None:
+    """In all rounds; what has come of each plan is added."""
     pool = images(POOL)
     console.print(f"\n[dim]{model}: the eager module's answers, a cluster, and its profile ...[/dim]", highlight=False)
     expected = answers(model, pool, threads=1)
     least_s = (QUICK_LEAST_S if given.quick else LEAST_S) * given.scale
-    trials = Trials()
     for round in range(1, (given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)) + 1):
         with tempfile.TemporaryDirectory(prefix="bench-prediction-") as name:  # where no profile is kept yet
             with Bench(Path(name), tuple(CORES)) as bench:
@@ -335,7 +335,6 @@ def try_model(model: str, plans: Sequence[str], given: argparse.Namespace, momen
             for plan in plans:
                 with Bench(Path(name), devices_of(plan)) as bench:
                     trials.add(*try_plan(bench, task, plan, console))
-    return trials
 
 
 class Trials:
@@ -472,8 +471,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole, error = Trials(), None
     try:
         for model in models:
-            trials = try_model(model, plans, given, moment, console)
-            whole.add(trials.samples, trials.requests)
+            try_model(whole, model, plans, given, moment, console)
     except (RuntimeError, TimeoutError) as caught:  # what was measured until then is shown all the same
         error = caught
         print(f"bench.prediction: {error}", file=sys.stderr)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
-STOLEN, STALLED = 0.01, 0.01  # shares of the time from which on a measured time says little: one core's stolen, all threads' stood still
+DISTURBED_S = 0.05  # taken by the host, or let nobody run, within any one second: from there on a measured time says little
 
 
 class HostStall:
@@ -15,7 +17,8 @@ class HostStall:
 
     STEP_S, FREE_S = 0.005, 0.02
 
-    def __init__(self) -> None:
+    def __init__(self, look: Callable[[float], object] = lambda now: None) -> None:
+        self._look = look  # called all the time, with the moment
         self._lates: list[tuple[float, float]] = []
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="host-stall", daemon=True)
@@ -25,6 +28,7 @@ class HostStall:
         before = time.monotonic()
         while not self._is_over.wait(self.STEP_S):
             now = time.monotonic()
+            self._look(now)
             if (late_s := now - before - self.STEP_S) > self.FREE_S:
                 self._lates.append((now, late_s))
             before = now
@@ -39,21 +43,33 @@ class HostStall:
 
 
 class HostWatch:
-    """From its making on, whether times that are measured say something about us, or about this machine's neighbours."""
+    """From its making on, whether times that are measured say something about us, or about this machine's neighbours.
 
-    def __init__(self) -> None:
-        self._stall, self._began, self._stolen_s = HostStall(), time.monotonic(), _stolen_s()
+    Args:
+        stolen_s: seconds of all cores that the host has given to other machines since this one has started.
+    """
+
+    def __init__(self, stolen_s: Callable[[], float] | None = None) -> None:
+        self._stolen_s = stolen_s or _stolen_s
+        self._seen: list[tuple[float, float]] = []
+        self._stall = HostStall(self._look)
 
     def was_disturbed(self) -> bool:
-        now = time.monotonic()
-        took_s = now - self._began
-        return _stolen_s() - self._stolen_s > STOLEN * took_s or self._stall.between(self._began, now) > STALLED * took_s
+        self._seen.append((time.monotonic(), self._stolen_s()))
+        return any(
+            stolen_s - before_s > DISTURBED_S or self._stall.between(since, until) > DISTURBED_S
+            for (since, before_s), (until, stolen_s) in pairwise(self._seen)
+        )
 
     def close(self) -> None:
         self._stall.close()
 
+    def _look(self, now: float) -> None:
+        """Once a second."""
+        if not self._seen or now - self._seen[-1][0] >= 1.0:
+            self._seen.append((now, self._stolen_s()))
+
 
 def _stolen_s() -> float:
-    """Seconds of all cores that the host gave to other machines, since this one has started."""
     of_all = Path("/proc/stat").read_text().split("\n", 1)[0].split()
     return int(of_all[8]) / os.sysconf("SC_CLK_TCK")

@@ -60,10 +60,11 @@ class _Lap(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """What crosses a boundary: numbers of the program's values."""
+    """What crosses a boundary: numbers of the program's values. `is_cut`: and no end of the program, where nothing is permuted."""
 
     boundary: int
     crossing: tuple[int, ...]
+    is_cut: bool = True
 
 
 class Profiler:
@@ -171,7 +172,7 @@ class Profiler:
 
         def look(run: PausedRun, position: int) -> None:
             if not runs and (seen := looks.get(position)) is not None:
-                self._compressing.take(seen.boundary, _crossing(stage, run, piece, seen.crossing))
+                self._compressing.take(seen.boundary, _crossing(stage, run, piece, seen))
 
         while len(runs) <= LEAST_RUNS or (len(runs) <= self._repetitions and _seconds(runs) < ENOUGH_S):
             worth = operators / (max(self._repetitions, LEAST_RUNS) + 1)
@@ -190,7 +191,7 @@ class Profiler:
             cut = self._cuts[boundary - 1]
             found[place_of[cut.position - 1]] = _Look(boundary, cut.crossing)
         if end == len(self._model.layers):
-            found[len(piece.positions) - 1] = _Look(end, self._program.graph.outputs)
+            found[len(piece.positions) - 1] = _Look(end, self._program.graph.outputs, is_cut=False)
         return {place: look for place, look in found.items() if not set(made_up) & set(look.crossing)}
 
     def _timed_run(
@@ -229,13 +230,14 @@ class Profiler:
         )
 
 
-def _crossing(stage: Stage, run: PausedRun, piece: Window, numbers: Sequence[int]) -> dict[int, Leaf]:
-    """These values of the program, as they travel."""
+def _crossing(stage: Stage, run: PausedRun, piece: Window, seen: _Look) -> dict[int, Leaf]:
+    """The values of the program that cross there, as they travel."""
     found: dict[int, Leaf] = {}
-    for number in numbers:
+    for number in seen.crossing:
         for held in piece.held[number]:
             if (leaf := stage.value(run, held.number)) is not None:
-                found[number] = leaf if held.order is None or not isinstance(leaf, torch.Tensor) else leaf.permute(held.order)
+                is_permuted = seen.is_cut and held.order is not None and isinstance(leaf, torch.Tensor)
+                found[number] = leaf.permute(held.order) if is_permuted else leaf
     return found
 
 

@@ -199,11 +199,12 @@ class ModelProfile:
 
     def within(self, tolerance: float | None) -> ModelProfile:
         """With those of its codecs that may be used: None: without lossy ones. A tolerance below the one at which these are measured leaves
-        of them what is typical."""
+        of them what is typical; so does any tolerance where no codec was measured."""
         lossless = tuple(codec for codec in self.codecs if not codec.is_lossy)
         if tolerance is None:
             return self.with_codecs(*(lossless or (RAW,)))
-        if tolerance >= STANDARD_TOLERANCE or len(lossless) == len(self.codecs):
+        has_lossy, is_measured = len(lossless) < len(self.codecs), any(codec.ratios for codec in self.codecs)
+        if (tolerance >= STANDARD_TOLERANCE and has_lossy) or (is_measured and not has_lossy):
             return self
         return self.with_codecs(*lossless, *(codec for codec in typical_codecs(tolerance=tolerance) if codec.is_lossy))
 

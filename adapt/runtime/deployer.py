@@ -409,34 +409,37 @@ class Deployer:
         chosen(kinds_of(self._around.device_kinds()), order.device_class)  # refused before anything is exported
         program = await self._program(client_id, order)
         try:
-            source = await asyncio.to_thread(self._measurable, order.name, program)
-            found = await self._measured(client_id, order, program)
+            source, boundaries = await asyncio.to_thread(self._measurable, order.name, program)
+            found = await self._measured(client_id, order, program, boundaries)
             model = await asyncio.to_thread(combined, order.name, source, found, program.operator_costs_s)
         finally:
             self._deployments.discard({program.digest})
         return msg.Profiled(call=order.call, profile=model.to_json())
 
-    def _measurable(self, name: str, program: ProfiledProgram) -> Program:
-        """Read here before any worker has to. Blocks. Raises AdaptError: it cannot be profiled."""
+    def _measurable(self, name: str, program: ProfiledProgram) -> tuple[Program, int]:
+        """Read here before any worker has to; and the number of its boundaries. Blocks. Raises AdaptError: it cannot be profiled."""
         try:
             source = read_program(self._store.path(program.digest))
-            profile_model(name, source, program.operator_costs_s)
+            boundaries = len(profile_model(name, source, program.operator_costs_s).crossing_bytes)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # of sizes that nobody can have meant
             raise ConfigError(f"{name}: the program cannot be profiled: {type(error).__name__}: {str(error)[:1000]}") from error
-        return source
+        return source, boundaries
 
-    async def _measured(self, client_id: ClientId, order: msg.Profile, program: ProfiledProgram) -> list[tuple[DeviceKind, Measured]]:
-        """On each kind of device that is wanted; raises PlanError if no kind could be measured."""
+    async def _measured(
+        self, client_id: ClientId, order: msg.Profile, program: ProfiledProgram, boundaries: int
+    ) -> list[tuple[DeviceKind, Measured]]:
+        """On each kind of device that is wanted; raises PlanError if no kind could be measured. What is kept is measured anew if that is wanted
+        or something of it is missing, and counts on where that fails."""
         path = self._store.path(program.digest)
         form = await asyncio.to_thread(form_of, path)
-        kept = {} if order.again else await asyncio.to_thread(self._profiles.read, form)
+        kept = await asyncio.to_thread(self._profiles.read, form)
         free = {offer.worker_id: offer.free_bytes for offer in await self._around.offers(wait_s=0.0)}
         found: list[tuple[DeviceKind, Measured]] = []
         failed: PlanError | None = None
         for kind in chosen(kinds_of(self._around.device_kinds()), order.device_class):
-            known = kept.get(kind.name)
-            if known is not None and len(known.costs_s) == len(program.operator_costs_s) and None not in (known.handling, known.codecs):
-                found.append((kind, Measured(list(known.costs_s), known.handling, known.codecs)))
+            known = _fitting(kept.get(kind.name), operators=len(program.operator_costs_s), boundaries=boundaries)
+            if known is not None and known.is_whole and not order.again:
+                found.append((kind, known))
                 continue
             roomy = sorted(kind.workers, key=lambda worker: (-free.get(worker, 0), worker))
             try:
@@ -450,12 +453,15 @@ class Deployer:
             except PlanError as error:
                 self._progress(client_id, order.call, str(error))
                 failed = error
+                if known is not None and not order.again:
+                    found.append((kind, known))
                 continue
             if len(measured.costs_s) != len(program.operator_costs_s):
                 failed = PlanError(
                     f"{worker_id} measured {len(measured.costs_s)} operators, the program has {len(program.operator_costs_s)}"
                 )
                 continue
+            measured = measured.fitting(boundaries).completed_by(known)
             await self._keep(form, kind, worker_id, completed(measured.costs_s, program.operator_costs_s), measured)
             found.append((replace(kind, workers=(worker_id, *(other for other in kind.workers if other != worker_id))), measured))
         if not found:
@@ -564,3 +570,10 @@ def judge(action: ev.JudgeCanary, known: KnownCanaries, tolerance: float) -> Can
 
 def _decoded(header: TensorHeader, blob: Blob) -> codecs.Array:
     return codecs.decode(header, blob.contiguous(), limit_bytes=OUTPUT_LIMIT_BYTES)
+
+
+def _fitting(kept: KeptProfile | None, *, operators: int, boundaries: int) -> Measured | None:
+    """What is kept of a program with so many; None: nothing."""
+    if kept is None or len(kept.costs_s) != operators:
+        return None
+    return Measured(list(kept.costs_s), kept.handling, kept.codecs).fitting(boundaries)

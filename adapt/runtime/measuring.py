@@ -23,7 +23,6 @@ from adapt.errors import AdaptError, OverloadedError, PlanError
 from adapt.planning.model import CodecProfile, Handling
 from adapt.protocol.ids import Digest
 from adapt.protocol.messages import (
-    MOST_BOUNDARIES,
     ArtifactMissing,
     ArtifactPiece,
     CancelProfile,
@@ -218,7 +217,7 @@ class Measuring:
 
     async def _measured(self, program: Digest, profiler: Profiler) -> tuple[list[float | None], list[CodecMeasured]]:
         await self._stepped(program, profiler, "measuring")
-        return profiler.costs_s, [_told(codec) for codec in profiler.codecs if len(codec.ratios) <= MOST_BOUNDARIES]
+        return profiler.costs_s, [_told(codec) for codec in profiler.codecs]
 
     async def _stepped(self, program: Digest, work: Profiler | Meter, step: str) -> None:
         """Have it done slice by slice, and tell how far it is."""

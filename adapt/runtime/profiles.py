@@ -246,6 +246,21 @@ class Measured:
     handling: Handling | None = None  # None: not measured
     codecs: tuple[CodecProfile, ...] | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        return self.handling is not None and self.codecs is not None
+
+    def fitting(self, boundaries: int) -> Measured:
+        """Without codecs of a program with another number of boundaries."""
+        fits = self.codecs is None or all(len(codec.ratios) == boundaries for codec in self.codecs)
+        return self if fits else replace(self, codecs=None)
+
+    def completed_by(self, known: Measured | None) -> Measured:
+        """What is missing as it was known before."""
+        if known is None:
+            return self
+        return replace(self, handling=self.handling or known.handling, codecs=self.codecs or known.codecs)
+
 
 @dataclass(slots=True)
 class _Waiting:

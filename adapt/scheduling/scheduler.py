@@ -1160,8 +1160,8 @@ class Scheduler:
             case Verdict.READY:
                 if not member.is_draining:
                     self._residency.recovered(member, now)
+                    self._actions.append(ev.Trust(worker_id=member.worker_id))
                 self._queues.wake_all()
-                self._actions.append(ev.Trust(worker_id=member.worker_id))
             case Verdict.SUSPECT:
                 self.counters["workers_suspected"] += 1
                 self._actions.append(ev.Suspect(worker_id=member.worker_id, reason=self._liveness.reason(member.worker_id)))

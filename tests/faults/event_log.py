@@ -23,8 +23,9 @@ class EventLog:
 
     def note(self, event: str) -> float:
         """The test has done or seen this now; returns the moment."""
-        self._noted.append({"monotonic_s": time.monotonic(), "event": event})
-        return float(self._noted[-1]["monotonic_s"])
+        moment = time.monotonic()
+        self._noted.append({"monotonic_s": moment, "event": event})
+        return moment
 
     def events(self) -> list[dict[str, Any]]:
         """All of them, in the order of their stamps."""

@@ -67,7 +67,7 @@ class Story:
 
     def ask(self, model: adapt.Model, x: torch.Tensor) -> None:
         """The moment of the answer is noted."""
-        model.submit(x).add_done_callback(lambda _: self.log.note(ANSWERED))
+        model.submit(x).add_done_callback(lambda answer: self.log.note(ANSWERED if answer.exception() is None else "an error has come"))
 
     def answered(self, since_s: float) -> float:
         """When the answer came."""
@@ -108,7 +108,7 @@ def test_a_process_that_freezes(cluster_of, noticed, bound_s):
     ("direction", "noticed", "lease_s", "bound_s"),
     [(direction, SUSPECT, LEASE_S, SILENCE_S + 1.0) for direction in ("both", "up", "down")]
     + [(direction, LOST, LEASE_S, max(LEASE_S, SILENCE_S) + 1.0) for direction in ("both", "up")]
-    # Who hears nobody is heard until its system has acknowledged nothing for two seconds; then comes the grace. A shorter lease ends no sooner.
+    # Who hears nobody is heard until its system has acknowledged nothing for two seconds; then comes the grace. A shorter lease ends it no sooner.
     + [("down", LOST, 2 * LEASE_S, 2 * LEASE_S + 1.0)],
 )
 def test_a_link_that_is_cut(isolated, nursery, tmp_path, direction, noticed, lease_s, bound_s):

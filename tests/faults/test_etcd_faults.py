@@ -361,7 +361,7 @@ def test_a_stopped_worker_is_evicted_within_a_lease_and_a_second(scene):
             wait_until(lambda worker=worker: s.states()[worker.name] == "ready", "it is back")
         stall.close()
         print(f"evicted after {', '.join(f'{seconds:.2f}' for seconds in took)} s")
-        assert statistics.median(took) <= TTL_S + 1
+        assert statistics.median(took) <= TTL_S + 1 and max(took) <= TTL_S + 2
 
 
 @pytest.mark.timing

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -76,7 +75,7 @@ class JsonFormatter(logging.Formatter):
         plain |= {name: _plain(value) for name, value in _fields(record) if name not in plain}
         if record.exc_info:
             plain["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(plain, default=str)
+        return json.dumps(plain)
 
 
 _FORMATTERS: Mapping[str, type[logging.Formatter]] = {"text": FieldFormatter, "json": JsonFormatter}
@@ -87,8 +86,12 @@ def _fields(record: logging.LogRecord) -> list[tuple[str, object]]:
 
 
 def _plain(value: object) -> object:
-    """JSON has no numbers that are none."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    """As it is, or its text where JSON has nothing for it: objects, numbers that are none, keys that are no words."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return str(value)
+    return value
 
 
 def _shown(value: object) -> str:

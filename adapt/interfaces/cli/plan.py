@@ -26,6 +26,7 @@ from adapt.models.layers import profile_model
 from adapt.planning.choose import AUTO, STRATEGIES, Planned, compare, plan
 from adapt.planning.devices import ClusterProfile
 from adapt.planning.model import MEBIBYTE, ModelProfile, typical_codecs
+from adapt.protocol.codecs import resolve_codec
 from adapt.protocol.messages import NamedSource
 
 ALL = "all"
@@ -72,6 +73,7 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     cluster = _overlapping(cluster_profile(spec := load(options.cluster)), is_overlapped=not options.no_overlap)
     wishes = [_wish(text, cluster) for text in options.what_if]
+    resolve_codec("auto", options.tolerance)
     model = _model(options)
     cluster = _as_measured(cluster, model)
     if options.save_profile is not None:

@@ -70,14 +70,15 @@ def test_programs_get_a_json_object_a_line_stamped_by_a_clock_that_is_never_set(
     first, second = lines(
         "info",
         ("adapt.a", logging.WARNING, "worker joined", fields),
-        ("adapt.a", logging.INFO, "x", {"at": path, "rate": math.inf}),
+        ("adapt.a", logging.INFO, "x", {"at": path, "rate": math.inf, "rates": [math.nan], "of": {(1, 2): 3}}),
         **chosen,
     )
     told = json.loads(first)
     assert before <= told.pop("monotonic_s") <= json.loads(second)["monotonic_s"] <= time.monotonic()
     assert abs(told.pop("unix_s") - time.time()) < 60
     assert told == {**fields, "level": "warning", "source": "adapt.a", "event": "worker joined"}
-    assert (json.loads(second)["at"], json.loads(second)["rate"]) == ("a b", "inf")
+    other = json.loads(second, parse_constant=pytest.fail)
+    assert [other[name] for name in ("at", "rate", "rates", "of")] == ["a b", "inf", "[nan]", "{(1, 2): 3}"]
 
 
 @pytest.mark.usefixtures("restored")
