@@ -7,13 +7,15 @@ import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
-from adapt.errors import AdaptError, CanaryError
+from adapt.errors import AdaptError, CanaryError, PlanError
 from adapt.models.canaries import KnownCanaries, KnownCanary
 from adapt.models.export import export_module
+from adapt.planning.model import CodecProfile, Handling
 from adapt.planning.placement import WorkerOffer
 from adapt.protocol import messages as msg
 from adapt.protocol.ids import ClientId, Digest, WorkerId
@@ -21,7 +23,7 @@ from adapt.runtime import builder, deployer
 from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.deployer import JUDGES, Deployer
 from adapt.runtime.deployments import Deployments
-from adapt.runtime.profiles import ProfileStore
+from adapt.runtime.profiles import DeviceKind, KeptProfile, Measured, ProfileStore, form_of
 from adapt.runtime.recipes import ProfiledProgram, Recipe
 from adapt.runtime.state import StateDirectory
 from adapt.runtime.terms import HEADER_BYTES
@@ -227,3 +229,46 @@ def test_a_canary_that_cannot_be_judged_fails_its_version_and_few_are_judged_at_
     assert all(
         isinstance(error, CanaryError) and "MemoryError: no room" in str(error) and not error.is_deviation for error in errors.values()
     )
+
+
+PI = DeviceKind.of(msg.DeviceFacts(device="cpu", device_name="Pi", threads=1, numeric_class="torch-2/cpu/Pi/threads=1"), 0.0)
+HANDLING, LZ4 = Handling(0.001, 1e-9), CodecProfile(name="lz4", ratio=2.0, encode_bytes_per_s=1e9, decode_bytes_per_s=1e9)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(("handling", "has_codecs"), [(None, True), (HANDLING, False), (HANDLING, True)])
+def test_kept_seconds_count_on_where_what_is_missing_cannot_be_measured(tmp_path, monkeypatch, handling, has_codecs, again):
+    store, profiles = ArtifactStore(tmp_path), ProfileStore(tmp_path / "profiles")
+    exported = export_module(torch.nn.Linear(4, 4).eval(), [torch.zeros(2, 4)], directory=store.directory)
+    program, form = ProfiledProgram(Digest(exported.digest), exported.operator_costs_s), form_of(store.path(exported.digest))
+    codecs = (replace(LZ4, ratios=(2.0, 2.0)),) if has_codecs else None
+    costs_s = tuple(0.25 for _ in program.operator_costs_s)
+    profiles.write(form, KeptProfile(device_class=PI.name, worker="w1", cores=0.0, costs_s=costs_s, handling=handling, codecs=codecs))
+    order = msg.Profile(call=1, name="m", device_class="", repetitions=3, again=again)
+    outcomes: list[Measured | PlanError] = []
+
+    async def measure(*_, **__):
+        if isinstance(outcome := outcomes.pop(0), PlanError):
+            raise outcome
+        return WorkerId("w1"), outcome
+
+    async def measured(*told: Measured | PlanError) -> list[Measured]:
+        outcomes[:] = told
+        around = Around(1 << 30)
+        monkeypatch.setattr(around, "device_kinds", lambda: {WorkerId("w1"): PI})
+        monkeypatch.setattr(around, "to_client", lambda *_: True, raising=False)
+        with ThreadPoolExecutor(1) as threads:
+            deployer = Deployer(store, None, around, profiles=profiles, models_dir=None, threads=threads, clock=time.monotonic)
+            monkeypatch.setattr(deployer.profilers, "measure", measure)
+            return [each for _, each in await deployer._measured(ClientId(b"c"), order, program, 2)]
+
+    if again:
+        with pytest.raises(PlanError, match="busy"):
+            asyncio.run(measured(PlanError("busy")))
+    else:
+        assert asyncio.run(measured(PlanError("busy"))) == [Measured(list(costs_s), handling, codecs)]
+    if again or handling is None or codecs is None:
+        asyncio.run(measured(Measured([0.5 for _ in costs_s])))  # of which nothing but the seconds could be measured
+        assert profiles.read(form)[PI.name] == KeptProfile(
+            device_class=PI.name, worker="w1", cores=0.0, costs_s=tuple(0.5 for _ in costs_s), handling=handling, codecs=codecs
+        )
