@@ -332,6 +332,7 @@ RESNET = """
 import adapt, torch
 from adapt.models.vision import import_torchvision
 torch.manual_seed(0)
+torch.set_num_threads(1)  # as the devices; some processors come to other bits with more
 module = import_torchvision().models.resnet18().eval()
 inputs = torch.randn(8, 1, 3, 96, 96)
 with adapt.Client() as client, torch.inference_mode():
