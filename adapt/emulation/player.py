@@ -52,8 +52,11 @@ class Player:
     def close(self) -> None:
         """Nothing more happens; what is happening just now is waited for, but not for ever."""
         self._is_over.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(END_WITHIN_S)
+        thread = self._thread
+        if (
+            thread is not None and thread.is_alive() and thread is not threading.current_thread()
+        ):  # alive: Ctrl-C may come before it has begun
+            thread.join(END_WITHIN_S)
 
     def _play(self) -> None:
         began = monotonic()
