@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
-DISTURBED_S = 0.05  # taken by the host, or let nobody run, within any one second: from there on a measured time says little
+DISTURBED_S = 0.02  # taken by the host, or let nobody run, within any one second: from there on a measured time says little
 
 
 class HostStall:
