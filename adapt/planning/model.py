@@ -62,6 +62,13 @@ class CodecProfile:
     def is_lossy(self) -> bool:
         return self.name.startswith("zfp")
 
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> CodecProfile:
+        """From its plain form, in which a speed that is missing or null is infinite. Raises ValueError, TypeError, KeyError."""
+        name, ratio = str(plain["name"]), float(plain["ratio"])
+        speeds = {key: math.inf if plain.get(key) is None else float(plain[key]) for key in ("encode_bytes_per_s", "decode_bytes_per_s")}
+        return cls(name=name, ratio=ratio, ratios=tuple(float(each) for each in plain.get("ratios", ())), **speeds)
+
     def ratio_at(self, boundary: int) -> float:
         return self.ratios[boundary] if self.ratios else self.ratio
 
@@ -226,7 +233,7 @@ class ModelProfile:
                 name=str(content["name"]),
                 input_bytes=int(content["input_bytes"]),
                 layers=tuple(LayerProfile(**layer) for layer in content["layers"]),
-                codecs=tuple(_codec(codec) for codec in content["codecs"]),
+                codecs=tuple(CodecProfile.of(codec) for codec in content["codecs"]),
                 reference=str(content.get("reference", "")),
                 measured=tuple(_measured(kind) for kind in content.get("measured", ())),
             )
@@ -243,12 +250,6 @@ def _measured(plain: Mapping[str, Any]) -> MeasuredCosts:
         costs_s=tuple(float(cost) for cost in plain["costs_s"]),
         handling=Handling(**{key: float(value) for key, value in plain.get("handling", {}).items()}),
     )
-
-
-def _codec(plain: Mapping[str, Any]) -> CodecProfile:
-    speeds = {key: math.inf if plain.get(key) is None else float(plain[key]) for key in ("encode_bytes_per_s", "decode_bytes_per_s")}
-    ratios = tuple(float(ratio) for ratio in plain.get("ratios", ()))
-    return CodecProfile(name=str(plain["name"]), ratio=float(plain["ratio"]), ratios=ratios, **speeds)
 
 
 def typical_codecs(*, tolerance: float | None = None) -> tuple[CodecProfile, ...]:

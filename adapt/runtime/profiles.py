@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from msgspec import structs
+
 from adapt.config import counted
 from adapt.errors import AdaptError, ConfigError, PlanError
 from adapt.models.layers import completed, layer_costs_s, profile_model
@@ -176,17 +178,7 @@ def _kept(plain: Mapping[str, Any]) -> KeptProfile:
         cores=cores,
         costs_s=costs_s,
         handling=handling,
-        codecs=believed_codecs(_codec(codec) for codec in plain.get("codecs") or ()),
-    )
-
-
-def _codec(plain: Mapping[str, Any]) -> CodecProfile:
-    return CodecProfile(
-        name=str(plain["name"]),
-        ratio=float(plain["ratio"]),
-        encode_bytes_per_s=float(plain["encode_bytes_per_s"]),
-        decode_bytes_per_s=float(plain["decode_bytes_per_s"]),
-        ratios=tuple(float(ratio) for ratio in plain["ratios"]),
+        codecs=believed_codecs(CodecProfile.of(codec) for codec in plain.get("codecs") or ()),
     )
 
 
@@ -380,16 +372,7 @@ def _believed(message: msg.ProgramProfiled) -> Handling | None:
 
 
 def _codecs_of(message: msg.ProgramProfiled) -> tuple[CodecProfile, ...] | None:
-    return believed_codecs(
-        CodecProfile(
-            name=codec.name,
-            ratio=codec.ratio,
-            encode_bytes_per_s=codec.encode_bytes_per_s,
-            decode_bytes_per_s=codec.decode_bytes_per_s,
-            ratios=tuple(codec.ratios),
-        )
-        for codec in message.codecs or ()
-    )
+    return believed_codecs(CodecProfile.of(structs.asdict(codec)) for codec in message.codecs or ())
 
 
 # ── for people and for planning ──────────────────────────────────────────────────────────────────────────────────────
