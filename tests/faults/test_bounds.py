@@ -18,6 +18,7 @@ import torch
 
 import adapt
 from adapt.emulation.parse import parse
+from adapt.runtime.endpoint import DEAF_MS
 from tests.faults.clusters import SHORT, FaultDevices, wait_for_state, wait_until
 from tests.faults.event_log import EventLog
 from tests.faults.test_links import TRIO
@@ -109,7 +110,7 @@ def test_a_process_that_freezes(cluster_of, noticed, bound_s):
     [(direction, SUSPECT, LEASE_S, SILENCE_S + 1.0) for direction in ("both", "up", "down")]
     + [(direction, LOST, LEASE_S, max(LEASE_S, SILENCE_S) + 1.0) for direction in ("both", "up")]
     # Who hears nobody is heard until its system has acknowledged nothing for two seconds; then comes the grace. A shorter lease ends it no sooner.
-    + [("down", LOST, 2 * LEASE_S, 2 * LEASE_S + 1.0)],
+    + [("down", LOST, 2 * LEASE_S, 2 * LEASE_S + 1.0), ("down", LOST, LEASE_S, LEASE_S + 1.0 + DEAF_MS / 1000)],
 )
 def test_a_link_that_is_cut(isolated, nursery, tmp_path, direction, noticed, lease_s, bound_s):
     settings = {**LOGGED, "lease_ttl": lease_s}
