@@ -27,6 +27,7 @@ from adapt.models.interpreter import Leaf, PausedRun, Stage
 from adapt.models.layers import profile_model
 from adapt.models.operators import DTYPES
 from adapt.models.program import Program, SizeSpec, ValueSpec, size_at
+from adapt.models.workspace import workspace_bytes
 from adapt.planning.model import MEBIBYTE, CodecProfile
 
 SLICE_S = 0.01  # as long as a task that comes may have to wait; one operator may take longer
@@ -73,7 +74,8 @@ class Profiler:
     A *window* is a run of layers, between two legal cuts, whose weights and activations fit into the room: all of the program, if it does.
     It runs as the stage that it could be, once to warm up and then `repetitions` times on inputs of batch 1: made-up ones for the first
     window, after that what the window before has computed. Then its weights go. Times are differences of medians of prefix times, and so add
-    up to what a run takes. In the run to warm up codecs are tried on what crosses each boundary (compressing.py).
+    up to what a run takes. In the run to warm up the operators' workspace is measured (workspace.py), and codecs are tried on what crosses each
+    boundary (compressing.py).
 
     Where a quota cuts the CPU off and gives it back every few milliseconds, pauses are longer than most operators, and fall anywhere. There the
     processor's clock is read instead, and what it says divided by the quota: that much longer it takes, as the kernel sees to.
@@ -85,6 +87,7 @@ class Profiler:
 
     Attributes:
         costs_s: median seconds of each operator; None where the room did not suffice for its layer.
+        workspace_bytes: the most that each operator took besides its inputs and its result; None there, and where nobody can tell.
         held_bytes: the most that the present window needs.
     """
 
@@ -104,6 +107,7 @@ class Profiler:
         self._cuts = legal_cuts(program)
         self._compressing = Compressing(len(self._model.layers) + 1)
         self.costs_s: list[float | None] = [None] * self._operators
+        self.workspace_bytes: list[int | None] = [None] * self._operators
         self.held_bytes = 0
         self._done = 0.0  # operators, those of the present window in part
         self._work = self._measure()
@@ -168,18 +172,20 @@ class Profiler:
         first = self._model.layers[begin - 1].end if begin else 0
         operators = self._model.layers[end - 1].end - first
         runs: list[list[_Lap]] = []
+        workspace: list[int | None] = []
         outputs: list[Leaf] = []
 
-        def look(run: PausedRun, position: int) -> None:
-            if not runs and (seen := looks.get(position)) is not None:
+        def warm_up(run: PausedRun, position: int) -> None:
+            workspace.append(_workspace_bytes(stage, run, position))
+            if (seen := looks.get(position)) is not None:
                 self._compressing.take(seen.boundary, _crossing(stage, run, piece, seen))
 
-        while len(runs) <= LEAST_RUNS or (len(runs) <= self._repetitions and _seconds(runs) < ENOUGH_S):
+        while len(runs) <= LEAST_RUNS or (len(runs) <= self._repetitions and _seconds(runs[1:]) < ENOUGH_S):
             worth = operators / (max(self._repetitions, LEAST_RUNS) + 1)
             self._done = first + worth * len(runs)
-            times, outputs = yield from self._timed_run(stage, inputs, worth / max(len(stage), 1), look)
+            times, outputs = yield from self._timed_run(stage, inputs, worth / max(len(stage), 1), stage.step if runs else warm_up)
             runs.append(times)
-        self._keep(piece, runs[1:])
+        self._keep(piece, runs[1:], workspace)
         return outputs
 
     def _looks(self, piece: Window, begin: int, end: int, made_up: Sequence[int]) -> dict[int, _Look]:
@@ -195,31 +201,30 @@ class Profiler:
         return {place: look for place, look in found.items() if not set(made_up) & set(look.crossing)}
 
     def _timed_run(
-        self, stage: Stage, inputs: Sequence[Leaf], worth: float, look: Callable[[PausedRun, int], None]
+        self, stage: Stage, inputs: Sequence[Leaf], worth: float, step: Callable[[PausedRun, int], None]
     ) -> Generator[None, None, tuple[list[_Lap], list[Leaf]]]:
-        """`worth`: of an operator, for `share`; on a slow device one run may take minutes. `look`: called after each operator."""
+        """`worth`: of an operator, for `share`; on a slow device one run may take minutes. `step`: runs the operator of a position."""
         is_cuda = self._device.type == "cuda"
         run = stage.begin(inputs)
         times = []
         for position in range(len(stage)):
             began, used_s = perf_counter(), thread_time()
-            stage.step(run, position)
+            step(run, position)
             if is_cuda:
                 torch.cuda.synchronize(self._device)
             used_s = thread_time() - used_s
             times.append(_Lap(perf_counter() - began, used_s))
-            look(run, position)
             self._done += worth
             yield
         return times, stage.finish(run)
 
-    def _keep(self, piece: Window, runs: Sequence[Sequence[_Lap]]) -> None:
+    def _keep(self, piece: Window, runs: Sequence[Sequence[_Lap]], workspace: Sequence[int | None]) -> None:
         times = [[lap.cpu_s / self._cores if self._cores else lap.clock_s for lap in run] for run in runs]
         prefixes = [median(moments) for moments in zip(*(accumulate(run) for run in times), strict=True)]
         grown = list(accumulate(prefixes, max, initial=0.0))  # medians of two places may come from two runs
-        for position, (before, after) in zip(piece.positions, pairwise(grown), strict=True):
+        for position, (before, after), taken_bytes in zip(piece.positions, pairwise(grown), workspace, strict=True):
             if position >= 0 and self.costs_s[position] is None:  # a constant is computed in each window that needs it
-                self.costs_s[position] = after - before
+                self.costs_s[position], self.workspace_bytes[position] = after - before, taken_bytes
 
     def _what_is_missing(self) -> str:
         sizes = [self._model.memory_bytes(number, number + 1) for number in range(len(self._model.layers))]
@@ -228,6 +233,14 @@ class Profiler:
             f"no room to profile any of {counted(len(sizes), 'layer')}: the smallest, {self._model.layers[least].place}, needs "
             f"{sizes[least] / MEBIBYTE:.1f} MiB, and of the stage budget {self._room_bytes() / MEBIBYTE:.1f} MiB are free"
         )
+
+
+def _workspace_bytes(stage: Stage, run: PausedRun, position: int) -> int | None:
+    """Runs the operator. What it was the last one to need is held meanwhile, or inputs that it frees would count."""
+    held = list(run.slots)
+    taken_bytes = workspace_bytes(lambda: stage.step(run, position), stage.device)
+    del held
+    return taken_bytes
 
 
 def _crossing(stage: Stage, run: PausedRun, piece: Window, seen: _Look) -> dict[int, Leaf]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adapt.errors import ConfigError, PlanError
-from adapt.models import interpreter
+from adapt.models import interpreter, workspace
 from adapt.models import profiler as models_profiler
 from adapt.models.cut import legal_cuts, window
 from adapt.models.interpreter import Stage
@@ -100,6 +100,61 @@ def test_without_room_for_any_layer_it_says_what_the_smallest_needs(wide):
     with pytest.raises(PlanError, match=r"no room to profile any of 7 layers: the smallest, 0, needs 0\.3 MiB"):
         while profiler.step():
             pass
+
+
+class Scratch(nn.Module):
+    """Three operators that make what they are given anew, and one whose kernel has to lay windows of it out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        return self.kernel(x.relu().exp().neg())
+
+
+@pytest.fixture(scope="module")
+def scratch(make_case):
+    torch.manual_seed(0)
+    return make_case(Scratch().eval(), torch.randn(2, 16, 32, 32), repetitions=0)
+
+
+def test_the_workspace_of_each_operator_is_known_and_no_input_is_part_of_it(scratch):
+    """The first three have nothing but a result, and free what the one before has made."""
+    item_bytes = 4 * 16 * 32 * 32
+    profiler, _ = measured(scratch.program, 1 << 30)
+    *plain, convolution = profiler.workspace_bytes
+    assert plain == [0, 0, 0] and 0 < convolution <= 10 * item_bytes + scratch.program.graph.weight_bytes
+
+
+def test_workspace_is_measured_once_whatever_the_windows(branches, monkeypatch):
+    measured_of: list[int] = []
+    real = models_profiler.workspace_bytes
+
+    def counted(work, device):
+        measured_of.append(1)
+        return real(work, device)
+
+    monkeypatch.setattr(models_profiler, "workspace_bytes", counted)
+    whole, _ = measured(branches.program, 1 << 30)
+    assert len(measured_of) == len(whole.workspace_bytes) and None not in whole.workspace_bytes
+    layers = profile_model("", branches.program, [0.0] * len(whole.costs_s))
+    cut, _ = measured(branches.program, max(layers.memory_bytes(number, number + 1) for number in range(len(layers.layers))))
+    assert cut.workspace_bytes == whole.workspace_bytes
+
+
+def test_of_a_layer_without_room_no_workspace_is_known(wide):
+    profiler, _ = measured(wide.program, 600 << 10)
+    assert [taken is None for taken in profiler.workspace_bytes] == [cost is None for cost in profiler.costs_s]
+
+
+def test_where_nobody_can_tell_the_workspace_there_is_still_a_profile(scratch, monkeypatch):
+    def broken(**_):
+        raise RuntimeError("no such build")
+
+    monkeypatch.setattr(workspace, "profile", broken)
+    profiler, _ = measured(scratch.program, 1 << 30)
+    assert profiler.workspace_bytes == [None] * 4 and all(cost is not None for cost in profiler.costs_s)
 
 
 def test_windows_compute_what_the_program_computes(branches):
