@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from adapt.errors import ConfigError
@@ -59,7 +60,20 @@ def profile_model(
 
 def layer_costs_s(model: ModelProfile, costs_s: Sequence[float]) -> tuple[float, ...]:
     """Seconds of each layer of a profile, from those of the program's operators."""
-    return tuple(sum(costs_s[begin:end]) for begin, end in pairwise([0, *(layer.end for layer in model.layers)]))
+    return tuple(sum(costs_s[begin:end]) for begin, end in _spans(model))
+
+
+def with_workspace(model: ModelProfile, told: Collection[Sequence[int | None]]) -> ModelProfile:
+    """With what the kernels of each layer take besides: the most of one of its operators on any device.
+
+    Args:
+        told: by some devices: bytes of each of the program's operators; None: not known.
+    """
+    if not told:
+        return model
+    most = [max(taken_bytes or 0 for taken_bytes in operator) for operator in zip(*told, strict=True)]
+    spans = zip(model.layers, _spans(model), strict=True)
+    return replace(model, layers=tuple(replace(layer, workspace_bytes=max(most[begin:end])) for layer, (begin, end) in spans))
 
 
 def completed(costs_s: Sequence[float | None], quick_s: Sequence[float]) -> tuple[float, ...]:
@@ -68,6 +82,11 @@ def completed(costs_s: Sequence[float | None], quick_s: Sequence[float]) -> tupl
     there_s, here_s = sum(quick for _, quick in measured), sum(cost for cost, _ in measured)
     ratio = here_s / there_s if there_s > 0 else 1.0
     return tuple(quick * ratio if cost is None else cost for cost, quick in zip(costs_s, quick_s, strict=True))
+
+
+def _spans(model: ModelProfile) -> Iterator[tuple[int, int]]:
+    """Where the operators of each layer begin and end."""
+    return pairwise([0, *(layer.end for layer in model.layers)])
 
 
 def _layer(graph: Graph, costs_s: Sequence[float], alive: Sequence[int], begin: int, end: int, output_bytes: int) -> LayerProfile:

@@ -33,6 +33,7 @@ class LayerProfile:
         output_bytes: cross the boundary after it.
         end: position of the cut after it among the program's operators.
         heaviest_bytes: weights of the operator at `place`.
+        workspace_bytes: the most that the kernel of one of its operators takes besides its inputs and its result; 0: none, or not known.
     """
 
     place: str
@@ -42,6 +43,12 @@ class LayerProfile:
     output_bytes: int
     end: int
     heaviest_bytes: int = 0
+    workspace_bytes: int = 0
+
+    @property
+    def running_bytes(self) -> int:
+        """Most bytes while it runs, its weights aside; more than it takes if the two are not of the same operator."""
+        return self.peak_bytes + self.workspace_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +155,11 @@ class ModelProfile:
     def __post_init__(self) -> None:
         if not self.layers or not self.codecs:
             raise ConfigError(f"{self.name}: a profile has at least one layer and one codec")
-        numbers = [value for layer in self.layers for value in (layer.cost_s, layer.weight_bytes, layer.peak_bytes, layer.output_bytes)]
+        numbers = [
+            value
+            for layer in self.layers
+            for value in (layer.cost_s, layer.weight_bytes, layer.peak_bytes, layer.output_bytes, layer.workspace_bytes)
+        ]
         if not all(math.isfinite(value) and value >= 0 for value in [self.input_bytes, *numbers]):
             raise ConfigError(f"{self.name}: seconds and bytes of a profile are finite and not negative")
         for kind in self.measured:
@@ -176,11 +187,11 @@ class ModelProfile:
         return tuple(accumulate((layer.weight_bytes for layer in self.layers), initial=0))
 
     def memory_bytes(self, begin: int, end: int) -> int:
-        """What the stage of layers `begin` to `end` needs: weights, and activations: the most that is alive, or both of its ends, as
-        workers count."""
+        """What the stage of layers `begin` to `end` needs: weights, and the most that is alive while one of its layers runs, activations and
+        the kernels' workspace, or both of its ends. Workers count weights and both ends."""
         ends = self.crossing_bytes[begin] + self.crossing_bytes[end]
-        peak = max(layer.peak_bytes for layer in self.layers[begin:end])
-        return self.weights_before[end] - self.weights_before[begin] + max(peak, ends)
+        running = max(layer.running_bytes for layer in self.layers[begin:end])
+        return self.weights_before[end] - self.weights_before[begin] + max(running, ends)
 
     def wire_bytes(self, boundary: int, codec: int) -> float:
         """What is sent at a boundary with the codec of that number."""

@@ -121,10 +121,10 @@ def memory_bytes(model: ModelProfile) -> Floats:
     count = len(model.layers)
     weights = np.array(model.weights_before, float)
     crossing = np.array(model.crossing_bytes, float)
-    peaks = np.full((count + 1, count + 1), np.inf)
+    running = np.full((count + 1, count + 1), np.inf)
     for begin in range(count):
-        peaks[begin, begin + 1 :] = np.maximum.accumulate([layer.peak_bytes for layer in model.layers[begin:]])
-    memory: Floats = weights[None, :] - weights[:, None] + np.maximum(peaks, crossing[:, None] + crossing[None, :])
+        running[begin, begin + 1 :] = np.maximum.accumulate([layer.running_bytes for layer in model.layers[begin:]])
+    memory: Floats = weights[None, :] - weights[:, None] + np.maximum(running, crossing[:, None] + crossing[None, :])
     return memory
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from adapt.errors import ConfigError
 from adapt.models.cut import legal_cuts, write_stages
-from adapt.models.layers import profile_model
+from adapt.models.layers import profile_model, with_workspace
 from adapt.planning.model import ModelProfile
 
 
@@ -43,6 +47,24 @@ def test_a_profile_survives_its_file(small):
     model = profile_model("small", small.program, [0.25] * len(small.program.graph.operators), reference="here")
     again = ModelProfile.from_json(model.to_json())
     assert again == model and again.reference == "here"
+
+
+@given(st.data())
+def test_a_layer_takes_the_most_that_one_of_its_operators_takes_on_any_device(branches, data):
+    operators = len(branches.program.graph.operators)
+    model = profile_model("branches", branches.program, [0.0] * operators)
+    spans = list(pairwise([0, *(layer.end for layer in model.layers)]))
+    assert max(end - begin for begin, end in spans) > 1, "or this would show less"
+    told = data.draw(st.lists(st.tuples(*[st.none() | st.integers(0, 9)] * operators), max_size=3))
+    expected = [max((device[place] or 0 for device in told for place in range(*span)), default=0) for span in spans]
+    assert [layer.workspace_bytes for layer in with_workspace(model, told).layers] == expected
+
+
+def test_each_layer_has_its_own_workspace(small):
+    operators = len(small.program.graph.operators)
+    model = profile_model("small", small.program, [0.0] * operators)
+    found = with_workspace(model, [tuple(range(operators)), tuple(reversed(range(operators)))])
+    assert len(model.layers) == operators == 4 and [layer.workspace_bytes for layer in found.layers] == [3, 2, 2, 3]
 
 
 def test_seconds_of_another_program_are_refused(small):

@@ -21,6 +21,7 @@ def drawn_model(draw, *, layers, codecs=1):
             peak_bytes=draw.randrange(6) * MIB,
             output_bytes=draw.randrange(1, 4 * MIB),
             end=number + 1,
+            workspace_bytes=draw.randrange(6) * MIB,
         )
         for number in range(layers)
     ]
@@ -120,7 +121,8 @@ class _Search:
         model, device = self.model, self.cluster.devices[number]
         layers = model.layers[begin:end]
         arrives, leaves = model.crossing_bytes[begin], model.crossing_bytes[end]
-        memory = sum(layer.weight_bytes for layer in layers) + max(arrives + leaves, *(layer.peak_bytes for layer in layers))
+        running = (layer.peak_bytes + layer.workspace_bytes for layer in layers)
+        memory = sum(layer.weight_bytes for layer in layers) + max(arrives + leaves, *running)
         if device.budget_bytes is not None and memory > device.budget_bytes:
             return math.inf
         compute = sum(device.costs_s[begin:end]) if device.costs_s else sum(layer.cost_s for layer in layers) / device.speed
