@@ -46,7 +46,7 @@ from adapt.protocol.codecs import TensorHeader
 from adapt.protocol.ids import AttemptId, Natural, RequestId
 
 PROTOCOL_VERSION = 1
-MOST_BOUNDARIES = 1 << 18  # of a program, for each of which something is told; all of it has to fit into one header
+MOST_BOUNDARIES = 3 << 16  # of a program, for each of which something is told; all of it has to fit into one header
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
@@ -597,7 +597,8 @@ class CodecMeasured(Struct, frozen=True, kw_only=True):
 class ProgramProfiled(Struct, frozen=True, kw_only=True):
     """Worker -> dispatcher: seconds of each operator for a batch of 1; None where the stage budget had no room for its layer. And what a task
     takes of its processor besides: CPU seconds for each, and for each byte received or sent; None: that could not be measured now. And what
-    codecs make of what crosses; None: that was not measured."""
+    codecs make of what crosses; None: that was not measured. And the bytes that each operator's kernel takes besides its inputs and its result;
+    None: not measured, of this operator or of any."""
 
     KIND: ClassVar[bytes] = b"PD"
     program: Sha256
@@ -605,6 +606,7 @@ class ProgramProfiled(Struct, frozen=True, kw_only=True):
     task_s: Seconds | None = None
     byte_s: Seconds | None = None
     codecs: Annotated[list[CodecMeasured], msgspec.Meta(max_length=8)] | None = None
+    workspace_bytes: Annotated[list[Natural | None], msgspec.Meta(max_length=1 << 20)] | None = None
 
 
 class ProfileFailed(Struct, frozen=True, kw_only=True):

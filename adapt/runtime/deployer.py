@@ -479,6 +479,7 @@ class Deployer:
             costs_s=costs_s,
             handling=measured.handling,
             codecs=measured.codecs,
+            workspace_bytes=measured.workspace_bytes,
         )
         await asyncio.to_thread(self._profiles.write, form, profile)
 
@@ -576,4 +577,4 @@ def _fitting(kept: KeptProfile | None, *, operators: int, boundaries: int) -> Me
     """What is kept of a program with so many; None: nothing."""
     if kept is None or len(kept.costs_s) != operators:
         return None
-    return Measured(list(kept.costs_s), kept.handling, kept.codecs).fitting(boundaries)
+    return Measured(list(kept.costs_s), kept.handling, kept.codecs, kept.workspace_bytes).fitting(boundaries)

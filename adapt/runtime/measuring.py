@@ -49,6 +49,7 @@ class Profiler(Protocol):
     """What is needed of `models.profiler.Profiler`."""
 
     costs_s: list[float | None]
+    workspace_bytes: list[int | None]
     held_bytes: int
 
     @property
@@ -171,15 +172,14 @@ class Measuring:
             path = self._store.path(program)
             self._profiler = await asyncio.get_running_loop().run_in_executor(thread, self._open_profiler, path, order.repetitions)
             handling = await self._handled(program)
-            costs_s, codecs = await self._measured(program, self._profiler)
+            told = await self._measured(program, self._profiler, handling)
         except Exception as error:  # foreign code: a program may come from anybody, and it must not end the worker
             self._program = None
             self._refuse(program, _refusal(error))
         else:
             self._program = None
-            log.info("program profiled", extra={"program": program, "seconds": sum(cost or 0.0 for cost in costs_s)})
-            told = {} if handling is None else {"task_s": handling.task_s, "byte_s": handling.byte_s}
-            self._send(ProgramProfiled(program=program, costs_s=costs_s, codecs=codecs or None, **told))
+            log.info("program profiled", extra={"program": program, "seconds": sum(cost or 0.0 for cost in told.costs_s)})
+            self._send(told)
         finally:
             thread.shutdown(wait=False, cancel_futures=True)
             self._profiler = None
@@ -215,9 +215,17 @@ class Measuring:
             log.info("handling measured", extra={"task_s": self._handling.task_s, "byte_s": self._handling.byte_s})
         return self._handling
 
-    async def _measured(self, program: Digest, profiler: Profiler) -> tuple[list[float | None], list[CodecMeasured]]:
+    async def _measured(self, program: Digest, profiler: Profiler, handling: Handling | None) -> ProgramProfiled:
         await self._stepped(program, profiler, "measuring")
-        return profiler.costs_s, [_told(codec) for codec in profiler.codecs]
+        workspace = profiler.workspace_bytes
+        return ProgramProfiled(
+            program=program,
+            costs_s=profiler.costs_s,
+            task_s=None if handling is None else handling.task_s,
+            byte_s=None if handling is None else handling.byte_s,
+            codecs=[_told(codec) for codec in profiler.codecs] or None,
+            workspace_bytes=None if all(taken_bytes is None for taken_bytes in workspace) else workspace,
+        )
 
     async def _stepped(self, program: Digest, work: Profiler | Meter, step: str) -> None:
         """Have it done slice by slice, and tell how far it is."""

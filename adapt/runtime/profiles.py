@@ -23,7 +23,7 @@ from msgspec import structs
 
 from adapt.config import counted
 from adapt.errors import AdaptError, ConfigError, PlanError
-from adapt.models.layers import completed, layer_costs_s, profile_model
+from adapt.models.layers import completed, layer_costs_s, profile_model, with_workspace
 from adapt.models.program import Program
 from adapt.models.tensorfile import canonical_json, read_tensor_file
 from adapt.planning.model import NO_HANDLING, RAW, CodecProfile, Handling, MeasuredCosts, ModelProfile, typical_codecs
@@ -40,9 +40,11 @@ MOST_HANDLING = Handling(task_s=1.0, byte_s=1e-6)  # that is believed
 BELIEVED_CODECS = ("lz4", "zfp")  # in the order in which plans have them, after raw
 BELIEVED_RATIO = (0.1, 1e6)
 BELIEVED_BYTES_PER_S = (1e3, 1e12)  # of one core
+BELIEVED_WORKSPACE_BYTES = 1 << 36  # of one operator
 SILENCE_S = 60.0  # without progress of a worker that should be measuring; it tells of some a few times a second unless others keep it busy
 MOST_STEPS = 16  # of a profile, each with words of its own
 
+Workspace: TypeAlias = tuple[int | None, ...]  # bytes that each operator's kernel takes besides its inputs and its result; None: not known
 Told: TypeAlias = Callable[[str, float | None], None]  # words, and the share that is done of what they say, if that is known
 
 
@@ -107,8 +109,8 @@ def form_of(path: Path) -> str:
 class KeptProfile:
     """Seconds of each operator of a program, and who measured them.
 
-    `handling`: what a task takes of a whole core besides; `codecs`: what they make of what crosses, at the speed of a whole core. None: it could
-    not be measured, or was not yet when this was written.
+    `handling`: what a task takes of a whole core besides; `codecs`: what they make of what crosses, at the speed of a whole core;
+    `workspace_bytes`: of each operator. None: it could not be measured, or was not yet when this was written.
     """
 
     device_class: str
@@ -117,6 +119,7 @@ class KeptProfile:
     costs_s: tuple[float, ...]
     handling: Handling | None = None
     codecs: tuple[CodecProfile, ...] | None = None
+    workspace_bytes: Workspace | None = None
 
 
 class ProfileStore:
@@ -179,6 +182,7 @@ def _kept(plain: Mapping[str, Any]) -> KeptProfile:
         costs_s=costs_s,
         handling=handling,
         codecs=believed_codecs(CodecProfile.of(codec) for codec in plain.get("codecs") or ()),
+        workspace_bytes=believed_workspace(plain.get("workspace_bytes"), operators=len(costs_s)),
     )
 
 
@@ -194,6 +198,13 @@ def believed_codecs(told: Iterable[CodecProfile]) -> tuple[CodecProfile, ...] | 
     return tuple(by_name[name] for name in BELIEVED_CODECS if name in by_name) or None
 
 
+def believed_workspace(told: Sequence[int | None] | None, *, operators: int) -> Workspace | None:
+    """That of so many operators, if it may be and anything is known of it."""
+    known = [taken_bytes for taken_bytes in told or () if taken_bytes is not None]
+    may_be = all(isinstance(taken_bytes, int) and 0 <= taken_bytes <= BELIEVED_WORKSPACE_BYTES for taken_bytes in known)
+    return tuple(told) if told and known and may_be and len(told) == operators else None
+
+
 def _may_be(codec: CodecProfile) -> bool:
     (least, most), (slowest, fastest) = BELIEVED_RATIO, BELIEVED_BYTES_PER_S
     speeds = (codec.encode_bytes_per_s, codec.decode_bytes_per_s)
@@ -202,10 +213,12 @@ def _may_be(codec: CodecProfile) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class KnownCosts:
-    """What a program takes on one worker: seconds of each operator, and what a task takes besides, both at its share of the CPU."""
+    """What a program takes on one worker: seconds of each operator, and what a task takes besides, both at its share of the CPU; and the
+    operators' workspace."""
 
     costs_s: tuple[float, ...]
     handling: Handling = NO_HANDLING
+    workspace_bytes: Workspace | None = None  # None: not known
 
 
 def known_costs(kept: Mapping[str, KeptProfile], workers: Mapping[WorkerId, DeviceKind], operators: int) -> dict[WorkerId, KnownCosts]:
@@ -222,7 +235,7 @@ def known_costs(kept: Mapping[str, KeptProfile], workers: Mapping[WorkerId, Devi
         slower = (profile.cores or kind.threads) / (kind.cores or kind.threads)
         costs_s = profile.costs_s if slower == 1.0 else tuple(cost * slower for cost in profile.costs_s)
         if is_believable(costs_s):
-            found[worker_id] = KnownCosts(costs_s, (profile.handling or NO_HANDLING).at_share(kind.cores))
+            found[worker_id] = KnownCosts(costs_s, (profile.handling or NO_HANDLING).at_share(kind.cores), profile.workspace_bytes)
     return found
 
 
@@ -231,16 +244,17 @@ def known_costs(kept: Mapping[str, KeptProfile], workers: Mapping[WorkerId, Devi
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a worker says: seconds of each operator, None where it had no room for its layer; what a task takes of a whole core besides; and what
-    codecs make of what crosses each boundary, at the speed of a whole core."""
+    """What a worker says: seconds of each operator, None where it had no room for its layer; what a task takes of a whole core besides; what
+    codecs make of what crosses each boundary, at the speed of a whole core; and the operators' workspace."""
 
     costs_s: list[float | None]
     handling: Handling | None = None  # None: not measured
     codecs: tuple[CodecProfile, ...] | None = None
+    workspace_bytes: Workspace | None = None
 
     @property
     def is_whole(self) -> bool:
-        return self.handling is not None and self.codecs is not None
+        return self.handling is not None and self.codecs is not None and self.workspace_bytes is not None
 
     def fitting(self, boundaries: int) -> Measured:
         """Without codecs of a program with another number of boundaries."""
@@ -251,7 +265,12 @@ class Measured:
         """What is missing as it was known before."""
         if known is None:
             return self
-        return replace(self, handling=self.handling or known.handling, codecs=self.codecs or known.codecs)
+        return replace(
+            self,
+            handling=self.handling or known.handling,
+            codecs=self.codecs or known.codecs,
+            workspace_bytes=self.workspace_bytes or known.workspace_bytes,
+        )
 
 
 @dataclass(slots=True)
@@ -312,7 +331,8 @@ class Profilers:
                 self._make_room(worker_id)  # for longer
                 waiting.note(f"{worker_id}: {step}", share)
             case msg.ProgramProfiled(costs_s=costs_s) if is_believable(costs_s):
-                waiting.answer.set_result(Measured(costs_s, _believed(message), _codecs_of(message)))
+                workspace = believed_workspace(message.workspace_bytes, operators=len(costs_s))
+                waiting.answer.set_result(Measured(costs_s, _believed(message), _codecs_of(message), workspace))
             case msg.ProgramProfiled(costs_s=costs_s):
                 seconds = sum(cost or 0.0 for cost in costs_s)
                 waiting.answer.set_exception(PlanError(f"it says that the program takes {seconds:g} s, which nobody can have measured"))
@@ -389,7 +409,8 @@ def combined(name: str, program: Program, profiles: Sequence[tuple[DeviceKind, M
     words = f"{kind.title}, measured on {kind.workers[0]}" + (
         f"; seconds of one core, {kind.cores:.2g} of what it took" if kind.cores else ""
     )
-    model = profile_model(name, program, reference_s, reference=words)
+    workspace = [told.workspace_bytes for _, told in profiles if told.workspace_bytes is not None]
+    model = with_workspace(profile_model(name, program, reference_s, reference=words), workspace)
     measured = [
         MeasuredCosts(
             device_class=kind.name,

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Self
 
 from adapt.errors import PlanError
-from adapt.models.layers import layer_costs_s
+from adapt.models.layers import layer_costs_s, with_workspace
 from adapt.planning import choose
 from adapt.planning.cost import Layout, StageLayout
 from adapt.planning.devices import ClusterProfile, DeviceProfile
@@ -57,7 +57,8 @@ class Terms:
             worker: KnownCosts(tuple(max(cost, LEAST_LAYER_S) for cost in layer_costs_s(model, costs.costs_s)), costs.handling)
             for worker, costs in known.items()
         }
-        return cls(model, measured, links)
+        workspace = {costs.workspace_bytes for costs in known.values() if costs.workspace_bytes is not None}
+        return cls(with_workspace(model, workspace), measured, links)
 
     def best(self, offers: Sequence[WorkerOffer], *, exact: bool) -> Proposal:
         """What should be fastest in the memory that is offered. May take seconds. Raises PlanError: what is missing."""

@@ -49,9 +49,13 @@ def test_a_module_is_measured_once_and_planned_by_it(tmp_path):
         again = client.profile(module, example_inputs=(x,), progress=lambda words, share: told.append((words, share)))
         assert again.measured[0].costs_s == kind.costs_s and not any("measuring" in words for words, _ in told)
         assert again.codecs == model.codecs
-        forget_codecs(tmp_path / "here")
-        anew = client.profile(module, example_inputs=(x,))
-        assert [codec.name for codec in anew.codecs if codec.ratios] == ["lz4", "zfp"], "measured once more: what is typical has no ratios"
+        for forgotten in ("codecs", "workspace_bytes"):
+            forget(tmp_path / "here", forgotten)
+            anew = client.profile(module, example_inputs=(x,))
+            assert [codec.name for codec in anew.codecs if codec.ratios] == ["lz4", "zfp"], (
+                "measured once more: what is typical has no ratios"
+            )
+            assert all(type(taken) is int for kept in kept_profiles(tmp_path / "here") for taken in kept["workspace_bytes"])
         with pytest.raises(adapt.ConfigError, match="device-class='abacus'"):
             client.profile(module, example_inputs=(x,), device_class="abacus")
         with pytest.raises(adapt.ConfigError, match="has no operators"):  # it used to end one worker after the other
@@ -67,12 +71,17 @@ def test_a_module_is_measured_once_and_planned_by_it(tmp_path):
     assert len(kept) == 1 and json.loads(kept[0].read_text())["version"] == 1
 
 
-def forget_codecs(directory):
-    """As profiles were kept before codecs were measured."""
+def kept_profiles(directory):
+    (path,) = directory.rglob("profiles/*.json")
+    return json.loads(path.read_text())["profiles"]
+
+
+def forget(directory, key):
+    """As profiles were kept before that was measured."""
     (path,) = directory.rglob("profiles/*.json")
     content = json.loads(path.read_text())
     for profile in content["profiles"]:
-        del profile["codecs"]
+        del profile[key]
     path.write_text(json.dumps(content))
 
 
@@ -95,6 +104,8 @@ def test_the_command_on_a_cluster_and_on_this_machine(tmp_path):
         assert model.measured[0].workers == ("w1",)
         assert max(model.codecs[1].ratios) > 1.2, "what squeezenet's rectifiers let through"
         assert "lz4: " in shown.stdout and "times smaller" in shown.stdout
+        assert "workspace" in shown.stdout and max(layer.workspace_bytes for layer in model.layers) > 0
+        assert "USDT" not in shown.stderr
     planned = command("plan", str(kept), "--cluster", "pi3")
     assert planned.returncode == 0 and "requests/s" in planned.stdout
     here = command("profile", SMALL, "--seed", "0", "--here", "--repetitions", "3", "--plot", str(tmp_path / "small.png"))

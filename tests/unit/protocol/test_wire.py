@@ -378,9 +378,18 @@ def test_what_codecs_make_of_a_program_has_bounds(changes, told):
         judged(PROFILED, document)
 
 
-def test_what_codecs_make_of_a_large_program_fits_into_a_header():
+@pytest.mark.parametrize("workspace", [-1, 1 << 63, 0.5, "much"])
+def test_what_kernels_take_besides_has_bounds(workspace):
+    document = plain(PROFILED)
+    document["m"]["workspace_bytes"] = [0, None, workspace]
+    with pytest.raises(WireError, match="workspace_bytes"):
+        judged(PROFILED, document)
+
+
+def test_what_codecs_and_kernels_make_of_a_large_program_fits_into_a_header():
     codec = replace(LZ4, ratios=[1.25] * msg.MOST_BOUNDARIES)
-    message = replace(PROFILED, costs_s=[0.1] * msg.MOST_BOUNDARIES, codecs=[codec, codec])
+    workspace = [1 << 40] * msg.MOST_BOUNDARIES
+    message = replace(PROFILED, costs_s=[0.1] * msg.MOST_BOUNDARIES, codecs=[codec, codec], workspace_bytes=workspace)
     assert decode(encode(message, session=1, term=1), limit_bytes=LIMIT_BYTES).message == message
     with pytest.raises(WireError, match="codecs"):
         judged(PROFILED, plain(replace(PROFILED, codecs=[LZ4] * 9)))

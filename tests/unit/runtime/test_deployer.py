@@ -236,14 +236,21 @@ HANDLING, LZ4 = Handling(0.001, 1e-9), CodecProfile(name="lz4", ratio=2.0, encod
 
 
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize(("handling", "has_codecs"), [(None, True), (HANDLING, False), (HANDLING, True)])
-def test_kept_seconds_count_on_where_what_is_missing_cannot_be_measured(tmp_path, monkeypatch, handling, has_codecs, again):
+@pytest.mark.parametrize(
+    ("handling", "has_codecs", "has_workspace"),
+    [(None, True, True), (HANDLING, False, True), (HANDLING, True, False), (HANDLING, True, True)],
+)
+def test_kept_seconds_count_on_where_what_is_missing_cannot_be_measured(tmp_path, monkeypatch, handling, has_codecs, has_workspace, again):
     store, profiles = ArtifactStore(tmp_path), ProfileStore(tmp_path / "profiles")
     exported = export_module(torch.nn.Linear(4, 4).eval(), [torch.zeros(2, 4)], directory=store.directory)
     program, form = ProfiledProgram(Digest(exported.digest), exported.operator_costs_s), form_of(store.path(exported.digest))
     codecs = (replace(LZ4, ratios=(2.0, 2.0)),) if has_codecs else None
     costs_s = tuple(0.25 for _ in program.operator_costs_s)
-    profiles.write(form, KeptProfile(device_class=PI.name, worker="w1", cores=0.0, costs_s=costs_s, handling=handling, codecs=codecs))
+    workspace = tuple(7 for _ in costs_s) if has_workspace else None
+    kept = KeptProfile(
+        device_class=PI.name, worker="w1", cores=0.0, costs_s=costs_s, handling=handling, codecs=codecs, workspace_bytes=workspace
+    )
+    profiles.write(form, kept)
     order = msg.Profile(call=1, name="m", device_class="", repetitions=3, again=again)
     outcomes: list[Measured | PlanError] = []
 
@@ -266,9 +273,8 @@ def test_kept_seconds_count_on_where_what_is_missing_cannot_be_measured(tmp_path
         with pytest.raises(PlanError, match="busy"):
             asyncio.run(measured(PlanError("busy")))
     else:
-        assert asyncio.run(measured(PlanError("busy"))) == [Measured(list(costs_s), handling, codecs)]
-    if again or handling is None or codecs is None:
+        assert asyncio.run(measured(PlanError("busy"))) == [Measured(list(costs_s), handling, codecs, workspace)]
+    assert bool(outcomes) == (not again and None not in (handling, codecs, workspace)), "it was asked for unless all was there"
+    if again or None in (handling, codecs, workspace):
         asyncio.run(measured(Measured([0.5 for _ in costs_s])))  # of which nothing but the seconds could be measured
-        assert profiles.read(form)[PI.name] == KeptProfile(
-            device_class=PI.name, worker="w1", cores=0.0, costs_s=tuple(0.5 for _ in costs_s), handling=handling, codecs=codecs
-        )
+        assert profiles.read(form)[PI.name] == replace(kept, costs_s=tuple(0.5 for _ in costs_s))

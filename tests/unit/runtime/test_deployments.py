@@ -86,6 +86,23 @@ def test_measured_workers_are_planned_by_what_they_take(stored):
     assert [(at[0], count) for at, count in zip(plan.places, layers_of(model), strict=True)] == [("w2", 3), ("w1", 5)]
 
 
+def test_kernels_need_room_besides(stored):
+    """Either worker holds all of the model, and no part of it beside a workspace of one layer more than is left."""
+    operators, workers = len(stored[1].operator_costs_s), (WorkerId("w1"), WorkerId("w2"))
+
+    def planned(*workspace):
+        known = {worker: KnownCosts((0.001,) * operators, workspace_bytes=each) for worker, each in zip(workers, workspace, strict=True)}
+        return plan_freely(*stored, offers(8, 8), name="m", known=known)
+
+    first = (3 * LAYER_BYTES, *[0] * (operators - 1))
+    assert planned(None, None)[1].places == planned((0,) * operators, (None,) * operators)[1].places == (("w1", "w2"),)
+    for workspace in ((first, None), (None, first), (first, first)):
+        model, plan = planned(*workspace)
+        assert len(plan.places) == 2 and layers_of(model)[0] <= 5
+    with pytest.raises(PlanError, match="MiB"):
+        planned((9 * LAYER_BYTES,) * operators, None)
+
+
 def test_where_handling_takes_more_than_computing_the_model_is_not_cut(stored):
     """Two workers that could hold it all: two stages would each have the handling to do, as much as two copies have."""
     operators = len(stored[1].operator_costs_s)

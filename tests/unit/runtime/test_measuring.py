@@ -34,6 +34,12 @@ def raising(error: Exception):
     return raise_it
 
 
+def measured(**told) -> SimpleNamespace:
+    """A profiler at its end."""
+    plain = {"costs_s": [0.1], "workspace_bytes": [None], "codecs": (), "held_bytes": 0, "share": 0.0}
+    return SimpleNamespace(**plain | told, step=lambda: False)
+
+
 def said_of(store, program, *, open_profiler, error=None, **options):
     """What a worker says of a program, whose background task must come to its end."""
 
@@ -75,7 +81,7 @@ def test_a_program_that_cannot_be_opened_is_refused_and_the_worker_lives(store, 
 
 
 def test_so_is_one_that_fails_while_it_is_measured(store, program):
-    profiler = SimpleNamespace(costs_s=[0.1], codecs=(), held_bytes=0, share=0.0, step=lambda: False)
+    profiler = measured()
     (failed,) = said_of(store, program, open_profiler=lambda *_: profiler, error=MemoryError("no more"))
     assert isinstance(failed, msg.ProfileFailed) and "cannot be profiled: MemoryError: no more" in failed.message
     (told,) = said_of(store, program, open_profiler=lambda *_: profiler)
@@ -83,7 +89,7 @@ def test_so_is_one_that_fails_while_it_is_measured(store, program):
 
 
 def test_what_a_task_takes_besides_is_told_with_a_profile(store, program):
-    profiler = SimpleNamespace(costs_s=[0.1], codecs=(), held_bytes=0, share=0.0, step=lambda: False)
+    profiler = measured()
     meter = SimpleNamespace(handling=Handling(0.001, 1e-9), step=lambda: False)
     (told,) = said_of(store, program, open_profiler=lambda *_: profiler, open_meter=lambda: meter)
     assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1], task_s=0.001, byte_s=1e-9)
@@ -91,14 +97,21 @@ def test_what_a_task_takes_besides_is_told_with_a_profile(store, program):
 
 def test_so_is_what_codecs_make_of_what_crosses(store, program):
     lz4 = CodecProfile(name="lz4", ratio=1.5, encode_bytes_per_s=1e9, decode_bytes_per_s=2e9, ratios=(1.0, 2.0))
-    profiler = SimpleNamespace(costs_s=[0.1], codecs=(lz4,), held_bytes=0, share=0.0, step=lambda: False)
+    profiler = measured(codecs=(lz4,))
     (told,) = said_of(store, program, open_profiler=lambda *_: profiler)
-    measured = msg.CodecMeasured(name="lz4", ratio=1.5, ratios=[1.0, 2.0], encode_bytes_per_s=1e9, decode_bytes_per_s=2e9)
-    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1], codecs=[measured])
+    codec = msg.CodecMeasured(name="lz4", ratio=1.5, ratios=[1.0, 2.0], encode_bytes_per_s=1e9, decode_bytes_per_s=2e9)
+    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1], codecs=[codec])
+
+
+def test_and_what_kernels_take_besides_if_that_is_known_of_any(store, program):
+    (told,) = said_of(store, program, open_profiler=lambda *_: measured(costs_s=[0.1, 0.2], workspace_bytes=[None, 7]))
+    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1, 0.2], workspace_bytes=[None, 7])
+    (told,) = said_of(store, program, open_profiler=lambda *_: measured(costs_s=[0.1, 0.2], workspace_bytes=[None, None]))
+    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1, 0.2], workspace_bytes=None)
 
 
 def test_a_profile_without_it_is_still_one(store, program):
-    profiler = SimpleNamespace(costs_s=[0.1], codecs=(), held_bytes=0, share=0.0, step=lambda: False)
+    profiler = measured()
     meter = SimpleNamespace(step=AdaptError("this machine does not talk to itself"))
     (told,) = said_of(store, program, open_profiler=lambda *_: profiler, open_meter=lambda: meter)
     assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1], task_s=None, byte_s=None)

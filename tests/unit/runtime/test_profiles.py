@@ -142,7 +142,7 @@ def test_a_profile_of_which_only_the_computing_is_known_is_used_for_that(tmp_pat
     plain = {"device_class": kind.name, "worker": "w1", "cores": 0.0, "costs_s": [0.1, 0.2]}
     (tmp_path / f"{FORM}.json").write_text(json.dumps({"version": 1, "profiles": [plain]}))
     (profile,) = ProfileStore(tmp_path).read(FORM).values()
-    assert profile.handling is None
+    assert profile.handling is None and profile.workspace_bytes is None
     assert known_costs({kind.name: profile}, {W1: kind}, 2) == {W1: KnownCosts((0.1, 0.2), Handling())}
     ProfileStore(tmp_path).write(FORM, profile)
     assert ProfileStore(tmp_path).read(FORM) == {kind.name: profile}
@@ -169,6 +169,34 @@ def test_what_codecs_make_of_it_is_kept_too(tmp_path):
         plain["profiles"][0]["codecs"] = told
         (tmp_path / f"{FORM}.json").write_text(json.dumps(plain))
         assert ProfileStore(tmp_path).read(FORM) == {}
+
+
+def test_what_kernels_take_besides_is_kept_too_as_far_as_it_can_be(tmp_path):
+    pi = DeviceKind.of(PI, 0.3)
+    with_workspace = profiles.replace(kept(pi, 0.1, 0.2), workspace_bytes=(None, 1 << 20))
+    ProfileStore(tmp_path).write(FORM, with_workspace)
+    assert ProfileStore(tmp_path).read(FORM) == {pi.name: with_workspace}
+    plain = json.loads((tmp_path / f"{FORM}.json").read_text())
+    for told in (None, [], [None, None], [1], [1, 2, 3], [0, -1], [0, 1.5], [0, 1 << 50], "ab"):
+        plain["profiles"][0]["workspace_bytes"] = told
+        (tmp_path / f"{FORM}.json").write_text(json.dumps(plain))
+        assert ProfileStore(tmp_path).read(FORM) == {pi.name: profiles.replace(with_workspace, workspace_bytes=None)}
+
+
+def test_a_profile_is_whole_and_completed_by_what_was_known_before():
+    whole = Measured([0.1], HANDLING, (LZ4,), (0,))
+    assert whole.is_whole and whole.completed_by(None) == whole
+    for missing in ("handling", "codecs", "workspace_bytes"):
+        part = profiles.replace(whole, **{missing: None})
+        assert not part.is_whole and part.completed_by(whole) == whole and part.completed_by(None) == part
+    assert whole.completed_by(profiles.replace(whole, workspace_bytes=(7,))) == whole
+
+
+def test_a_worker_of_a_measured_kind_takes_its_workspace_at_any_share_of_the_cpu():
+    whole, third = DeviceKind.of(PI, 0.0), DeviceKind.of(PI, 0.3)
+    profile = profiles.replace(kept(third, 1.0, 2.0), workspace_bytes=(5, None))
+    found = known_costs({third.name: profile}, {W1: whole, W2: third}, 2)
+    assert {worker: costs.workspace_bytes for worker, costs in found.items()} == {W1: (5, None), W2: (5, None)}
 
 
 def exported(directory, *, width: int = 4, seed: int = 0):
@@ -202,6 +230,17 @@ def combined_with(tmp_path, *told, cores=(0.5, 0.25)):
     costs_s = ([0.2, 0.1, 0.1], [0.8, 0.4, 0.4])
     each = [(kind, Measured(list(costs), HANDLING, codecs)) for kind, costs, codecs in zip(workers, costs_s, told, strict=True)]
     return combined("m", exported(tmp_path), each, [1.0] * 3)
+
+
+def test_planning_gets_the_most_that_kernels_take_on_any_device(tmp_path):
+    kinds = [profiles.replace(DeviceKind.of(facts, 0.0), workers=(worker,)) for facts, worker in ((PI, W1), (PC, W2), (GPU, W3))]
+
+    def workspace_of(*told):
+        each = [(kind, Measured([0.1] * 3, workspace_bytes=workspace)) for kind, workspace in zip(kinds, told, strict=True)]
+        return [layer.workspace_bytes for layer in combined("m", exported(tmp_path), each, [1.0] * 3).layers]
+
+    assert workspace_of((1, 2, None), None, (0, 5, 3)) == [1, 5, 3]
+    assert workspace_of(None, None, None) == [0, 0, 0]
 
 
 def test_planning_gets_what_the_reference_device_makes_of_what_crosses(tmp_path):
@@ -332,6 +371,19 @@ def test_of_codecs_only_what_can_be_is_believed(changes):
         assert await believed(told(LZ4), told(ZFP, **changes)) == (LZ4,)
 
     asyncio.run(test())
+
+
+@pytest.mark.parametrize("workspace", [[1], [1, 2, 3], [None, None], [], [1, 1 << 37], [1 << 62, None]])
+def test_of_workspace_only_what_can_be_is_believed(workspace):
+    """Its seconds are still a profile."""
+
+    async def believed(workspace):
+        message = msg.ProgramProfiled(program=PROGRAM, costs_s=[0.1, 0.2], workspace_bytes=workspace)
+        cluster = Cluster(w1=lambda cluster: cluster.profilers.heard(W1, message))
+        return (await cluster.measure(W1))[1]
+
+    assert asyncio.run(believed(workspace)) == Measured([0.1, 0.2])
+    assert asyncio.run(believed([None, 1 << 36])) == Measured([0.1, 0.2], workspace_bytes=(None, 1 << 36))
 
 
 def test_if_nobody_can_all_reasons_are_told():
