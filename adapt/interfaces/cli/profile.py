@@ -28,7 +28,7 @@ from adapt.protocol.messages import NamedSource
 from adapt.runtime.calls import MOST_REPETITIONS, REPETITIONS, ToldShare
 from adapt.runtime.client import Client
 from adapt.runtime.cores import allowed_cores
-from adapt.runtime.profiles import DeviceKind, Measured, believed_codecs, chosen, combined
+from adapt.runtime.profiles import DeviceKind, Measured, believed_codecs, believed_workspace, chosen, combined
 
 PLAIN_WIDTH = 140
 MOST_ROWS = 28
@@ -147,7 +147,8 @@ def _on_this_machine(options: argparse.Namespace, source: NamedSource, told: Tol
         profiler = Profiler(program, repetitions=options.repetitions, cores=kind.cores)
         while profiler.step():
             told("measuring on this machine", profiler.share)
-        return combined(source.model, program, [(kind, Measured(profiler.costs_s, codecs=believed_codecs(profiler.codecs)))], quick_s)
+        codecs, workspace = believed_codecs(profiler.codecs), believed_workspace(profiler.workspace_bytes, operators=len(quick_s))
+        return combined(source.model, program, [(kind, Measured(profiler.costs_s, codecs=codecs, workspace_bytes=workspace))], quick_s)
 
 
 @contextmanager
@@ -206,6 +207,7 @@ def show(model: ModelProfile, console: Console) -> None:
         f"share of {names[0]}",
         "weights>",
         "activations>",
+        *(["workspace>"] if _has_workspace(model) else []),
         "crosses after it>",
         "least>",
         *(f"{codec.name}>" for codec in codecs),
@@ -215,11 +217,19 @@ def show(model: ModelProfile, console: Console) -> None:
     print_table(console, "parts", columns, table)
     console.print(
         "[dim]cuts: where the model may be cut within or after this part; least: what crosses the cheapest of them. "
-        f"Weights and activations in MiB, what crosses in kB{_of_codecs(codecs)}.[/dim]",
+        f"{_sizes_in_words(model)} in MiB, what crosses in kB{_of_codecs(codecs)}.[/dim]",
         highlight=False,
     )
     for codec in codecs:
         console.print(f"[dim]{_codec_in_words(codec)}[/dim]", highlight=False)
+
+
+def _has_workspace(model: ModelProfile) -> bool:
+    return any(layer.workspace_bytes for layer in model.layers)
+
+
+def _sizes_in_words(model: ModelProfile) -> str:
+    return "Weights, activations and workspace (what kernels take besides)" if _has_workspace(model) else "Weights and activations"
 
 
 def _measured_codecs(model: ModelProfile) -> list[CodecProfile]:
@@ -272,6 +282,7 @@ def _row(model: ModelProfile, place: str, begin: int, end: int, kinds: Sequence[
         f"{share:4.0%} {'█' * length or '▏'}",
         f"{sum(layer.weight_bytes for layer in layers) / MEBIBYTE:.1f}",
         f"{max(layer.peak_bytes for layer in layers) / MEBIBYTE:.1f}",
+        *([f"{max(layer.workspace_bytes for layer in layers) / MEBIBYTE:.1f}"] if _has_workspace(model) else []),
         f"{layers[-1].output_bytes / 1e3:,.0f}",
         f"{min(layer.output_bytes for layer in cuts) / 1e3:,.0f}" if cuts else "-",
         *(f"{codec.ratio_at(end):.2f}" for codec in _measured_codecs(model)),

@@ -72,6 +72,18 @@ def test_what_codecs_make_of_what_crosses_is_said_where_it_was_measured(capsys, 
     assert "zfp (error up to 0.1 standard deviations): 4.00 times smaller over all" in out
 
 
+def test_workspace_is_shown_where_it_was_measured(capsys, saved):
+    model = model_of(*(f"block{number // 2}.{number}" for number in range(30)))
+    assert main(["profile", saved(model)]) == 0
+    assert "workspace" not in capsys.readouterr().out
+    taken = tuple(replace(layer, workspace_bytes=number * MIB // 2) for number, layer in enumerate(model.layers))
+    assert main(["profile", saved(replace(model, layers=taken))]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split()[-5:-2] for line in out.splitlines() if line.startswith("block")]
+    assert rows == [["2.0", "2.0", f"{block + 0.5:.1f}"] for block in range(15)], "the most that one of its layers takes"
+    assert "activations and workspace (what kernels take besides)" in " ".join(out.split())
+
+
 def test_it_is_drawn_and_kept(capsys, saved, tmp_path):
     model = replace(
         model_of(*(f"block{number // 3}.{number}" for number in range(12))),
