@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import platform
 import re
 from pathlib import Path
@@ -15,10 +14,6 @@ from adapt.errors import ConfigError
 from adapt.protocol.messages import DeviceFacts
 
 EXPECTED = "expected auto, cpu, or cuda:N with the number of a GPU"
-_M_ARENA_MAX = -8  # of mallopt, in glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES = 1 << 30
-_MAPPED_BYTES = 32 << 20  # the most that glibc takes
 
 
 def choose_device(setting: str) -> str:
@@ -96,32 +91,6 @@ def anonymous_bytes() -> int:
         return int(psutil.Process().memory_info().rss)
     match = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
     return int(match[1]) * 1024 if match else int(psutil.Process().memory_info().rss)
-
-
-def share_one_heap() -> None:
-    """Have all threads allocate from one heap. To be called before threads are started; does nothing but with glibc.
-
-    By default each thread keeps what it freed for itself, and here a tensor is allocated on one thread and freed on
-    another. Measured for a quarter of ResNet-50 with two tasks in flight, after 20 inferences: 37 MiB instead of 54
-    above the floor, at the same speed.
-
-    What is freed is kept until `give_memory_back`: glibc would return it to the system after every operator, and have it
-    zeroed again for the next, which was measured as thousands of page faults an image and a tenth of the speed.
-    """
-    if (libc := _glibc()) is not None:
-        libc.mallopt(_M_ARENA_MAX, 1)
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
-
-
-def give_memory_back() -> None:
-    """Return what was freed to the system. Blocks for milliseconds; does nothing but with glibc."""
-    if (libc := _glibc()) is not None:
-        libc.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def _processor_name() -> str:

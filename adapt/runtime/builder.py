@@ -25,6 +25,7 @@ from adapt.errors import ConfigError, ExportError, ExportInterruptedError, Expor
 from adapt.models.canaries import TOLERANCE
 from adapt.protocol.ids import Digest
 from adapt.protocol.messages import NamedSource
+from adapt.runtime import heap
 from adapt.runtime.child import Progress, answer, ask
 
 NICENESS = 5  # the dispatcher, and workers on its machine, come first
@@ -266,11 +267,10 @@ def _export(request: dict[str, Any], say: Progress) -> dict[str, Any]:
     say("loading torch", None)
     import torch
 
-    from adapt.models import devices
     from adapt.models.export import export_module
     from adapt.models.sources import build_named_model
 
-    devices.share_one_heap()  # as the workers do, for whom operators are timed here
+    heap.share_one_heap()  # as the workers do, for whom operators are timed here
     torch.set_num_threads(1)
     if "file" in request:
         return _export_file(request, say)

@@ -18,7 +18,7 @@ import os
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from adapt.clock import Clock, monotonic
 from adapt.errors import AdaptError, ConfigError, ConnectError, UnknownModelError, WireError
 from adapt.protocol import messages as msg
 from adapt.protocol import wire
+from adapt.protocol.codecs import TensorHeader
 from adapt.protocol.ids import ClientId, Digest, RequestId
 from adapt.protocol.wire import Blob
 from adapt.runtime.alarm import Alarm
@@ -443,7 +444,7 @@ class Conversation:
             future.outcome = Outcome(reply.attempts, tuple(reply.numeric_classes))
             _settle(future, result)
 
-        if sum(blob.size for blob in blobs) <= INLINE_BYTES:
+        if _is_at_hand(reply.leaves, blobs):
             finish()
         else:
             self._decoding.post(finish)
@@ -473,6 +474,13 @@ class Conversation:
         self._act(self._outcomes.take_acks(now))
         if self._end is None:
             self._alarm.set(self._outcomes.next_wakeup())
+
+
+def _is_at_hand(leaves: Sequence[msg.Leaf], blobs: Sequence[Blob]) -> bool:
+    """Whether to decode this is next to nothing: it is small, or lies there as the user will have it."""
+    if sum(blob.size for blob in blobs) <= INLINE_BYTES:
+        return True
+    return all(len(blob.parts) == 1 for blob in blobs) and all(leaf.codec == "raw" for leaf in leaves if isinstance(leaf, TensorHeader))
 
 
 def _settle(future: Future[Any], result: Any) -> None:

@@ -218,7 +218,11 @@ class WatchedSocket:
         last = len(frames) - 1
         for index, frame in enumerate(frames):
             try:
-                send(frame, _SEND_MORE if index < last else _NOBLOCK, copy=len(frame) < ZERO_COPY_BYTES)
+                flags = _SEND_MORE if index < last else _NOBLOCK
+                if len(frame) < ZERO_COPY_BYTES:
+                    send(frame, flags)
+                else:
+                    send(_whole(frame), flags, copy=False)
             except zmq.ZMQError as error:
                 if error.errno not in (errno.EAGAIN, errno.EHOSTUNREACH):
                     raise
@@ -227,6 +231,18 @@ class WatchedSocket:
                     break  # else the connection has gone while we spoke: the socket drops the rest, but wants to be given it
         self.read_if_any()
         return not is_refused
+
+
+def _whole(data: Buffer) -> Buffer | zmq.Frame:
+    """The frame itself where `data` is all of one: the socket shares it, and nobody has to be told when it has left."""
+    if type(data) is memoryview and type(data.obj) is zmq.Frame and len(data) == len(data.obj):
+        return data.obj
+    return data
+
+
+def copied(data: memoryview) -> Buffer:
+    """A copy that sockets can send as it lies."""
+    return bytes(data) if len(data) < ZERO_COPY_BYTES else zmq.Frame(data, copy=True).buffer
 
 
 def letter(message: Message, *, session: int, term: int, blobs: tuple[Blob, ...]) -> tuple[bool, Letter]:

@@ -46,10 +46,13 @@ from adapt.protocol import codecs, digests
 from adapt.protocol.codecs import TensorHeader
 from adapt.protocol.messages import Leaf, RunStage, StageTimes
 from adapt.protocol.wire import Blob
+from adapt.runtime import heap
 
 log = logging.getLogger(__name__)
 
-INLINE_BYTES = 64 << 10
+INLINE_BYTES = 1 << 20  # raw: to copy so much takes less than the way to another thread and back
+INLINE_PACKED_BYTES = 8 << 10  # a codec takes longer than a copy
+UNALIGNED_BYTES = 64 << 10  # inputs up to this size are left to the interpreter to align
 SLOWER = 3.0  # times what is usual, and a computation that nobody waits for any more hangs
 SHORT_S = 0.002  # a stage that took less last time is not said to have begun: its answer says as much
 HEADER_BYTES = 64 << 10  # at least what the frames of a message take besides its tensors
@@ -312,7 +315,7 @@ class Executor:
 
     def give_memory_back(self) -> None:
         """Return freed memory to the system, on a codec thread."""
-        self._pool.submit(devices.give_memory_back)
+        self._pool.submit(heap.give_memory_back)
 
     async def close(self, *, patience_s: float = 1.0) -> None:
         """End the threads. A computation that is not over within `patience_s` is left behind."""
@@ -520,7 +523,7 @@ def _packs(order: RunStage) -> bool:
 
 def _is_small(size_bytes: int, is_packed: bool) -> bool:
     """Whether a codec is done with this sooner than another thread wakes up."""
-    return size_bytes * (8 if is_packed else 1) <= INLINE_BYTES
+    return size_bytes <= (INLINE_PACKED_BYTES if is_packed else INLINE_BYTES)
 
 
 # --- tensors -------------------------------------------------------------------------------------------------------
@@ -536,7 +539,7 @@ def _decoded(header: TensorHeader, blob: Blob, limit_bytes: int) -> codecs.Array
             return codecs.decode(header, view, limit_bytes=limit_bytes)
     if blob.size > limit_bytes:
         raise WireError(f"tensors of {blob.size} bytes: {limit_bytes} bytes of the limit are left")
-    if blob.size <= INLINE_BYTES:  # the interpreter will align so little
+    if blob.size <= UNALIGNED_BYTES:
         return codecs.decode(header, bytearray(blob.contiguous()), limit_bytes=limit_bytes)
     target = torch.empty(blob.size, dtype=torch.uint8).numpy()
     begin = 0

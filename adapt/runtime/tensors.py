@@ -12,6 +12,7 @@ from adapt.errors import InputMismatchError
 from adapt.protocol.codecs import TensorHeader, decode, encode
 from adapt.protocol.messages import Leaf
 from adapt.protocol.wire import MAX_BLOBS, Blob
+from adapt.runtime.endpoint import copied
 
 
 def is_torch(value: Any) -> bool:
@@ -41,7 +42,7 @@ def to_wire(values: Sequence[Any], *, codec: str) -> tuple[list[Leaf], tuple[Blo
         array, dtype = _as_array(value)
         header, data = encode(array, codec=codec, dtype=dtype)
         if header.codec == "raw":  # the user may write to his array as soon as `submit` returns
-            data = bytes(data)
+            data = copied(memoryview(data))
         leaves.append(header)
         blobs.append(Blob.of(data))
     return leaves, tuple(blobs)

@@ -57,6 +57,7 @@ from adapt.protocol.messages import (
     WorkerHello,
 )
 from adapt.protocol.wire import Blob
+from adapt.runtime import heap
 from adapt.runtime.artifacts import ArtifactStore
 from adapt.runtime.cores import allowed_cores
 from adapt.runtime.executor import Begun, Cancelled, Chore, Crashed, Done, Event, Executor, Failed, RunnableStage, State, Work
@@ -104,7 +105,7 @@ class Worker:
         announce: Callable[[str], None] | None = None,
         on_hang: Callable[[str], None] | None = None,
     ) -> None:
-        devices.share_one_heap()
+        heap.share_one_heap()
         self._config, self._clock = config, clock
         self._device = devices.choose_device(config.device)
         self._facts = devices.device_facts(self._device, threads=config.threads)

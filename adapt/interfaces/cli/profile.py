@@ -25,6 +25,7 @@ from adapt.interfaces.tables import print_table
 from adapt.planning.model import MEBIBYTE, STANDARD_TOLERANCE, CodecProfile, ModelProfile
 from adapt.protocol.ids import WorkerId
 from adapt.protocol.messages import NamedSource
+from adapt.runtime import heap
 from adapt.runtime.calls import MOST_REPETITIONS, REPETITIONS, ToldShare
 from adapt.runtime.client import Client
 from adapt.runtime.cores import allowed_cores
@@ -139,7 +140,7 @@ def _on_this_machine(options: argparse.Namespace, source: NamedSource, told: Tol
             from adapt.models.profiler import Profiler
         except ImportError as error:
             raise ExportUnavailableError(f"this process has no torch to profile with: {error}") from None
-        devices.share_one_heap()
+        heap.share_one_heap()
         devices.limit_threads(1)
         devices.warm_up("cpu")
         kind = replace(DeviceKind.of(devices.device_facts("cpu", threads=1), allowed_cores()), workers=(HERE,))
