@@ -58,7 +58,7 @@ assert get_args(DtypeName) == tuple(DTYPES) and get_args(CodecName) == CODECS
 _Size: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 
 
-class TensorHeader(Struct, frozen=True, kw_only=True):
+class TensorHeader(Struct, frozen=True, kw_only=True, gc=False):
     """What `decode` needs besides the bytes themselves; travels in the header of a message."""
 
     # Judged when a header is read, so that whoever only forwards a tensor can trust the names.
@@ -212,7 +212,7 @@ def _checked_bytes(shape: tuple[int, ...], itemsize: int, limit_bytes: int) -> i
 # --- the codecs, one pair of functions each ------------------------------------------------------------------------
 
 
-class _Packed(Struct, frozen=True):
+class _Packed(Struct, frozen=True, gc=False):
     codec: str
     payload: Buffer
     bound: float = 0.0

@@ -71,7 +71,7 @@ Leaves = Annotated[list[Leaf], msgspec.Meta(max_length=256)]
 # ── sessions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class DeviceFacts(Struct, frozen=True, kw_only=True):
+class DeviceFacts(Struct, frozen=True, kw_only=True, gc=False):
     """What a worker runs on. `numeric_class` names all that the bits of a result depend on besides the model."""
 
     device: Text  # "cpu", "cuda:0"
@@ -80,7 +80,7 @@ class DeviceFacts(Struct, frozen=True, kw_only=True):
     numeric_class: Text
 
 
-class WorkerHello(Struct, frozen=True, kw_only=True):
+class WorkerHello(Struct, frozen=True, kw_only=True, gc=False):
     """Worker -> dispatcher, first on control: who I am and what I hold. Ends any earlier session of this name."""
 
     KIND: ClassVar[bytes] = b"WH"
@@ -98,7 +98,7 @@ class WorkerHello(Struct, frozen=True, kw_only=True):
     finished: Attempts  # finished, answer not acknowledged yet; the answers follow on their own
 
 
-class ClientHello(Struct, frozen=True, kw_only=True):
+class ClientHello(Struct, frozen=True, kw_only=True, gc=False):
     """Client -> dispatcher, first on control. Its open requests follow on their own."""
 
     KIND: ClassVar[bytes] = b"CH"
@@ -109,7 +109,7 @@ class ClientHello(Struct, frozen=True, kw_only=True):
     software: Text
 
 
-class Welcome(Struct, frozen=True, kw_only=True):
+class Welcome(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> peer: you are known under the session and term of this envelope."""
 
     KIND: ClassVar[bytes] = b"WE"
@@ -120,7 +120,7 @@ class Welcome(Struct, frozen=True, kw_only=True):
     max_budget_s: Seconds  # longest deadline that a request may have
 
 
-class Refused(Struct, frozen=True, kw_only=True):
+class Refused(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> peer: no session; the error says why. Trying again as it is would not help."""
 
     KIND: ClassVar[bytes] = b"RF"
@@ -129,26 +129,26 @@ class Refused(Struct, frozen=True, kw_only=True):
     fields: Facts
 
 
-class SayHello(Struct, frozen=True, kw_only=True):
+class SayHello(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> peer: the session of this envelope, which you named, is none of this reign; say hello again."""
 
     KIND: ClassVar[bytes] = b"SH"
 
 
-class Attach(Struct, frozen=True, kw_only=True):
+class Attach(Struct, frozen=True, kw_only=True, gc=False):
     """Peer -> dispatcher, first on bulk: this connection belongs to the session of the envelope."""
 
     KIND: ClassVar[bytes] = b"AT"
 
 
-class Goodbye(Struct, frozen=True, kw_only=True):
+class Goodbye(Struct, frozen=True, kw_only=True, gc=False):
     """Either way, on control: this session ends by intent; nothing more will come."""
 
     KIND: ClassVar[bytes] = b"GB"
     reason: Text
 
 
-class Piece(Struct, frozen=True, kw_only=True):
+class Piece(Struct, frozen=True, kw_only=True, gc=False):
     """Either way, on bulk: one piece of a message too big for control; see pieces.py."""
 
     KIND: ClassVar[bytes] = b"PI"
@@ -161,7 +161,7 @@ class Piece(Struct, frozen=True, kw_only=True):
 # ── requests: client and dispatcher ──────────────────────────────────────────────────────────────────────────────────
 
 
-class InferRequest(Struct, frozen=True, kw_only=True):
+class InferRequest(Struct, frozen=True, kw_only=True, gc=False):
     """Client -> dispatcher: run a deployed model on the leaves whose tensors follow. Sent again on every new session."""
 
     KIND: ClassVar[bytes] = b"IR"
@@ -175,7 +175,7 @@ class InferRequest(Struct, frozen=True, kw_only=True):
     leaves: Leaves
 
 
-class Accepted(Struct, frozen=True, kw_only=True):
+class Accepted(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> client: the request is let in and pinned to this version."""
 
     KIND: ClassVar[bytes] = b"AC"
@@ -185,7 +185,7 @@ class Accepted(Struct, frozen=True, kw_only=True):
     program: Sha256
 
 
-class Reply(Struct, frozen=True, kw_only=True):
+class Reply(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> client: the result; its tensors follow. Kept until `ReplyAck`."""
 
     KIND: ClassVar[bytes] = b"RP"
@@ -195,7 +195,7 @@ class Reply(Struct, frozen=True, kw_only=True):
     numeric_classes: Annotated[list[Text], msgspec.Meta(max_length=256)]
 
 
-class RequestFailed(Struct, frozen=True, kw_only=True):
+class RequestFailed(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> client: the request ended in this error. Kept until `ReplyAck`."""
 
     KIND: ClassVar[bytes] = b"RE"
@@ -205,14 +205,14 @@ class RequestFailed(Struct, frozen=True, kw_only=True):
     fields: Facts
 
 
-class ReplyAck(Struct, frozen=True, kw_only=True):
+class ReplyAck(Struct, frozen=True, kw_only=True, gc=False):
     """Client -> dispatcher: these outcomes have arrived; forget what you keep of them."""
 
     KIND: ClassVar[bytes] = b"RA"
     request_ids: Annotated[list[RequestId], msgspec.Meta(max_length=4096)]
 
 
-class CancelRequest(Struct, frozen=True, kw_only=True):
+class CancelRequest(Struct, frozen=True, kw_only=True, gc=False):
     """Client -> dispatcher: nobody waits for this any more. May overtake the request it cancels."""
 
     KIND: ClassVar[bytes] = b"CR"
@@ -222,7 +222,7 @@ class CancelRequest(Struct, frozen=True, kw_only=True):
 # ── deployments and questions: client and dispatcher; `call` pairs question and answer ───────────────────────────────
 
 
-class NamedSource(Struct, frozen=True, kw_only=True):
+class NamedSource(Struct, frozen=True, kw_only=True, gc=False):
     """A model that the dispatcher's side can build by itself."""
 
     model: Text  # "torchvision/resnet50"
@@ -233,7 +233,7 @@ class NamedSource(Struct, frozen=True, kw_only=True):
     optimize: Text = "none"  # or "fold": batch norms folded, convolutions channels last
 
 
-class ProgramSource(Struct, frozen=True, kw_only=True):
+class ProgramSource(Struct, frozen=True, kw_only=True, gc=False):
     """A program that the client has exported, and offers for `Fetch`."""
 
     program: Sha256
@@ -241,7 +241,7 @@ class ProgramSource(Struct, frozen=True, kw_only=True):
     operator_costs_s: Annotated[list[Seconds], msgspec.Meta(max_length=1 << 20)]
 
 
-class CanarySource(Struct, frozen=True, kw_only=True):
+class CanarySource(Struct, frozen=True, kw_only=True, gc=False):
     """A file of canaries (see models/canaries.py) that the client has made beside its program, and offers for `Fetch`."""
 
     file: Sha256
@@ -249,7 +249,7 @@ class CanarySource(Struct, frozen=True, kw_only=True):
     tolerance: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]  # where bits cannot agree: of the largest magnitude of an output
 
 
-class Deploy(Struct, frozen=True, kw_only=True):
+class Deploy(Struct, frozen=True, kw_only=True, gc=False):
     """Client -> dispatcher: make a model available. Exactly one of `named` and `uploaded` is given."""
 
     KIND: ClassVar[bytes] = b"DP"
@@ -265,7 +265,7 @@ class Deploy(Struct, frozen=True, kw_only=True):
     canaries: CanarySource | None = None  # only with `uploaded`
 
 
-class Rollback(Struct, frozen=True, kw_only=True):
+class Rollback(Struct, frozen=True, kw_only=True, gc=False):
     """Client -> dispatcher: deploy once more, as the next version, what an earlier version of this deployment was. Answered as `Deploy` is."""
 
     KIND: ClassVar[bytes] = b"RO"
@@ -274,7 +274,7 @@ class Rollback(Struct, frozen=True, kw_only=True):
     version: Natural = 0  # which; 0: the one before the present one
 
 
-class StagePlace(Struct, frozen=True, kw_only=True):
+class StagePlace(Struct, frozen=True, kw_only=True, gc=False):
     """One stage of a plan: which file, how big, on which workers."""
 
     artifact: Sha256
@@ -283,7 +283,7 @@ class StagePlace(Struct, frozen=True, kw_only=True):
     workers: list[Name]
 
 
-class DeploymentRecord(Struct, frozen=True, kw_only=True):
+class DeploymentRecord(Struct, frozen=True, kw_only=True, gc=False):
     """A deployment as users see it. `interface` is the program's inputs and outputs as JSON (see models/program.py)."""
 
     name: Name
@@ -300,7 +300,7 @@ class DeploymentRecord(Struct, frozen=True, kw_only=True):
     arithmetic: Text = "contiguous"  # what its program adds to the numeric class of results: "contiguous", or what was changed to be faster
 
 
-class Deployed(Struct, frozen=True, kw_only=True):
+class Deployed(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> client: the deployment is ready: every stage is resident."""
 
     KIND: ClassVar[bytes] = b"DD"
@@ -308,7 +308,7 @@ class Deployed(Struct, frozen=True, kw_only=True):
     deployment: DeploymentRecord
 
 
-class Undeploy(Struct, frozen=True, kw_only=True):
+class Undeploy(Struct, frozen=True, kw_only=True, gc=False):
     """Client -> dispatcher: take no new requests for this deployment; unload it when its last request has ended."""
 
     KIND: ClassVar[bytes] = b"UD"
@@ -316,14 +316,14 @@ class Undeploy(Struct, frozen=True, kw_only=True):
     name: Name
 
 
-class CancelCall(Struct, frozen=True, kw_only=True):
+class CancelCall(Struct, frozen=True, kw_only=True, gc=False):
     """Client -> dispatcher: nobody waits for this call any more. A deployment that is not ready yet is given up."""
 
     KIND: ClassVar[bytes] = b"CC"
     call: Natural
 
 
-class Progress(Struct, frozen=True, kw_only=True):
+class Progress(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> client: how far a long call has come, in words."""
 
     KIND: ClassVar[bytes] = b"PG"
@@ -332,7 +332,7 @@ class Progress(Struct, frozen=True, kw_only=True):
     share: Share | None = None  # that is done of this step, if that is known
 
 
-class Profile(Struct, frozen=True, kw_only=True):
+class Profile(Struct, frozen=True, kw_only=True, gc=False):
     """Client -> dispatcher: have a model measured on a worker of each kind. Exactly one of `named` and `uploaded` is given."""
 
     KIND: ClassVar[bytes] = b"PR"
@@ -345,7 +345,7 @@ class Profile(Struct, frozen=True, kw_only=True):
     uploaded: ProgramSource | None = None
 
 
-class Profiled(Struct, frozen=True, kw_only=True):
+class Profiled(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> client: the model as planning sees it, with the seconds on each kind of device (see planning/model.py), as JSON."""
 
     KIND: ClassVar[bytes] = b"PF"
@@ -353,14 +353,14 @@ class Profiled(Struct, frozen=True, kw_only=True):
     profile: Annotated[str, msgspec.Meta(max_length=4 << 20)]
 
 
-class CallDone(Struct, frozen=True, kw_only=True):
+class CallDone(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> client: done, with nothing to tell."""
 
     KIND: ClassVar[bytes] = b"CD"
     call: Natural
 
 
-class CallFailed(Struct, frozen=True, kw_only=True):
+class CallFailed(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> client: the call ended in this error and changed nothing."""
 
     KIND: ClassVar[bytes] = b"CF"
@@ -370,14 +370,14 @@ class CallFailed(Struct, frozen=True, kw_only=True):
     fields: Facts
 
 
-class StatusQuery(Struct, frozen=True, kw_only=True):
+class StatusQuery(Struct, frozen=True, kw_only=True, gc=False):
     """Client -> dispatcher: how are things?"""
 
     KIND: ClassVar[bytes] = b"SQ"
     call: Natural
 
 
-class LinkRecord(Struct, frozen=True, kw_only=True):
+class LinkRecord(Struct, frozen=True, kw_only=True, gc=False):
     """What was measured between the dispatcher and a worker; rates are bytes per second to the worker and from it."""
 
     latency_s: Seconds  # of one direction
@@ -385,7 +385,7 @@ class LinkRecord(Struct, frozen=True, kw_only=True):
     up_bytes_per_s: float
 
 
-class WorkerRecord(Struct, frozen=True, kw_only=True):
+class WorkerRecord(Struct, frozen=True, kw_only=True, gc=False):
     """A worker as users see it."""
 
     worker_id: Name
@@ -405,7 +405,7 @@ class WorkerRecord(Struct, frozen=True, kw_only=True):
     link: LinkRecord | None = None  # not measured yet
 
 
-class RequestRecord(Struct, frozen=True, kw_only=True):
+class RequestRecord(Struct, frozen=True, kw_only=True, gc=False):
     """A request that has no answer yet, as users see it."""
 
     request: Text  # as logs call it
@@ -419,7 +419,7 @@ class RequestRecord(Struct, frozen=True, kw_only=True):
     attempts: Natural  # so far, over all stages
 
 
-class ModelFileRecord(Struct, frozen=True, kw_only=True):
+class ModelFileRecord(Struct, frozen=True, kw_only=True, gc=False):
     """A file under --models-dir that is, or should be, a deployment, as users see it."""
 
     file: Text
@@ -429,7 +429,7 @@ class ModelFileRecord(Struct, frozen=True, kw_only=True):
     reason: Text = ""  # why it failed
 
 
-class StatusReport(Struct, frozen=True, kw_only=True):
+class StatusReport(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> client: workers, deployments and counters, and the oldest requests. Counter names carry units."""
 
     KIND: ClassVar[bytes] = b"ST"
@@ -446,7 +446,7 @@ class StatusReport(Struct, frozen=True, kw_only=True):
 # ── tasks: dispatcher and worker ─────────────────────────────────────────────────────────────────────────────────────
 
 
-class RunStage(Struct, frozen=True, kw_only=True):
+class RunStage(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> worker: run one stage on the activation in the frames that follow."""
 
     KIND: ClassVar[bytes] = b"RS"
@@ -458,21 +458,21 @@ class RunStage(Struct, frozen=True, kw_only=True):
     leaves: Leaves
 
 
-class CancelStage(Struct, frozen=True, kw_only=True):
+class CancelStage(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> worker: nobody waits for this attempt. May overtake the `RunStage` it cancels."""
 
     KIND: ClassVar[bytes] = b"CS"
     attempt: AttemptId
 
 
-class Begun(Struct, frozen=True, kw_only=True):
+class Begun(Struct, frozen=True, kw_only=True, gc=False):
     """Worker -> dispatcher: this attempt has begun to compute."""
 
     KIND: ClassVar[bytes] = b"BG"
     attempt: AttemptId
 
 
-class StageTimes(Struct, frozen=True, kw_only=True):
+class StageTimes(Struct, frozen=True, kw_only=True, gc=False):
     """Where one task's time went on the worker, in seconds."""
 
     wait_s: Seconds
@@ -481,7 +481,7 @@ class StageTimes(Struct, frozen=True, kw_only=True):
     encode_s: Seconds
 
 
-class StageDone(Struct, frozen=True, kw_only=True):
+class StageDone(Struct, frozen=True, kw_only=True, gc=False):
     """Worker -> dispatcher: the output; its tensors follow. Kept by the worker until `StageAck`.
 
     Digests are xxh3-128 over type, shape and xxh3-64 of the bytes of each tensor as it was before the codec: two attempts of one numeric
@@ -496,7 +496,7 @@ class StageDone(Struct, frozen=True, kw_only=True):
     begun: AttemptId | None = None  # the attempt that the worker has begun next: saves a `Begun`
 
 
-class StageFailed(Struct, frozen=True, kw_only=True):
+class StageFailed(Struct, frozen=True, kw_only=True, gc=False):
     """Worker -> dispatcher: this attempt ended in an error. Kept by the worker until `StageAck`."""
 
     KIND: ClassVar[bytes] = b"SF"
@@ -506,21 +506,21 @@ class StageFailed(Struct, frozen=True, kw_only=True):
     fields: Facts
 
 
-class StageCancelled(Struct, frozen=True, kw_only=True):
+class StageCancelled(Struct, frozen=True, kw_only=True, gc=False):
     """Worker -> dispatcher: a cancelled attempt has left its slot. Kept by the worker until `StageAck`."""
 
     KIND: ClassVar[bytes] = b"SC"
     attempt: AttemptId
 
 
-class StageAck(Struct, frozen=True, kw_only=True):
+class StageAck(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> worker: these answers have arrived; forget them."""
 
     KIND: ClassVar[bytes] = b"SA"
     attempts: Attempts
 
 
-class Heartbeat(Struct, frozen=True, kw_only=True):
+class Heartbeat(Struct, frozen=True, kw_only=True, gc=False):
     """Worker -> dispatcher: I live, and so far my executor has come (`progress` grows with every step it takes)."""
 
     KIND: ClassVar[bytes] = b"HB"
@@ -530,7 +530,7 @@ class Heartbeat(Struct, frozen=True, kw_only=True):
     cores: Cores = 0.0
 
 
-class Draining(Struct, frozen=True, kw_only=True):
+class Draining(Struct, frozen=True, kw_only=True, gc=False):
     """Worker -> dispatcher: I take nothing new; of what I held I give back what I have not begun."""
 
     KIND: ClassVar[bytes] = b"DR"
@@ -540,7 +540,7 @@ class Draining(Struct, frozen=True, kw_only=True):
 # ── links ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class LinkProbe(Struct, frozen=True, kw_only=True):
+class LinkProbe(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> worker: answer at once, with so many bytes. The bytes of the one payload frame mean nothing."""
 
     KIND: ClassVar[bytes] = b"LP"
@@ -548,7 +548,7 @@ class LinkProbe(Struct, frozen=True, kw_only=True):
     answer_bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 
 
-class LinkEcho(Struct, frozen=True, kw_only=True):
+class LinkEcho(Struct, frozen=True, kw_only=True, gc=False):
     """Worker -> dispatcher: the answer to the `LinkProbe` of this number; so many bytes are the one payload frame."""
 
     KIND: ClassVar[bytes] = b"LE"
@@ -558,7 +558,7 @@ class LinkEcho(Struct, frozen=True, kw_only=True):
 # ── profiles: dispatcher and worker ──────────────────────────────────────────────────────────────────────────────────
 
 
-class ProfileProgram(Struct, frozen=True, kw_only=True):
+class ProfileProgram(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> worker: measure this program when you have nothing else to do; fetch it unless it is in your cache."""
 
     KIND: ClassVar[bytes] = b"PP"
@@ -567,14 +567,14 @@ class ProfileProgram(Struct, frozen=True, kw_only=True):
     repetitions: Annotated[int, msgspec.Meta(ge=1, le=1000)]
 
 
-class CancelProfile(Struct, frozen=True, kw_only=True):
+class CancelProfile(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> worker: nobody waits for this profile any more."""
 
     KIND: ClassVar[bytes] = b"CP"
     program: Sha256
 
 
-class ProfileProgress(Struct, frozen=True, kw_only=True):
+class ProfileProgress(Struct, frozen=True, kw_only=True, gc=False):
     """Worker -> dispatcher: so far this profile has come."""
 
     KIND: ClassVar[bytes] = b"PS"
@@ -583,7 +583,7 @@ class ProfileProgress(Struct, frozen=True, kw_only=True):
     share: Share
 
 
-class CodecMeasured(Struct, frozen=True, kw_only=True):
+class CodecMeasured(Struct, frozen=True, kw_only=True, gc=False):
     """What a codec, a lossy one at a tolerance of 0.1, makes of what a program sends: bytes of the tensors per byte sent over all boundaries
     and at each (the input, every legal cut, the output), and bytes of the tensors per CPU second of one thread."""
 
@@ -594,7 +594,7 @@ class CodecMeasured(Struct, frozen=True, kw_only=True):
     decode_bytes_per_s: BytesPerSecond
 
 
-class ProgramProfiled(Struct, frozen=True, kw_only=True):
+class ProgramProfiled(Struct, frozen=True, kw_only=True, gc=False):
     """Worker -> dispatcher: seconds of each operator for a batch of 1; None where the stage budget had no room for its layer. And what a task
     takes of its processor besides: CPU seconds for each, and for each byte received or sent; None: that could not be measured now. And what
     codecs make of what crosses; None: that was not measured. And the bytes that each operator's kernel takes besides its inputs and its result;
@@ -609,7 +609,7 @@ class ProgramProfiled(Struct, frozen=True, kw_only=True):
     workspace_bytes: Annotated[list[Natural | None], msgspec.Meta(max_length=1 << 20)] | None = None
 
 
-class ProfileFailed(Struct, frozen=True, kw_only=True):
+class ProfileFailed(Struct, frozen=True, kw_only=True, gc=False):
     """Worker -> dispatcher: this program is not profiled here."""
 
     KIND: ClassVar[bytes] = b"PX"
@@ -622,7 +622,7 @@ class ProfileFailed(Struct, frozen=True, kw_only=True):
 # ── artifacts ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class LoadStage(Struct, frozen=True, kw_only=True):
+class LoadStage(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> worker: make this stage resident; fetch it unless it is in your cache."""
 
     KIND: ClassVar[bytes] = b"LS"
@@ -630,7 +630,7 @@ class LoadStage(Struct, frozen=True, kw_only=True):
     file_bytes: Natural
 
 
-class StageLoaded(Struct, frozen=True, kw_only=True):
+class StageLoaded(Struct, frozen=True, kw_only=True, gc=False):
     """Worker -> dispatcher: this stage is resident."""
 
     KIND: ClassVar[bytes] = b"SL"
@@ -639,7 +639,7 @@ class StageLoaded(Struct, frozen=True, kw_only=True):
     load_s: Seconds
 
 
-class LoadFailed(Struct, frozen=True, kw_only=True):
+class LoadFailed(Struct, frozen=True, kw_only=True, gc=False):
     """Worker -> dispatcher: this stage cannot be made resident here."""
 
     KIND: ClassVar[bytes] = b"LF"
@@ -649,14 +649,14 @@ class LoadFailed(Struct, frozen=True, kw_only=True):
     fields: Facts
 
 
-class UnloadStage(Struct, frozen=True, kw_only=True):
+class UnloadStage(Struct, frozen=True, kw_only=True, gc=False):
     """Dispatcher -> worker: this stage is needed no more; its file may stay in the cache."""
 
     KIND: ClassVar[bytes] = b"US"
     artifact: Sha256
 
 
-class Fetch(Struct, frozen=True, kw_only=True):
+class Fetch(Struct, frozen=True, kw_only=True, gc=False):
     """Worker -> dispatcher, or dispatcher -> client: send me this part of a file. At most two unanswered per file."""
 
     KIND: ClassVar[bytes] = b"FE"
@@ -665,7 +665,7 @@ class Fetch(Struct, frozen=True, kw_only=True):
     length: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 
-class ArtifactPiece(Struct, frozen=True, kw_only=True):
+class ArtifactPiece(Struct, frozen=True, kw_only=True, gc=False):
     """The answer to `Fetch`, always on bulk: the bytes are the one payload frame, shorter than asked only at the end."""
 
     KIND: ClassVar[bytes] = b"AP"
@@ -674,7 +674,7 @@ class ArtifactPiece(Struct, frozen=True, kw_only=True):
     file_bytes: Natural
 
 
-class ArtifactMissing(Struct, frozen=True, kw_only=True):
+class ArtifactMissing(Struct, frozen=True, kw_only=True, gc=False):
     """The answer to `Fetch` of a file that is not there (any more)."""
 
     KIND: ClassVar[bytes] = b"AM"

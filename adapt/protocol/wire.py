@@ -64,7 +64,7 @@ _ENTRY = struct.Struct(">2sI")  # before each message of a bundle
 _TOLD = 300  # characters of foreign text in an error
 
 
-class Blob(Struct, frozen=True):
+class Blob(Struct, frozen=True, gc=False):
     """The bytes of one payload frame, perhaps in several parts as they arrived; copied by nobody who does not ask for it."""
 
     size: int
@@ -95,6 +95,7 @@ class Head(
     Struct,
     Generic[M],
     frozen=True,
+    gc=False,
     forbid_unknown_fields=True,
     rename={"session": "s", "term": "t", "message": "m", "blobs": "b"},
 ):
@@ -108,7 +109,7 @@ class Head(
     ]
 
 
-class Envelope(Struct, frozen=True):
+class Envelope(Struct, frozen=True, gc=False):
     """A message as it arrived."""
 
     message: Message
@@ -151,7 +152,7 @@ def encode(message: Message, *, session: int, term: int, blobs: Sequence[Blob] =
     return [*encode_head(message, session=session, term=term, blobs=blobs), *(blob.contiguous() for blob in blobs)]
 
 
-class Letter(Struct, frozen=True):
+class Letter(Struct, frozen=True, gc=False):
     """A message ready to be bundled."""
 
     message: Message

@@ -281,27 +281,24 @@ class AsyncInferFuture(asyncio.Future[Any]):
     """The answer to one request, to come: a future of asyncio.
 
     `cancel()` reaches the cluster, and so does cancelling the task that awaits it.
+
+    Attributes:
+        request_id: what logs call the request.
+        outcome: attempts and numeric classes; None until there is a result.
     """
 
     def __init__(self, asked: InferFuture) -> None:
         super().__init__()
-        self._asked = asked
+        self.request_id: RequestId = asked.request_id
+        self.outcome: Outcome | None = None
+        self._asked: InferFuture | None = asked  # until it has ended: it knows of us, and would keep us and the answer
         self._thread_id = threading.get_ident()
         asked.on_done(self._answered)
 
-    @property
-    def request_id(self) -> RequestId:
-        """What logs call the request."""
-        return self._asked.request_id
-
-    @property
-    def outcome(self) -> Outcome | None:
-        """Attempts and numeric classes; None until there is a result."""
-        return self._asked.outcome
-
     def cancel(self, msg: Any | None = None) -> bool:
         is_cancelled = super().cancel(msg)
-        self._asked.cancel()  # nothing happens if it has its answer
+        if self._asked is not None:
+            self._asked.cancel()  # nothing happens if it has its answer
         return is_cancelled
 
     def _answered(self, asked: concurrent.futures.Future[Any]) -> None:
@@ -313,14 +310,16 @@ class AsyncInferFuture(asyncio.Future[Any]):
             loop.call_soon_threadsafe(self._take)
 
     def _take(self) -> None:
-        if self.done():
+        asked, self._asked = self._asked, None
+        if asked is None or self.done():
             return
-        if self._asked.cancelled():
+        if asked.cancelled():
             super().cancel()
-        elif (error := self._asked.exception(0)) is not None:
+        elif (error := asked.exception(0)) is not None:
             self.set_exception(error)
         else:
-            self.set_result(self._asked.result(0))
+            self.outcome = asked.outcome
+            self.set_result(asked.result(0))
 
 
 class AsyncModel(Handle):

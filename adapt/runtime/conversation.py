@@ -34,6 +34,7 @@ from adapt.protocol import wire
 from adapt.protocol.codecs import TensorHeader
 from adapt.protocol.ids import ClientId, Digest, RequestId
 from adapt.protocol.wire import Blob
+from adapt.runtime import heap
 from adapt.runtime.alarm import Alarm
 from adapt.runtime.link import LinkEvent, LinkReceived, LinkRefused, PeerLink, SessionLost, SessionOpened
 from adapt.runtime.threads import SerialThread
@@ -79,15 +80,13 @@ class InferFuture(Future[Any]):
         self.request_id = request_id
         self.outcome: Outcome | None = None
         self._deliver = deliver
+        self._tell_cancelled: Callable[[RequestId], None] | None = None
+
+    # A future keeps its callbacks. What they hold must not lead back to it, or answers would stay until the collector comes.
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
-        def done(future: Future[Any]) -> None:
-            def call() -> None:
-                fn(future)
-
-            self._deliver(call)
-
-        super().add_done_callback(done)
+        deliver = self._deliver
+        super().add_done_callback(lambda future: deliver(partial(fn, future)))
 
     def on_done(self, tell: Callable[[Future[Any]], object]) -> None:
         """For what waits on a user's behalf: `tell` is called at once, by the thread that settles or cancels. It must not block."""
@@ -95,13 +94,15 @@ class InferFuture(Future[Any]):
 
     def on_cancel(self, tell: Callable[[RequestId], None]) -> None:
         """For the conversation: `tell` is called by the cancelling thread."""
+        self._tell_cancelled = tell
+        super().add_done_callback(_tell_if_cancelled)
 
-        def done(future: Future[Any]) -> None:
-            if future.cancelled():
-                future.set_running_or_notify_cancel()  # else `concurrent.futures.wait` would never see it
-                tell(self.request_id)
 
-        super().add_done_callback(done)
+def _tell_if_cancelled(future: Future[Any]) -> None:
+    assert isinstance(future, InferFuture) and future._tell_cancelled is not None
+    if future.cancelled():
+        future.set_running_or_notify_cancel()  # else `concurrent.futures.wait` would never see it
+        future._tell_cancelled(future.request_id)
 
 
 @dataclass(slots=True)
@@ -140,6 +141,7 @@ class Conversation:
     """
 
     def __init__(self, address: str, *, clock: Clock = monotonic) -> None:
+        heap.keep_freed()
         self.address = address
         self.client_id = ClientId(secrets.token_bytes(16))
         self.max_budget_s: float | None = None  # longest deadline that the dispatcher allows; None until it was met
@@ -254,10 +256,10 @@ class Conversation:
             raise ConfigError(f"deadline_s={question.budget_s:g}: expected at most {self.max_budget_s:g}, the dispatcher's --max-budget")
         request_id = RequestId(self.client_id, next(self._sequence))
         future = InferFuture(request_id, self._deliver)
-        future.on_cancel(lambda request_id: self._ask(lambda: self._cancel(request_id)))
+        future.on_cancel(self._cancel_soon)
         submission = Submission(question, decode, future)
         if encode is None:
-            self._ask(lambda: self._submit(submission))
+            self._ask(partial(self._submit, submission))
         else:
             self._encoding.post(lambda: self._encode(submission, encode))
         return future
@@ -292,6 +294,9 @@ class Conversation:
     def withdraw(self, call: Call) -> None:
         """Nobody waits for this call any more."""
         self._ask(lambda: self._forget_call(call))
+
+    def _cancel_soon(self, request_id: RequestId) -> None:
+        self._ask(partial(self._cancel, request_id))
 
     def _ask(self, item: Callable[[], None]) -> None:
         self._inbox.append(item)
@@ -444,7 +449,7 @@ class Conversation:
             future.outcome = Outcome(reply.attempts, tuple(reply.numeric_classes))
             _settle(future, result)
 
-        if _is_at_hand(reply.leaves, blobs):
+        if is_at_hand(reply.leaves, blobs):
             finish()
         else:
             self._decoding.post(finish)
@@ -476,7 +481,7 @@ class Conversation:
             self._alarm.set(self._outcomes.next_wakeup())
 
 
-def _is_at_hand(leaves: Sequence[msg.Leaf], blobs: Sequence[Blob]) -> bool:
+def is_at_hand(leaves: Sequence[msg.Leaf], blobs: Sequence[Blob]) -> bool:
     """Whether to decode this is next to nothing: it is small, or lies there as the user will have it."""
     if sum(blob.size for blob in blobs) <= INLINE_BYTES:
         return True

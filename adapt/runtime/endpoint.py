@@ -56,7 +56,7 @@ _SEND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 
 
-class Received(Struct, frozen=True):
+class Received(Struct, frozen=True, gc=False):
     """A message; `routing_id` is the connection that it came from."""
 
     routing_id: RoutingId
@@ -222,7 +222,7 @@ class WatchedSocket:
                 if len(frame) < ZERO_COPY_BYTES:
                     send(frame, flags)
                 else:
-                    send(_whole(frame), flags, copy=False)
+                    send(sendable(frame), flags, copy=False)
             except zmq.ZMQError as error:
                 if error.errno not in (errno.EAGAIN, errno.EHOSTUNREACH):
                     raise
@@ -233,7 +233,7 @@ class WatchedSocket:
         return not is_refused
 
 
-def _whole(data: Buffer) -> Buffer | zmq.Frame:
+def sendable(data: Buffer) -> Buffer | zmq.Frame:
     """The frame itself where `data` is all of one: the socket shares it, and nobody has to be told when it has left."""
     if type(data) is memoryview and type(data.obj) is zmq.Frame and len(data) == len(data.obj):
         return data.obj

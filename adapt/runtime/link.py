@@ -46,7 +46,7 @@ class LinkRefused(Struct, frozen=True):
     error: AdaptError
 
 
-class LinkReceived(Struct, frozen=True):
+class LinkReceived(Struct, frozen=True, gc=False):
     message: Message
     blobs: tuple[Blob, ...]
 

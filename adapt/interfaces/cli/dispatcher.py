@@ -13,7 +13,6 @@ from adapt.interfaces.cli import logs
 from adapt.interfaces.cli.doors import run_door, spare_the_collector
 from adapt.runtime import heap
 
-KEPT_BYTES = 64 << 20  # of the heap: as much as passes through at a time
 PROGRAM = "adapt-dispatcher"
 ABOUT = "Accept workers and clients, plan where stages run, and answer every request once."
 EPILOG = """\
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
 async def _run(config: DispatcherConfig) -> int:
     from adapt.runtime.dispatcher import Dispatcher  # a wrong flag is told before anything heavy is loaded
 
-    heap.share_one_heap(kept_bytes=KEPT_BYTES)
+    heap.keep_freed()
     spare_the_collector()
     return await Dispatcher(config).run()
 

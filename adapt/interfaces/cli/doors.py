@@ -9,6 +9,7 @@ from collections.abc import Callable
 from adapt.errors import AdaptError, ConfigError
 
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130  # 2 is argparse's own, 130 the shell's for SIGINT
+COLLECT_AFTER = 10_000  # objects more; with Python's 700 what is under way is looked through again and again
 
 
 def run_door(program: str, action: Callable[[], int]) -> int:
@@ -32,9 +33,11 @@ def run_door(program: str, action: Callable[[], int]) -> int:
 
 
 def spare_the_collector() -> None:
-    """What has been imported stays for as long as the process does: with torch, to look through it takes a tenth of a second each time."""
+    """What has been imported stays for as long as the process does: with torch, to look through it takes a tenth of a second each time.
+    What comes later is mostly freed without the collector."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(COLLECT_AFTER)
 
 
 def _report(program: str, error: AdaptError, status: int) -> int:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+import gc
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
+import zmq
 
 from adapt.errors import ConfigError, ExportError, UnknownModelError
+from adapt.protocol.codecs import TensorHeader
 from adapt.protocol.ids import RequestId
+from adapt.protocol.wire import Blob
 from adapt.runtime import calls
-from adapt.runtime.conversation import InferFuture
+from adapt.runtime.async_client import AsyncInferFuture
+from adapt.runtime.conversation import INLINE_BYTES, InferFuture, is_at_hand
+from adapt.runtime.endpoint import ZERO_COPY_BYTES, copied, sendable
 
 
 class Net:
@@ -123,3 +132,78 @@ def test_a_future_tells_of_its_cancelling_at_once_and_others_by_delivery():
     (work,) = delivered
     work()
     assert told[1:] == [True]
+
+
+@pytest.fixture
+def no_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def _future() -> InferFuture:
+    future = InferFuture(RequestId(bytes(16), 1), lambda work: work())
+    future.on_cancel(lambda request_id: None)
+    return future
+
+
+@pytest.mark.parametrize("ends", [lambda future: future.set_result(1), lambda future: future.cancel()], ids=["answered", "cancelled"])
+def test_a_future_is_freed_without_the_collector(no_collector, ends):
+    future, told = _future(), []
+    future.add_done_callback(lambda future: told.append(future.done()))
+    ends(future)
+    assert told == [True]
+    left = weakref.ref(future)
+    del future
+    assert left() is None
+
+
+@pytest.mark.parametrize("ends", [lambda asked: asked.set_result(1), lambda asked: asked.cancel()], ids=["answered", "cancelled"])
+def test_a_future_of_asyncio_is_freed_without_the_collector(no_collector, ends):
+    async def left() -> list[weakref.ref]:
+        asked = _future()
+        future = AsyncInferFuture(asked)
+        ends(asked)
+        assert future.done() and future.request_id == asked.request_id
+        return [weakref.ref(asked), weakref.ref(future)]
+
+    async def freed() -> bool:
+        references = await left()
+        await asyncio.sleep(0)  # what the loop still had to do with them
+        return all(reference() is None for reference in references)
+
+    assert asyncio.run(freed())
+
+
+def test_what_is_all_of_a_frame_is_sent_as_that_frame():
+    frame = zmq.Frame(bytes(range(256)) * 300, copy=True)
+    view = frame.buffer
+    assert sendable(view) is frame
+    assert sendable(memoryview(view)) is frame
+    for part in (view[1:], view[:-1], bytes(view), memoryview(bytes(view))):
+        assert sendable(part) is part
+
+
+@pytest.mark.parametrize("size", [0, 1, ZERO_COPY_BYTES - 1, ZERO_COPY_BYTES, 1 << 20])
+def test_what_is_copied_shares_no_memory_and_large_copies_are_frames(size):
+    data = np.arange(size, dtype=np.uint8)
+    before, copy = data.tobytes(), copied(data.data)
+    data += 1
+    assert bytes(copy) == before
+    assert isinstance(sendable(copy), zmq.Frame) == (size >= ZERO_COPY_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("size", "codec", "parts", "expected"),
+    [
+        (10, "lz4", 1, True),
+        (INLINE_BYTES, "raw", 1, True),
+        (INLINE_BYTES, "lz4", 1, False),
+        (INLINE_BYTES, "raw", 2, False),
+    ],
+)
+def test_answers_are_decoded_on_the_loop_only_where_that_is_next_to_nothing(size, codec, parts, expected):
+    header = TensorHeader(dtype="uint8", shape=(2 * size,), codec=codec, payload_bytes=2 * size, zfp_bytes=0, bound=0.0)
+    blob = Blob(2 * size, 0, (bytes(2 * size // parts),) * parts)
+    assert is_at_hand([header, 3], [blob]) is expected
