@@ -23,7 +23,7 @@ from adapt.runtime.executor import Begun, Cancelled, Chore, Crashed, Done, Execu
 WAIT_S = 20.0
 LIMIT_BYTES = 64 << 20
 SHORT, LONG = "0" * 64, "1" * 64  # artifacts
-BIG = 100_000  # float32: beyond what is decoded and encoded on the compute thread
+BIG = (1 << 18) + 1000  # float32: beyond what is decoded and encoded on the compute thread
 
 
 class GatedStage:
