@@ -27,7 +27,7 @@ from adapt.models.interpreter import Leaf, PausedRun, Stage
 from adapt.models.layers import profile_model
 from adapt.models.operators import DTYPES
 from adapt.models.program import Program, SizeSpec, ValueSpec, size_at
-from adapt.models.workspace import workspace_bytes
+from adapt.models.workspace import measured_workspace
 from adapt.planning.model import MEBIBYTE, CodecProfile
 
 SLICE_S = 0.01  # as long as a task that comes may have to wait; one operator may take longer
@@ -176,7 +176,7 @@ class Profiler:
         outputs: list[Leaf] = []
 
         def warm_up(run: PausedRun, position: int) -> None:
-            workspace.append(_workspace_bytes(stage, run, position))
+            workspace.append(_watched_step(stage, run, position))
             if (seen := looks.get(position)) is not None:
                 self._compressing.take(seen.boundary, _crossing(stage, run, piece, seen))
 
@@ -235,10 +235,10 @@ class Profiler:
         )
 
 
-def _workspace_bytes(stage: Stage, run: PausedRun, position: int) -> int | None:
-    """Runs the operator. What it was the last one to need is held meanwhile, or inputs that it frees would count."""
+def _watched_step(stage: Stage, run: PausedRun, position: int) -> int | None:
+    """Run the operator, and tell its workspace in bytes. What it was the last one to need is held meanwhile: inputs that it frees would count."""
     held = list(run.slots)
-    taken_bytes = workspace_bytes(lambda: stage.step(run, position), stage.device)
+    taken_bytes = measured_workspace(lambda: stage.step(run, position), stage.device)
     del held
     return taken_bytes
 

@@ -22,7 +22,7 @@ Found = TypeVar("Found")
 MEMORY_EVENT = "[memory]"  # as the profiler calls a block that was allocated or freed
 
 
-def workspace_bytes(work: Callable[[], None], device: torch.device) -> int | None:
+def measured_workspace(work: Callable[[], None], device: torch.device) -> int | None:
     """Do this work, once, and tell the most bytes that were allocated meanwhile, on the CPU by this thread, beyond what it leaves behind. Earlier
     blocks that it frees would count too: hold them. Takes some milliseconds more.
 
@@ -44,7 +44,7 @@ def scratch_bytes(steps: Sequence[int]) -> int:
 
 def _on_cpu() -> Callable[[], int] | None:
     """Begins to watch; what is returned ends it and tells."""
-    if not torch.autograd.kineto_available():
+    if not torch.autograd.kineto_available() or torch._C._autograd._profiler_enabled():  # it cannot look twice at a time
         return None
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at its first start; it would write to stderr at each
     profiler = profile(use_cpu=True, profile_memory=True).__enter__()

@@ -23,8 +23,9 @@ def what_is_missing(model: ModelProfile, cluster: ClusterProfile) -> str:
 
 def _too_large(layer: LayerProfile, needed: int, budget: float) -> str:
     weights = layer.heaviest_bytes or layer.weight_bytes
+    workspace = f", of which its kernels take {_mib(layer.workspace_bytes)}" if layer.workspace_bytes else ""
     return (
-        f"{layer.place} alone has {_mib(weights)} of weights, and no cut leads through it: its stage needs {_mib(needed)}, "
+        f"{layer.place} alone has {_mib(weights)} of weights, and no cut leads through it: its stage needs {_mib(needed)}{workspace}, "
         f"the largest stage budget is {_mib(budget)}; one worker with {_mib(needed)} or more is needed"
     )
 

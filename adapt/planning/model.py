@@ -193,6 +193,9 @@ class ModelProfile:
         running = max(layer.running_bytes for layer in self.layers[begin:end])
         return self.weights_before[end] - self.weights_before[begin] + max(running, ends)
 
+    def without_workspace(self) -> ModelProfile:
+        return replace(self, layers=tuple(replace(layer, workspace_bytes=0) for layer in self.layers))
+
     def wire_bytes(self, boundary: int, codec: int) -> float:
         """What is sent at a boundary with the codec of that number."""
         return self.crossing_bytes[boundary] / self.codecs[codec].ratio_at(boundary)

@@ -1,7 +1,7 @@
 """`Client` for programs that run on asyncio. What is asked is put together in calls.py and handle.py; this door awaits it.
 
     the user's loop    sockets, small inputs and answers, copies of large inputs: all that is quick
-    encoding thread    compresses large inputs     decoding thread    large answers     a thread of asyncio's    exports a module
+    encoding thread    compresses large inputs     decoding thread    large answers, unless raw     a thread of asyncio's    exports a module
 
 Large inputs are copied by `submit` and compressed after it has returned, so a small request may overtake a large one that was submitted
 before it, and what only the encoding finds is told by the future. Nothing here waits for another request.

@@ -1,7 +1,7 @@
 """A client's conversation with its dispatcher, on one asyncio loop: what `Client` and `AsyncClient` are doors to.
 
     any thread ──submit, call, cancel──▶ inbox ──one wake-up for a whole burst──▶ loop: Outcomes decides ──▶ link
-               ◀──results of futures── loop, or for large answers the decoding thread
+               ◀──results of futures── loop, or for large answers that are not what they will be the decoding thread
                ◀──callbacks, progress── a thread of their own: nothing that a user's function does stops sockets or answers
 
 Which answer counts is decided in scheduling/outcome.py. Calls (deploy, undeploy, status) are asked again in every new session, under a
@@ -44,7 +44,7 @@ from adapt.version import VERSION
 log = logging.getLogger(__name__)
 
 LIMIT_BYTES = 1 << 30  # of one answer
-INLINE_BYTES = 64 << 10  # answers up to this size are decoded on the loop itself
+INLINE_BYTES = 64 << 10  # answers up to this size are decoded on the loop itself, whatever that takes
 GOODBYE_S = 0.2  # how long the last messages may take to leave
 
 Decode = Callable[[list[msg.Leaf], tuple[Blob, ...]], Any]
@@ -485,7 +485,8 @@ def is_at_hand(leaves: Sequence[msg.Leaf], blobs: Sequence[Blob]) -> bool:
     """Whether to decode this is next to nothing: it is small, or lies there as the user will have it."""
     if sum(blob.size for blob in blobs) <= INLINE_BYTES:
         return True
-    return all(len(blob.parts) == 1 for blob in blobs) and all(leaf.codec == "raw" for leaf in leaves if isinstance(leaf, TensorHeader))
+    lies_whole = all(len(blob.parts) == 1 and not memoryview(blob.parts[0]).readonly for blob in blobs)
+    return lies_whole and all(leaf.codec == "raw" and leaf.dtype != "bfloat16" for leaf in leaves if isinstance(leaf, TensorHeader))
 
 
 def _settle(future: Future[Any], result: Any) -> None:

@@ -184,6 +184,7 @@ class WatchedSocket:
             if not self.socket.get(_EVENTS) & _POLLIN:  # to ask costs less than to be told by an exception
                 return
             yield self._take()
+            self._last = None
             if self.socket.closed:
                 return
         self.read_soon()
@@ -242,7 +243,10 @@ def sendable(data: Buffer) -> Buffer | zmq.Frame:
 
 def copied(data: memoryview) -> Buffer:
     """A copy that sockets can send as it lies."""
-    return bytes(data) if len(data) < ZERO_COPY_BYTES else zmq.Frame(data, copy=True).buffer
+    if len(data) < ZERO_COPY_BYTES:
+        return bytes(data)
+    with memoryview(data) as view:  # a frame remembers what it was made from: a view that is closed keeps nothing
+        return zmq.Frame(view, copy=True).buffer
 
 
 def letter(message: Message, *, session: int, term: int, blobs: tuple[Blob, ...]) -> tuple[bool, Letter]:

@@ -14,8 +14,8 @@
 A *chore*, such as a profile, is done in short slices, and only after the compute thread has had nothing else to do for a while: a work that
 comes waits for one slice at most.
 
-Inputs are decoded as soon as they come, while another work computes; outputs are encoded while the next one computes.
-What is small is decoded and encoded on the compute thread itself: the way to another thread takes longer.
+Large inputs are decoded as soon as they come, while another work computes; large outputs are encoded while the next one computes.
+What is small, or travels raw and is not very large, is decoded and encoded on the compute thread itself: the way to another thread takes longer.
 Threads only say what happened, in batches, by `notify` on the loop; whoever is told owns all other state.
 """
 
@@ -50,7 +50,7 @@ from adapt.runtime import heap
 
 log = logging.getLogger(__name__)
 
-INLINE_BYTES = 1 << 20  # raw: to copy so much takes less than the way to another thread and back
+INLINE_BYTES = 1 << 20  # raw: to copy and sum so much takes 0.2 ms on a Xeon, less than the way to another thread and back
 INLINE_PACKED_BYTES = 8 << 10  # a codec takes longer than a copy
 UNALIGNED_BYTES = 64 << 10  # inputs up to this size are left to the interpreter to align
 SLOWER = 3.0  # times what is usual, and a computation that nobody waits for any more hangs
@@ -288,6 +288,7 @@ class Executor:
                 self._loop.call_soon(self.run_soon)
                 break
         self._notify(events)
+        events.clear()  # an error among them knows the frames that it went through, and these know the list
 
     def _enqueue(self, work: Work) -> None:
         self._queued += 1

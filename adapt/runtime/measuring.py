@@ -217,14 +217,13 @@ class Measuring:
 
     async def _measured(self, program: Digest, profiler: Profiler, handling: Handling | None) -> ProgramProfiled:
         await self._stepped(program, profiler, "measuring")
-        workspace = profiler.workspace_bytes
         return ProgramProfiled(
             program=program,
             costs_s=profiler.costs_s,
             task_s=None if handling is None else handling.task_s,
             byte_s=None if handling is None else handling.byte_s,
             codecs=[_told(codec) for codec in profiler.codecs] or None,
-            workspace_bytes=None if all(taken_bytes is None for taken_bytes in workspace) else workspace,
+            workspace_bytes=profiler.workspace_bytes,
         )
 
     async def _stepped(self, program: Digest, work: Profiler | Meter, step: str) -> None:

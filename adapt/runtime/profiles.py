@@ -44,7 +44,9 @@ BELIEVED_WORKSPACE_BYTES = 1 << 36  # of one operator
 SILENCE_S = 60.0  # without progress of a worker that should be measuring; it tells of some a few times a second unless others keep it busy
 MOST_STEPS = 16  # of a profile, each with words of its own
 
-Workspace: TypeAlias = tuple[int | None, ...]  # bytes that each operator's kernel takes besides its inputs and its result; None: not known
+Workspace: TypeAlias = tuple[
+    int | None, ...
+]  # bytes that each operator's kernel takes besides its inputs and its result; None: nobody could tell
 Told: TypeAlias = Callable[[str, float | None], None]  # words, and the share that is done of what they say, if that is known
 
 
@@ -199,10 +201,19 @@ def believed_codecs(told: Iterable[CodecProfile]) -> tuple[CodecProfile, ...] | 
 
 
 def believed_workspace(told: Sequence[int | None] | None, *, operators: int) -> Workspace | None:
-    """That of so many operators, if it may be and anything is known of it."""
-    known = [taken_bytes for taken_bytes in told or () if taken_bytes is not None]
+    """That of so many operators, if it may be."""
+    if told is None or len(told) != operators:
+        return None
+    known = [taken_bytes for taken_bytes in told if taken_bytes is not None]
     may_be = all(isinstance(taken_bytes, int) and 0 <= taken_bytes <= BELIEVED_WORKSPACE_BYTES for taken_bytes in known)
-    return tuple(told) if told and known and may_be and len(told) == operators else None
+    return tuple(told) if may_be else None
+
+
+def _merged(new: Workspace | None, old: Workspace | None) -> Workspace | None:
+    """The new, and the old where it has nothing."""
+    if new is None or old is None or len(new) != len(old):
+        return old if new is None else new
+    return tuple(before if taken_bytes is None else taken_bytes for taken_bytes, before in zip(new, old, strict=True))
 
 
 def _may_be(codec: CodecProfile) -> bool:
@@ -269,7 +280,7 @@ class Measured:
             self,
             handling=self.handling or known.handling,
             codecs=self.codecs or known.codecs,
-            workspace_bytes=self.workspace_bytes or known.workspace_bytes,
+            workspace_bytes=_merged(self.workspace_bytes, known.workspace_bytes),
         )
 
 

@@ -6,6 +6,7 @@ A worker without a profile is as fast as it has proved to be, at first as fast a
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,8 @@ from adapt.planning.replanning import bottleneck_s
 from adapt.protocol.ids import WorkerId
 from adapt.runtime.profiles import KnownCosts
 from adapt.scheduling.links import Link
+
+log = logging.getLogger(__name__)
 
 HEADER_BYTES = 256 << 10  # of a stage's file, beside its weights, at most
 MANY_KINDS = 5  # of workers; with more, planning takes more than a second or two
@@ -61,8 +64,18 @@ class Terms:
         return cls(with_workspace(model, workspace), measured, links)
 
     def best(self, offers: Sequence[WorkerOffer], *, exact: bool) -> Proposal:
-        """What should be fastest in the memory that is offered. May take seconds. Raises PlanError: what is missing."""
-        group, layout = _first_that_fits(self.model, apart(offers) if exact else [offers], self._device)
+        """What should be fastest in the memory that is offered. May take seconds. Raises PlanError: what is missing.
+
+        The kernels' workspace is counted unless nothing fits then: it is the most that any device has told of, and need not be what it takes
+        on this one."""
+        groups = apart(offers) if exact else [offers]
+        try:
+            group, layout = _first_that_fits(self.model, groups, self._device)
+        except PlanError as error:
+            if not any(layer.workspace_bytes for layer in self.model.layers):
+                raise
+            group, layout = _first_that_fits(self.model.without_workspace(), groups, self._device)
+            log.info("planned without the kernels' workspace", extra={"model": self.model.name, "reason": str(error)})
         places = tuple(tuple(sorted(group[index].worker_id for index in stage.devices)) for stage in layout.stages)
         return Proposal(tuple(choose.positions(self.model, layout)), places)
 

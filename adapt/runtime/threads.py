@@ -103,3 +103,4 @@ def _work_off(queue: SimpleQueue[Callable[[], None] | None]) -> None:
             work()
         except Exception:  # user code
             log.exception("a callback failed", extra={"on": threading.current_thread().name})
+        del work  # or what it holds, an answer say, would stay until the next one comes

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from adapt.errors import AdaptError, ConfigError
 
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130  # 2 is argparse's own, 130 the shell's for SIGINT
-COLLECT_AFTER = 10_000  # objects more; with Python's 700 what is under way is looked through again and again
+COLLECT_AFTER = 10_000  # objects more; with Python's own threshold what is under way is looked through again and again
 
 
 def run_door(program: str, action: Callable[[], int]) -> int:

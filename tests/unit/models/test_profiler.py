@@ -129,13 +129,13 @@ def test_the_workspace_of_each_operator_is_known_and_no_input_is_part_of_it(scra
 
 def test_workspace_is_measured_once_whatever_the_windows(branches, monkeypatch):
     measured_of: list[int] = []
-    real = models_profiler.workspace_bytes
+    real = models_profiler.measured_workspace
 
     def counted(work, device):
         measured_of.append(1)
         return real(work, device)
 
-    monkeypatch.setattr(models_profiler, "workspace_bytes", counted)
+    monkeypatch.setattr(models_profiler, "measured_workspace", counted)
     whole, _ = measured(branches.program, 1 << 30)
     assert len(measured_of) == len(whole.workspace_bytes) and None not in whole.workspace_bytes
     layers = profile_model("", branches.program, [0.0] * len(whole.costs_s))

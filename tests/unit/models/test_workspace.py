@@ -14,7 +14,7 @@ from torch.nn import functional
 from adapt.errors import ModelError
 from adapt.models import workspace
 from adapt.models.profiler import single_thread
-from adapt.models.workspace import scratch_bytes, workspace_bytes
+from adapt.models.workspace import measured_workspace, scratch_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 KIB = 1 << 10
@@ -24,7 +24,7 @@ def taken(kernel, *inputs):
     """By a kernel whose result stays, at one thread."""
     kept = []
     with torch.inference_mode(), single_thread():
-        taken_bytes = workspace_bytes(lambda: kept.append(kernel(*inputs)), CPU)
+        taken_bytes = measured_workspace(lambda: kept.append(kernel(*inputs)), CPU)
     assert len(kept) == 1, "it is done once, whatever can be told"
     return taken_bytes
 
@@ -139,13 +139,13 @@ def test_an_operator_that_fails_does_so_and_the_next_one_is_measured():
         raise ModelError("no")
 
     with pytest.raises(ModelError, match="no"):
-        workspace_bytes(fail, CPU)
+        measured_workspace(fail, CPU)
     assert not torch._C._autograd._profiler_enabled()
     assert taken(lambda: block(3).nbytes) == 3 * KIB
 
 
 def test_nothing_is_written_to_stderr(capfd):
-    """Regression: Kineto has a line or two to say at each of its starts."""
+    """Kineto has a line or two to say at each of its starts."""
     assert taken(lambda: block(3).nbytes) == 3 * KIB
     assert capfd.readouterr() == ("", "")
 
@@ -156,6 +156,6 @@ def test_on_cuda_it_is_what_the_allocator_says(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: done.append(device))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 700 + 200 * len(done[1:]))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 700)
-    assert workspace_bytes(lambda: done.append("work"), CUDA) == 200 and done == [CUDA, "work"]
+    assert measured_workspace(lambda: done.append("work"), CUDA) == 200 and done == [CUDA, "work"]
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: 1 // 0)
-    assert workspace_bytes(lambda: done.append("more"), CUDA) is None and done == [CUDA, "work", "more"]
+    assert measured_workspace(lambda: done.append("more"), CUDA) is None and done == [CUDA, "work", "more"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zmq
+from msgspec.structs import replace
 
 from adapt.errors import ConfigError, ExportError, UnknownModelError
 from adapt.protocol.codecs import TensorHeader
@@ -18,7 +19,7 @@ from adapt.protocol.ids import RequestId
 from adapt.protocol.wire import Blob
 from adapt.runtime import calls
 from adapt.runtime.async_client import AsyncInferFuture
-from adapt.runtime.conversation import INLINE_BYTES, InferFuture, is_at_hand
+from adapt.runtime.conversation import INLINE_BYTES, InferFuture, Outcome, is_at_hand
 from adapt.runtime.endpoint import ZERO_COPY_BYTES, copied, sendable
 
 
@@ -176,6 +177,52 @@ def test_a_future_of_asyncio_is_freed_without_the_collector(no_collector, ends):
     assert asyncio.run(freed())
 
 
+def test_a_future_of_asyncio_is_answered_from_any_thread_and_tells_what_is_known():
+    async def answered(end):
+        asked = _future()
+        future = AsyncInferFuture(asked)
+        asked.outcome = Outcome(attempts=2, numeric_classes=("x",))
+        await asyncio.to_thread(end, asked)
+        return future, (await asyncio.wait_for(asyncio.gather(future, return_exceptions=True), 10))[0]
+
+    future, result = asyncio.run(answered(lambda asked: asked.set_result(7)))
+    assert result == 7 and future.outcome == Outcome(2, ("x",))
+    future, error = asyncio.run(answered(lambda asked: asked.set_exception(ConfigError("no"))))
+    assert isinstance(error, ConfigError) and future.outcome is None
+
+
+def test_a_future_of_asyncio_that_is_cancelled_cancels_what_was_asked():
+    async def test():
+        asked = _future()
+        future = AsyncInferFuture(asked)
+        assert future.cancel() and asked.cancelled() and not future.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await future
+
+    asyncio.run(test())
+
+
+def test_a_frame_that_came_is_sent_to_two_and_arrives_whole_at_both():
+    context = zmq.Context()
+    try:
+        pairs = []
+        for name in ("from", "one", "other"):
+            left, right = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+            left.bind(f"inproc://{name}")
+            right.connect(f"inproc://{name}")
+            pairs.append((left, right))
+        data = bytes(range(256)) * 1000
+        pairs[0][0].send(data)
+        came = pairs[0][1].recv(copy=False).buffer
+        assert isinstance(sendable(came), zmq.Frame)
+        for left, right in pairs[1:]:
+            left.send(sendable(came), copy=False)
+            assert right.recv() == data
+        assert bytes(came) == data
+    finally:
+        context.destroy(linger=0)
+
+
 def test_what_is_all_of_a_frame_is_sent_as_that_frame():
     frame = zmq.Frame(bytes(range(256)) * 300, copy=True)
     view = frame.buffer
@@ -192,6 +239,9 @@ def test_what_is_copied_shares_no_memory_and_large_copies_are_frames(size):
     data += 1
     assert bytes(copy) == before
     assert isinstance(sendable(copy), zmq.Frame) == (size >= ZERO_COPY_BYTES)
+    left = weakref.ref(data)
+    del data
+    assert left() is None, "the copy keeps the original"
 
 
 @pytest.mark.parametrize(
@@ -205,5 +255,8 @@ def test_what_is_copied_shares_no_memory_and_large_copies_are_frames(size):
 )
 def test_answers_are_decoded_on_the_loop_only_where_that_is_next_to_nothing(size, codec, parts, expected):
     header = TensorHeader(dtype="uint8", shape=(2 * size,), codec=codec, payload_bytes=2 * size, zfp_bytes=0, bound=0.0)
-    blob = Blob(2 * size, 0, (bytes(2 * size // parts),) * parts)
+    blob = Blob(2 * size, 0, (bytearray(2 * size // parts),) * parts)
     assert is_at_hand([header, 3], [blob]) is expected
+    if size == INLINE_BYTES:
+        assert not is_at_hand([header], [Blob(2 * size, 0, tuple(map(bytes, blob.parts)))]), "it will have to be copied"
+        assert not is_at_hand([replace(header, dtype="bfloat16")], [blob]), "it may have to be widened"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import weakref
+from functools import partial
 
 import pytest
 
@@ -85,3 +87,15 @@ def test_calls_come_in_order_and_failing_ones_stop_nothing(caplog):
         assert done.wait(WAIT_S)
     assert calls == [True, 2] and not serial.is_current
     assert "a user's mistake" in caplog.text
+
+
+def test_what_has_been_called_is_kept_no_longer():
+    class Answer:
+        pass
+
+    thread, answer, gone = SerialThread("serial under test"), Answer(), threading.Event()
+    weakref.finalize(answer, gone.set)
+    thread.post(partial(id, answer))
+    del answer
+    assert gone.wait(WAIT_S), "it stays until the next one comes"
+    thread.close()

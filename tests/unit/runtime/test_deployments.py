@@ -99,8 +99,8 @@ def test_kernels_need_room_besides(stored):
     for workspace in ((first, None), (None, first), (first, first)):
         model, plan = planned(*workspace)
         assert len(plan.places) == 2 and layers_of(model)[0] <= 5
-    with pytest.raises(PlanError, match="MiB"):
-        planned((9 * LAYER_BYTES,) * operators, None)
+    nonsense = planned((1 << 36,) * operators, None)
+    assert nonsense[1].places == (("w1", "w2"),), "what one device takes, or says that it does, forbids nobody all plans"
 
 
 def test_where_handling_takes_more_than_computing_the_model_is_not_cut(stored):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import threading
+import weakref
 from concurrent.futures import Future
 
 import numpy as np
@@ -85,7 +87,7 @@ class Harness:
 
     def _notify(self, events) -> None:
         self.events += events
-        self.batches.append(events)
+        self.batches.append(list(events))
         self.arrived.set()
 
     async def __aenter__(self):
@@ -813,3 +815,30 @@ def test_a_slice_that_hangs_is_noticed():
             slices.may_go_on.set()
 
     run(test)
+
+
+def test_a_short_stage_that_fails_keeps_no_inputs(monkeypatch):
+    """Without the collector, which comes seldom."""
+    monkeypatch.setattr(executor_module, "SHORT_S", 0.002)
+    inputs: list[weakref.ref] = []
+
+    def fail(values):
+        inputs.append(weakref.ref(values[0]))
+        if len(inputs) > 1:
+            raise RuntimeError("no")
+        return values
+
+    async def test():
+        async with Harness(at_once_s=60.0) as harness:
+            await harness.event(Done, harness.submit(FreeStage(fail), 1, small()))
+            await harness.event(Failed, harness.submit(FreeStage(fail), 2, small()))
+            harness.events.clear()
+            await asyncio.sleep(0)
+            assert inputs[1]() is None
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(test)
+    finally:
+        gc.enable()

@@ -85,14 +85,14 @@ def test_so_is_one_that_fails_while_it_is_measured(store, program):
     (failed,) = said_of(store, program, open_profiler=lambda *_: profiler, error=MemoryError("no more"))
     assert isinstance(failed, msg.ProfileFailed) and "cannot be profiled: MemoryError: no more" in failed.message
     (told,) = said_of(store, program, open_profiler=lambda *_: profiler)
-    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1])
+    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1], workspace_bytes=[None])
 
 
 def test_what_a_task_takes_besides_is_told_with_a_profile(store, program):
     profiler = measured()
     meter = SimpleNamespace(handling=Handling(0.001, 1e-9), step=lambda: False)
     (told,) = said_of(store, program, open_profiler=lambda *_: profiler, open_meter=lambda: meter)
-    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1], task_s=0.001, byte_s=1e-9)
+    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1], workspace_bytes=[None], task_s=0.001, byte_s=1e-9)
 
 
 def test_so_is_what_codecs_make_of_what_crosses(store, program):
@@ -100,18 +100,18 @@ def test_so_is_what_codecs_make_of_what_crosses(store, program):
     profiler = measured(codecs=(lz4,))
     (told,) = said_of(store, program, open_profiler=lambda *_: profiler)
     codec = msg.CodecMeasured(name="lz4", ratio=1.5, ratios=[1.0, 2.0], encode_bytes_per_s=1e9, decode_bytes_per_s=2e9)
-    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1], codecs=[codec])
+    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1], workspace_bytes=[None], codecs=[codec])
 
 
 def test_and_what_kernels_take_besides_if_that_is_known_of_any(store, program):
     (told,) = said_of(store, program, open_profiler=lambda *_: measured(costs_s=[0.1, 0.2], workspace_bytes=[None, 7]))
     assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1, 0.2], workspace_bytes=[None, 7])
     (told,) = said_of(store, program, open_profiler=lambda *_: measured(costs_s=[0.1, 0.2], workspace_bytes=[None, None]))
-    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1, 0.2], workspace_bytes=None)
+    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1, 0.2], workspace_bytes=[None, None])
 
 
 def test_a_profile_without_it_is_still_one(store, program):
     profiler = measured()
     meter = SimpleNamespace(step=AdaptError("this machine does not talk to itself"))
     (told,) = said_of(store, program, open_profiler=lambda *_: profiler, open_meter=lambda: meter)
-    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1], task_s=None, byte_s=None)
+    assert told == msg.ProgramProfiled(program=program.digest, costs_s=[0.1], workspace_bytes=[None], task_s=None, byte_s=None)

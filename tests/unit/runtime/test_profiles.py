@@ -177,7 +177,7 @@ def test_what_kernels_take_besides_is_kept_too_as_far_as_it_can_be(tmp_path):
     ProfileStore(tmp_path).write(FORM, with_workspace)
     assert ProfileStore(tmp_path).read(FORM) == {pi.name: with_workspace}
     plain = json.loads((tmp_path / f"{FORM}.json").read_text())
-    for told in (None, [], [None, None], [1], [1, 2, 3], [0, -1], [0, 1.5], [0, 1 << 50], "ab"):
+    for told in (None, [], [1], [1, 2, 3], [0, -1], [0, 1.5], [0, 1 << 50], "ab"):
         plain["profiles"][0]["workspace_bytes"] = told
         (tmp_path / f"{FORM}.json").write_text(json.dumps(plain))
         assert ProfileStore(tmp_path).read(FORM) == {pi.name: profiles.replace(with_workspace, workspace_bytes=None)}
@@ -190,6 +190,15 @@ def test_a_profile_is_whole_and_completed_by_what_was_known_before():
         part = profiles.replace(whole, **{missing: None})
         assert not part.is_whole and part.completed_by(whole) == whole and part.completed_by(None) == part
     assert whole.completed_by(profiles.replace(whole, workspace_bytes=(7,))) == whole
+    unknowable = profiles.replace(whole, workspace_bytes=(None,))
+    assert unknowable.is_whole, "to measure it anew would tell no more"
+    assert unknowable.completed_by(whole) == whole
+
+
+def test_workspace_is_completed_operator_by_operator():
+    new, old = Measured([0.1] * 3, workspace_bytes=(1, None, None)), Measured([0.2] * 3, workspace_bytes=(5, 6, None))
+    assert new.completed_by(old).workspace_bytes == (1, 6, None)
+    assert old.completed_by(new).workspace_bytes == (5, 6, None)
 
 
 def test_a_worker_of_a_measured_kind_takes_its_workspace_at_any_share_of_the_cpu():
@@ -373,7 +382,7 @@ def test_of_codecs_only_what_can_be_is_believed(changes):
     asyncio.run(test())
 
 
-@pytest.mark.parametrize("workspace", [[1], [1, 2, 3], [None, None], [], [1, 1 << 37], [1 << 62, None]])
+@pytest.mark.parametrize("workspace", [[1], [1, 2, 3], [], [1, 1 << 37], [1 << 62, None]])
 def test_of_workspace_only_what_can_be_is_believed(workspace):
     """Its seconds are still a profile."""
 
@@ -383,6 +392,7 @@ def test_of_workspace_only_what_can_be_is_believed(workspace):
         return (await cluster.measure(W1))[1]
 
     assert asyncio.run(believed(workspace)) == Measured([0.1, 0.2])
+    assert asyncio.run(believed([None, None])) == Measured([0.1, 0.2], workspace_bytes=(None, None))
     assert asyncio.run(believed([None, 1 << 36])) == Measured([0.1, 0.2], workspace_bytes=(None, 1 << 36))
 
 

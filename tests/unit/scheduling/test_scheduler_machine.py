@@ -545,10 +545,16 @@ class Cluster(RuleBasedStateMachine):
     @precondition(lambda self: self.outcomes)
     @rule(data=st.data())
     def ask_again(self, data: st.DataObject) -> None:
-        """The reply was lost with its session: within the memory of the dispatcher, the same outcome comes again."""
+        """The reply was lost with its session: within the memory of the dispatcher, the same outcome comes again; one that was dropped for
+        its size is computed anew."""
         request_id = data.draw(st.sampled_from(sorted(self.outcomes)))
-        if request_id not in self.decided and self.scheduler._ended.get(request_id) is not None:
-            self.tell(self.submitted[request_id])
+        ended = self.scheduler._ended.get(request_id)
+        if request_id in self.decided or ended is None:
+            return
+        if ended.outcome is None:
+            del self.outcomes[request_id]
+            self.accepted.discard(request_id)
+        self.tell(self.submitted[request_id])
 
     @precondition(lambda self: self.submitted)
     @rule(data=st.data())
