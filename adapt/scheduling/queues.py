@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
 from adapt.scheduling.requests import Request
@@ -24,6 +24,7 @@ class StageQueues:
     def __init__(self) -> None:
         self._heaps: dict[StageKey, list[Entry]] = {}
         self._awake: set[StageKey] = set()
+        self._looked_at: StageKey | None = None  # its requests may be in other hands, and are to be woken all the same
         self._tickets = 0
 
     def push(self, key: StageKey, request: Request) -> None:
@@ -47,20 +48,23 @@ class StageQueues:
         for entry in entries:
             if entry[3].ticket == entry[2]:
                 heapq.heappush(self._heaps.setdefault(key, []), entry)
+        self._looked_at = None
 
     def wake(self, concerned: Callable[[StageKey], bool]) -> None:
-        self._awake.update(key for key in self._heaps if concerned(key))
+        self._awake.update(key for key in self._waiting() if concerned(key))
 
     def wake_all(self) -> None:
-        self._awake.update(self._heaps)
+        self._awake.update(self._waiting())
 
     def next_awake(self) -> StageKey | None:
-        """The stage to look at next, which sleeps from now on: later stages first, of those alike the one whose first request is."""
+        """The stage to look at next, which sleeps from now on: later stages first, of those alike the one whose first request is. It is looked
+        at until `put_back`."""
         if len(self._awake) < 2:
-            return self._awake.pop() if self._awake else None
-        key = min(self._awake, key=lambda k: (-k[-1], self._first(k), k))
-        self._awake.discard(key)
-        return key
+            self._looked_at = self._awake.pop() if self._awake else None
+        else:
+            self._looked_at = min(self._awake, key=lambda k: (-k[-1], self._first(k), k))
+            self._awake.discard(self._looked_at)
+        return self._looked_at
 
     def turn_ends(self, key: StageKey) -> tuple[float, int]:
         """The place in line, deadline and arrival, from which on another awake stage as late as this one comes first."""
@@ -69,6 +73,12 @@ class StageQueues:
     def wake_again(self, key: StageKey) -> None:
         """The stage has more for whoever has room; others come first."""
         self._awake.add(key)
+
+    def _waiting(self) -> Iterator[StageKey]:
+        """The stages for which somebody may wait."""
+        yield from self._heaps
+        if self._looked_at is not None:
+            yield self._looked_at
 
     def _first(self, key: StageKey) -> tuple[float, int]:
         """The place in line of the stage's first request."""

@@ -109,3 +109,17 @@ def test_a_request_that_is_queued_again_has_one_place():
     queues.push(KEYS[0], one)
     assert queues.pop(KEYS[0])[3] is one
     assert queues.pop(KEYS[0]) is None
+
+
+def test_a_stage_is_woken_while_it_is_looked_at_and_its_requests_are_in_other_hands():
+    queues, one = StageQueues(), Waiting(deadline=1, arrival=1)
+    queues.push(KEYS[0], one)
+    assert queues.next_awake() == KEYS[0]
+    entry = queues.pop(KEYS[0])
+    assert queues.pop(KEYS[0]) is None
+    queues.wake(lambda key: True)
+    queues.put_back(KEYS[0], [entry])
+    assert queues.next_awake() == KEYS[0] and queues.pop(KEYS[0]) == entry and queues.pop(KEYS[0]) is None
+    queues.put_back(KEYS[0], [])
+    queues.wake_all()
+    assert queues.next_awake() is None, "nobody waits there any more"

@@ -27,7 +27,7 @@ from adapt.protocol.messages import StageTimes
 from adapt.protocol.wire import Blob
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
-from adapt.scheduling.requests import POISONED
+from adapt.scheduling.requests import POISONED, Request
 from adapt.scheduling.roster import AHEAD_S, STEADY
 from adapt.scheduling.scheduler import ACCEPT_S, REACHED_S, REMEMBER_S, SAID_S, Scheduler
 from adapt.scheduling.settings import SchedulerSettings
@@ -355,11 +355,14 @@ class Cluster(RuleBasedStateMachine):
             worker.asked.clear()
             self.settle()
             expected = self.costs_after_a_loss(worker_id)
+            generations = {request_id: request.generation for request_id, request in self.scheduler._requests.items()}
             self.tell(ev.WorkerDisconnected(worker_id=worker_id, reason="test"))
             for request_id, (failures, deaths, suspected) in expected.items():
                 request = self.scheduler._requests.get(request_id)
                 is_poison = deaths > 0 and deaths + suspected >= POISONED
-                if request is not None:
+                if request is not None and request.generation != generations[request_id]:
+                    assert request.exact and request.stage == 0, "only who has nobody left of its class begins anew"
+                elif request is not None:
                     assert request.failures == failures < SETTINGS.max_failures
                     assert (len(request.deaths), len(request.suspected)) == (deaths, suspected) and not is_poison
                 else:
@@ -677,12 +680,20 @@ class Cluster(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_without_reason(self) -> None:
-        """Where everybody who may run it has room, nobody is worth waiting for."""
+        """Where everybody who may run it has room, nobody is worth waiting for; but nobody overtakes those before it either."""
         if not self.is_gathering:
             for request in self.scheduler._requests.values():
-                if request.ticket:
+                if request.ticket and not self.is_behind_others(request):
                     eligible = self.scheduler._choice.eligible(request, float(self.now))
                     assert not eligible or not all(member.has_room for member in eligible)
+
+    def is_behind_others(self, request: Request) -> bool:
+        """Only with open breakers somebody choosy may have a worker that those before it, who are not, do not have."""
+        place = (request.deadline, request.arrival)
+        queue = [other for other in self.scheduler._requests.values() if other.ticket and other.stage == request.stage]
+        return bool(self.scheduler._choice.troubled) and any(
+            not other.is_choosy and other.version.key == request.version.key and (other.deadline, other.arrival) < place for other in queue
+        )
 
     @invariant()
     def live_and_ended_are_apart(self) -> None:
