@@ -1,4 +1,5 @@
-"""How this process's C heap treats what is freed. Nothing here does anything but with glibc, nor where somebody has set glibc's own variables."""
+"""How this process's C heap treats what is freed. Nothing here does anything but with glibc; where somebody has set glibc's own variables, nothing
+is changed."""
 
 from __future__ import annotations
 
@@ -7,12 +8,12 @@ import functools
 import os
 import platform
 
+ALL_BYTES = 1 << 30  # as good as all
 PASSING_BYTES = 64 << 20  # as much as passes through a client or a dispatcher at a time
 _OWN_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX")  # of glibc
 _M_ARENA_MAX = -8  # of mallopt, in glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MAPPED_BYTES = 32 << 20  # the most that glibc takes
-_ALL_BYTES = 1 << 30
 _kept_bytes = 0  # by this process
 
 
@@ -42,7 +43,7 @@ def share_one_heap() -> None:
     """
     if (libc := _glibc_to_set()) is not None:
         libc.mallopt(_M_ARENA_MAX, 1)
-        keep_freed(_ALL_BYTES)
+        keep_freed(ALL_BYTES)
 
 
 def give_memory_back() -> None:

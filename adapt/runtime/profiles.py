@@ -44,9 +44,7 @@ BELIEVED_WORKSPACE_BYTES = 1 << 36  # of one operator
 SILENCE_S = 60.0  # without progress of a worker that should be measuring; it tells of some a few times a second unless others keep it busy
 MOST_STEPS = 16  # of a profile, each with words of its own
 
-Workspace: TypeAlias = tuple[
-    int | None, ...
-]  # bytes that each operator's kernel takes besides its inputs and its result; None: nobody could tell
+Workspace: TypeAlias = tuple[int | None, ...]  # bytes that each operator's kernel takes besides; None: nobody could tell
 Told: TypeAlias = Callable[[str, float | None], None]  # words, and the share that is done of what they say, if that is known
 
 

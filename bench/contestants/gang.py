@@ -152,10 +152,10 @@ class _Eager:
     def __init__(self, what: Eager, shared: Shared) -> None:
         import torch
 
-        from bench.contestants.stages import keep_freed_memory
+        from adapt.runtime import heap
         from bench.workloads.vision import eager
 
-        keep_freed_memory()
+        heap.keep_freed(heap.ALL_BYTES)
         torch.set_num_threads(what.threads)
         self._torch, self._module, self._shared = torch, eager(what.model), shared
         self._inputs: list[Any] = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,26 +11,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from adapt.runtime import heap
 from bench.harness.contest import Array
 
 Value: TypeAlias = Array | int
 ALIGNMENT_BYTES = 64  # what the interpreter would otherwise copy itself
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
-TRIM_BYTES, MMAP_BYTES = 1 << 30, 32 << 20
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep what it frees; does nothing but with glibc.
-
-    Else it depends on what lies where in the heap whether large tensors are given back and zeroed again for every operator (8000 page
-    faults per image were seen in a stage of ResNet-50, a sixth of its time) or never: a limit, and a floor, must not depend on that.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_TRIM_THRESHOLD, TRIM_BYTES)
-        libc.mallopt(_M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
 class ArrayStage:
@@ -43,7 +26,7 @@ class ArrayStage:
 
         from adapt.models.interpreter import Stage
 
-        keep_freed_memory()
+        heap.keep_freed(heap.ALL_BYTES)  # a limit, and a floor, must not depend on what lies where in the heap
         self._torch = torch
         self._stage = Stage.load(path)
         self._limited: set[int] = set()  # threads

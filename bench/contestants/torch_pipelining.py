@@ -66,9 +66,9 @@ class _Piped:
 
         from adapt.models.interpreter import Stage
         from adapt.models.profiler import example_inputs
-        from bench.contestants.stages import keep_freed_memory
+        from adapt.runtime import heap
 
-        keep_freed_memory()
+        heap.keep_freed(heap.ALL_BYTES)
         torch.set_num_threads(1)
         self._torch, self._shared, self._rank, self._ranks = torch, shared, rank, len(files)
         stage = Stage.load(files[rank])

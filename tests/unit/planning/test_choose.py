@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -87,6 +88,14 @@ def test_what_fits_nowhere_is_named_with_its_size():
     model = ModelProfile("vgg16", 600_000, (layer("features", weights=56), layer("classifier.0", weights=392, heaviest=392, end=2)))
     with pytest.raises(PlanError, match=r"classifier\.0 alone has 392\.0 MiB.*largest stage budget is 250\.0 MiB"):
         plan(model, devices(250, 250, 250))
+
+
+def test_what_kernels_take_is_named_where_it_is_what_does_not_fit():
+    greedy = replace(layer("conv", weights=1, end=1), workspace_bytes=300 * MIB)
+    with pytest.raises(
+        PlanError, match=r"its stage needs 30\d\.\d MiB, of which its kernels take 300\.0 MiB, the largest stage budget is 250\.0 MiB"
+    ):
+        plan(ModelProfile("m", 600_000, (greedy,)), devices(250))
 
 
 def test_what_does_not_fit_together_is_counted():
