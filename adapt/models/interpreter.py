@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -130,7 +131,7 @@ class Stage:
         self._check_inputs(inputs)
         signature = _signature(inputs)
         watch = self._watch(inputs, signature)
-        with torch.inference_mode():
+        with nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode():  # to enter it again takes 2 us
             slots = self._filled(inputs)
             del inputs  # so that an input can be freed after its last use, if the caller lets go of it too
             self._run_steps(slots, observe, watch)

@@ -313,9 +313,12 @@ class AsyncInferFuture(asyncio.Future[Any]):
         asked, self._asked = self._asked, None
         if asked is None or self.done():
             return
-        if asked.cancelled():
+        try:
+            error = asked.exception(0)
+        except concurrent.futures.CancelledError:
             super().cancel()
-        elif (error := asked.exception(0)) is not None:
+            return
+        if error is not None:
             self.set_exception(error)
         else:
             self.outcome = asked.outcome

@@ -20,11 +20,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from adapt.clock import Clock, monotonic
@@ -48,11 +48,12 @@ INLINE_BYTES = 64 << 10  # answers up to this size are decoded on the loop itsel
 GOODBYE_S = 0.2  # how long the last messages may take to leave
 
 Decode = Callable[[list[msg.Leaf], tuple[Blob, ...]], Any]
+_CANCELLING = threading.Lock()
+
 Encode = Callable[[], tuple[list[msg.Leaf], tuple[Blob, ...]]]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """What is known of a request besides its result.
 
     Attributes:
@@ -75,12 +76,28 @@ class InferFuture(Future[Any]):
         outcome: attempts and numeric classes; None until there is a result.
     """
 
-    def __init__(self, request_id: RequestId, deliver: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self,
+        request_id: RequestId,
+        deliver: Callable[[Callable[[], None]], None],
+        tell_cancelled: Callable[[RequestId], None] | None = None,
+    ) -> None:
+        """`tell_cancelled`: for the conversation; called once, by the cancelling thread."""
         super().__init__()
         self.request_id = request_id
         self.outcome: Outcome | None = None
-        self._deliver = deliver
-        self._tell_cancelled: Callable[[RequestId], None] | None = None
+        self._deliver, self._tell_cancelled = deliver, tell_cancelled
+
+    def cancel(self) -> bool:
+        """Nobody wants the answer any more. False: it has come already."""
+        if not super().cancel():
+            return False
+        with _CANCELLING:
+            tell, self._tell_cancelled = self._tell_cancelled, None
+        if tell is not None:
+            self.set_running_or_notify_cancel()  # else `concurrent.futures.wait` would never see it
+            tell(self.request_id)
+        return True
 
     # A future keeps its callbacks. What they hold must not lead back to it, or answers would stay until the collector comes.
 
@@ -92,21 +109,8 @@ class InferFuture(Future[Any]):
         """For what waits on a user's behalf: `tell` is called at once, by the thread that settles or cancels. It must not block."""
         super().add_done_callback(tell)
 
-    def on_cancel(self, tell: Callable[[RequestId], None]) -> None:
-        """For the conversation: `tell` is called by the cancelling thread."""
-        self._tell_cancelled = tell
-        super().add_done_callback(_tell_if_cancelled)
 
-
-def _tell_if_cancelled(future: Future[Any]) -> None:
-    assert isinstance(future, InferFuture) and future._tell_cancelled is not None
-    if future.cancelled():
-        future.set_running_or_notify_cancel()  # else `concurrent.futures.wait` would never see it
-        future._tell_cancelled(future.request_id)
-
-
-@dataclass(slots=True)
-class Submission:
+class Submission(Struct):
     """A request on its way: what is asked, and how its answer becomes the user's."""
 
     question: Question
@@ -255,8 +259,7 @@ class Conversation:
         if self.max_budget_s is not None and question.budget_s > self.max_budget_s:
             raise ConfigError(f"deadline_s={question.budget_s:g}: expected at most {self.max_budget_s:g}, the dispatcher's --max-budget")
         request_id = RequestId(self.client_id, next(self._sequence))
-        future = InferFuture(request_id, self._deliver)
-        future.on_cancel(self._cancel_soon)
+        future = InferFuture(request_id, self._deliver, self._cancel_soon)
         submission = Submission(question, decode, future)
         if encode is None:
             self._ask(partial(self._submit, submission))
@@ -436,8 +439,6 @@ class Conversation:
     def _reply(self, submission: Submission, reply: msg.Reply, blobs: tuple[Blob, ...]) -> None:
         def finish() -> None:
             future = submission.future
-            if future.done():
-                return
             try:
                 result = submission.decode(reply.leaves, blobs)
             except AdaptError as error:
@@ -490,8 +491,10 @@ def is_at_hand(leaves: Sequence[msg.Leaf], blobs: Sequence[Blob]) -> bool:
 
 
 def _settle(future: Future[Any], result: Any) -> None:
-    with contextlib.suppress(InvalidStateError):  # it was cancelled at this very moment
+    try:
         future.set_result(result)
+    except InvalidStateError:
+        log.debug("an answer came for what was cancelled")
 
 
 def _fail(future: Future[Any], error: AdaptError) -> None:

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 DRAIN_LIMIT = 64  # messages taken in one go before others get their turn
 DRAIN_ALL = 64 * DRAIN_LIMIT  # ... when everything that has arrived is asked for: endless would be a gift to a flood
-TURN_MESSAGES = 16  # what has gathered so far is handled, and leaves: so that a burst keeps several processes busy at a time
+TURN_MESSAGES = 24  # what has gathered so far is handled, and leaves: so that a burst keeps several processes busy at a time
 ZERO_COPY_BYTES = 64 << 10  # from here on a frame is neither copied when it is sent nor when it arrives
 SEND_QUEUE = 10_000  # messages that may wait for one connection before it counts as stuck
 HANDSHAKE_MS = 5_000
@@ -392,18 +392,19 @@ class RouterEndpoint:
     def _read_turn(self) -> None:
         self._is_turning = True
         try:
-            self._read_batch(DRAIN_LIMIT, TURN_MESSAGES)
-            self._turned()
+            if not self._read_batch(DRAIN_LIMIT, TURN_MESSAGES):
+                self._turned()
         finally:
             self._is_turning = False
             self.flush()
 
-    def _read_batch(self, limit: int, turn: int) -> None:
-        """Read up to `limit` parcels. After each `turn` messages others have something to do already."""
-        turn_at = self.messages_in + turn
+    def _read_batch(self, limit: int, turn: int) -> bool:
+        """Read up to `limit` parcels. After each `turn` messages others have something to do already. Whether that came last."""
+        turn_at, is_handled = self.messages_in + turn, False
         for route, *frames in self._watched.batch(limit):
             routing_id = RoutingId(bytes(route))
             self.parcels_in += 1
+            is_handled = False
             try:
                 envelopes = read(frames, self._assemblers.get(routing_id), limit_bytes=self._limit_bytes)
                 for envelope in envelopes:
@@ -417,9 +418,10 @@ class RouterEndpoint:
                     self._greet(routing_id)
                 self._receive(Received(routing_id, envelope))
             if self.messages_in >= turn_at:
-                turn_at = self.messages_in + turn
+                turn_at, is_handled = self.messages_in + turn, True
                 self._turned()
                 self.flush()
+        return is_handled
 
     def _greet(self, routing_id: RoutingId) -> None:
         """Learn over which descriptor the peer speaks, so that the end of its connection can be told at once."""

@@ -29,7 +29,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from enum import Enum, auto
 from math import prod
 from queue import Empty, SimpleQueue
@@ -38,6 +37,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import torch
 import xxhash
+from msgspec import Struct
 
 from adapt.clock import Clock, monotonic
 from adapt.errors import AdaptError, DeadlineExceededError, InputMismatchError, ModelError, WireError
@@ -106,8 +106,7 @@ class State(Enum):
     ENDED = auto()
 
 
-@dataclass(eq=False, slots=True)
-class Work:
+class Work(Struct, eq=False):
     """One attempt on its way through the executor. Only the executor changes it, under its lock where threads meet."""
 
     order: RunStage
@@ -118,7 +117,7 @@ class Work:
     is_cancelled: bool = False
     is_queued: bool = False  # for the compute thread
     decoded: Future[None] | None = None  # None: it is small, and decoded on the compute thread
-    inputs: list[Value] = field(default_factory=list)
+    inputs: list[Value] = []
     input_digest: bytes = b""
     began_at: float = 0.0
     decode_s: float = 0.0
@@ -136,13 +135,11 @@ class Work:
         return inputs
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
+class Begun(Struct, frozen=True):
     work: Work
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(Struct, frozen=True):
     """Computed and encoded. The blobs may share the memory of the output tensors, and keep it alive."""
 
     work: Work
@@ -152,21 +149,18 @@ class Done:
     output_digest: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(Struct, frozen=True):
     work: Work
     error: AdaptError
 
 
-@dataclass(frozen=True, slots=True)
-class Cancelled:
+class Cancelled(Struct, frozen=True):
     """It had begun when it was cancelled, and now it has left the compute thread."""
 
     work: Work
 
 
-@dataclass(frozen=True, slots=True)
-class Crashed:
+class Crashed(Struct, frozen=True):
     """A bug has ended a thread: the process cannot go on."""
 
     error: BaseException
@@ -247,14 +241,12 @@ class Executor:
         return took_s * max(work.elements / most, 1.0) if most else took_s
 
     def submit(self, order: RunStage, blobs: tuple[Blob, ...], stage: RunnableStage) -> Work:
-        """Take an attempt; its end is told by `notify`, unless `cancel` tells."""
+        """Take an attempt; its end is told by `notify`, unless `cancel` tells. What is short waits for `run_soon`, which has to follow."""
         work = Work(order, blobs, stage, self._clock(), elements=_elements(order))
         is_small = _is_small(sum([blob.size for blob in blobs]), _packs(order))
         if not is_small:
             work.decoded = self._pool.submit(self._decode, work)
         if self._soon or self._runs_at_once(work):
-            if not self._soon:
-                self._loop.call_soon(self.run_soon)
             self._soon.append(work)
         else:
             self._enqueue(work)
@@ -274,6 +266,12 @@ class Executor:
         if not self._soon:
             return
         events: list[Event] = []
+        with torch.inference_mode():
+            self._run_some(events)
+        self._notify(events)
+        events.clear()  # an error among them knows the frames that it went through, and these know the list
+
+    def _run_some(self, events: list[Event]) -> None:
         began = self._clock()
         while self._soon:
             work = self._soon.popleft()
@@ -287,8 +285,6 @@ class Executor:
                 assert self._loop is not None
                 self._loop.call_soon(self.run_soon)
                 break
-        self._notify(events)
-        events.clear()  # an error among them knows the frames that it went through, and these know the list
 
     def _enqueue(self, work: Work) -> None:
         self._queued += 1
@@ -336,9 +332,10 @@ class Executor:
             return
         self._warm.set_result(None)
         try:
-            while (work := self._next()) is not None:
-                self._compute(work, self._unsaid)
-                del work  # or the last work, and its tensors, would stay until the next one comes
+            with torch.inference_mode():
+                while (work := self._next()) is not None:
+                    self._compute(work, self._unsaid)
+                    del work  # or the last work, and its tensors, would stay until the next one comes
         except BaseException as error:
             self._say(*self._unsaid, Crashed(error))
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from adapt.clock import monotonic
 from adapt.errors import AdaptError, ConfigError, OverloadedError
@@ -25,8 +26,7 @@ from adapt.scheduling.window import Window
 DEADLINE_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Asking:
+class Asking(Struct, frozen=True):
     """A call that fits the model, and shares no memory with its inputs. It may be asked again."""
 
     question: Question
@@ -51,6 +51,7 @@ class Handle:
         self._digest = interface_digest(record.interface)
         # What is between stages may be rounded by choice; what the user gives goes in as it is.
         self._codec = "raw" if record.codec == "raw" else "lz4"
+        self._decoders = self._decoder(as_torch=False), self._decoder(as_torch=True)
 
     @property
     def name(self) -> str:
@@ -85,9 +86,9 @@ class Handle:
             budget_s=deadline_s,
             deadline=deadline,
         )
-        return Asking(question, self._decode(as_torch=any(map(is_torch, values))), encode)
+        return Asking(question, self._decoders[any(map(is_torch, values))], encode)
 
-    def _decode(self, *, as_torch: bool) -> Decode:
+    def _decoder(self, *, as_torch: bool) -> Decode:
         interface = self._interface
 
         def decode(leaves: list[msg.Leaf], blobs: tuple[Blob, ...]) -> Any:

@@ -66,6 +66,7 @@ class Runs(Protocol):
 
     async def start(self) -> None: ...
     def submit(self, order: RunStage, blobs: tuple[Blob, ...], stage: Echo) -> Any: ...
+    def run_soon(self) -> None: ...
     async def close(self) -> None: ...
 
 
@@ -162,6 +163,7 @@ class _Circle:
                 for envelope in read(frames, self._assembler, limit_bytes=LIMIT_BYTES):
                     if isinstance(envelope.message, RunStage):
                         self._executor.submit(envelope.message, envelope.blobs, self._stage)
+            self._executor.run_soon()
         except AdaptError as error:  # a stranger has found the port
             self._end(error)
 

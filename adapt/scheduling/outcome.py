@@ -19,7 +19,6 @@ A cancel or an acknowledgement that finds no session waits for one; it is void u
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from msgspec import Struct
@@ -72,8 +71,7 @@ class Resolve(Struct, frozen=True):
 Action: TypeAlias = Say | Resolve
 
 
-@dataclass(slots=True)
-class _Open:
+class _Open(Struct):
     """A request that has no outcome yet."""
 
     question: Question
@@ -88,7 +86,7 @@ class Outcomes:
 
     def __init__(self) -> None:
         self._open: dict[RequestId, _Open] = {}  # in the order in which they were submitted
-        self._due: Deadlines[tuple[str, RequestId]] = Deadlines()  # "deadline" or "again", and of which request
+        self._due: Deadlines[RequestId] = Deadlines()  # its deadline, or when it is to be said again if that is sooner
         self._cancels: list[RequestId] = []  # not said yet
         self._acks: list[RequestId] = []  # not said yet
         self._acks_due: float | None = None  # when they have to be
@@ -110,7 +108,6 @@ class Outcomes:
         if self._end is not None:
             return [Resolve(request_id, self._end)]
         self._open[request_id] = _Open(question, program=question.program)
-        self._due.set(("deadline", request_id), question.deadline)
         return self._say(request_id, now)
 
     def cancel(self, request_id: RequestId) -> list[Action]:
@@ -140,8 +137,8 @@ class Outcomes:
 
     def unsaid(self, request_id: RequestId, now: float) -> None:
         """The socket did not take the request."""
-        if request_id in self._open:
-            self._due.set(("again", request_id), now + UNSAID_PAUSE_S)
+        if (request := self._open.get(request_id)) is not None:
+            self._say_again(request_id, request, now + UNSAID_PAUSE_S)
 
     def give_up(self, error: AdaptError) -> list[Action]:
         """There will be no session any more: what is open, and what comes, ends in this error."""
@@ -158,7 +155,7 @@ class Outcomes:
         request = self._open.get(message.request_id)
         if request is None:
             return
-        self._due.clear(("again", message.request_id))
+        self._say_again(message.request_id, request, None)
         if not request.version:
             request.version, request.program = message.version, Digest(message.program)
 
@@ -173,7 +170,7 @@ class Outcomes:
         if request is not None and isinstance(error, OverloadedError) and (request.version or request.said_under != self._term):
             pause_s = _retry_pause_s(error)
             if now + pause_s < request.question.deadline:
-                self._due.set(("again", message.request_id), now + pause_s)
+                self._say_again(message.request_id, request, now + pause_s)
                 return []
         self._acks.append(message.request_id)
         if self._close(message.request_id) is None or request is None:
@@ -204,14 +201,12 @@ class Outcomes:
     def tick(self, now: float) -> list[Action]:
         """Do what has fallen due."""
         actions: list[Action] = []
-        for kind, request_id in self._due.take_due(now):
-            request = self._open.get(request_id)
-            if request is None:  # its other moment was due as well
-                continue
-            if kind == "again":
+        for request_id in self._due.take_due(now):
+            question = self._open[request_id].question
+            if now < question.deadline:
                 actions += self._say(request_id, now)
                 continue
-            actions.append(Resolve(request_id, DeadlineExceededError(request.question.budget_s)))
+            actions.append(Resolve(request_id, DeadlineExceededError(question.budget_s)))
             actions += self.cancel(request_id)
         return actions
 
@@ -226,17 +221,19 @@ class Outcomes:
         request = self._open[request_id]
         question = request.question
         budget_s = question.deadline - now - min(LAST_WORD_SHARE * question.budget_s, LAST_WORD_S)
-        self._due.clear(("again", request_id))
         if self._limit_bytes is None or budget_s <= 0:
+            self._say_again(request_id, request, None)
             return []
-        size_bytes = sum(blob.size for blob in question.blobs)
+        size_bytes = sum([blob.size for blob in question.blobs])
         if size_bytes > self._limit_bytes:
             self._close(request_id)
             reason = f"the inputs take {size_bytes} bytes, and the dispatcher accepts messages of up to {self._limit_bytes}; send fewer at a time"
             return [Resolve(request_id, InputMismatchError(reason))]
         if size_bytes <= SMALL_BYTES:
-            self._due.set(("again", request_id), now + request.patience_s)
+            self._say_again(request_id, request, now + request.patience_s)
             request.patience_s *= 2
+        else:
+            self._say_again(request_id, request, None)
         self._has_spoken = True
         if request.said_under is None:
             request.said_under = self._term
@@ -252,6 +249,11 @@ class Outcomes:
         )
         return [Say(message, question.blobs)]
 
+    def _say_again(self, request_id: RequestId, request: _Open, moment: float | None) -> None:
+        """At that moment, unless its deadline comes first. None: not of its own accord."""
+        deadline = request.question.deadline
+        self._due.set(request_id, deadline if moment is None or moment > deadline else moment)
+
     def _say_cancel(self, request_id: RequestId) -> list[Action]:
         if self._limit_bytes is None:
             self._cancels.append(request_id)
@@ -260,8 +262,7 @@ class Outcomes:
 
     def _close(self, request_id: RequestId) -> _Open | None:
         """The request is open no more; None if it was not."""
-        self._due.clear(("deadline", request_id))
-        self._due.clear(("again", request_id))
+        self._due.clear(request_id)
         return self._open.pop(request_id, None)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from adapt.errors import Plain
 from adapt.planning.placement import StageNeed
@@ -16,8 +17,7 @@ POISONED = 3  # deaths of workers that make a request the cause
 HISTORY_LIMIT = 32  # attempts of one request whose story is kept for its error
 
 
-@dataclass(slots=True)
-class Attempt:
+class Attempt(Struct):
     """One try that may still bring an answer."""
 
     worker_id: WorkerId
@@ -26,8 +26,7 @@ class Attempt:
     is_check: bool = False  # made to verify another's answer: how it fails costs the request nothing
 
 
-@dataclass(slots=True)
-class Request:
+class Request(Struct, eq=False):
     """A request that lives. Invariant: it is queued, or an attempt is in flight for its current stage."""
 
     request_id: RequestId
@@ -42,22 +41,22 @@ class Request:
     input: Activation | None = None  # kept by an exact request that has gone on to later stages
     stage: int = 0
     ticket: int = 0  # of its valid place in a queue; 0: not queued
-    attempts: dict[int, Attempt] = field(default_factory=dict)  # of the current stage, by number
-    issued: dict[int, WorkerId] = field(default_factory=dict)  # every number given for the current stage, and to whom
-    failed_on: set[WorkerId] = field(default_factory=set)  # for the current stage
-    accused: set[WorkerId] = field(default_factory=set)  # where the model raised in the current stage, perhaps by that worker's doing
-    deviants: set[WorkerId] = field(default_factory=set)  # where a canary came to another output in the current stage
-    deaths: list[WorkerId] = field(default_factory=list)  # workers that died while they ran the current stage
-    suspected: list[WorkerId] = field(default_factory=list)  # workers that died while they may have run it, or something else
+    attempts: dict[int, Attempt] = {}  # of the current stage, by number
+    issued: dict[int, WorkerId] = {}  # every number given for the current stage, and to whom
+    failed_on: set[WorkerId] = set()  # for the current stage
+    accused: set[WorkerId] = set()  # where the model raised in the current stage, perhaps by that worker's doing
+    deviants: set[WorkerId] = set()  # where a canary came to another output in the current stage
+    deaths: list[WorkerId] = []  # workers that died while they ran the current stage
+    suspected: list[WorkerId] = []  # workers that died while they may have run it, or something else
     failures: int = 0  # of the current stage, losses included
     model_error: str | None = None  # kind of the last error that the model raised in the current stage
     attempts_made: int = 0  # over all stages
     numeric_class: str = ""  # pinned by the first dispatch of an exact request
-    numeric_classes: set[str] = field(default_factory=set)
+    numeric_classes: set[str] = set()
     run: Run | None = None  # it is no client's, but a canary's
     check: Check | None = None  # the current stage is to be verified
     unverified: int = 0  # stages that were to be, and could not
-    history: list[Plain] = field(default_factory=list)
+    history: list[Plain] = []
 
     @property
     def is_waited_for(self) -> bool:
@@ -146,8 +145,7 @@ class Request:
         self.suspected.clear()
 
 
-@dataclass(slots=True)
-class Ended:
+class Ended(Struct):
     """How a request ended, kept until its deadline and a little longer, so that a late duplicate is known as one."""
 
     fingerprint: int

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from adapt.protocol.ids import AttemptId, Digest, WorkerId
 from adapt.protocol.messages import StageTimes
 from adapt.scheduling.liveness import Verdict
@@ -56,8 +58,7 @@ class Service:
         return self.transfer_s + DEVIATIONS * self.transfer_deviation_s
 
 
-@dataclass(slots=True)
-class Slot:
+class Slot(Struct):
     """One task of the credit in use: from its dispatch until the worker says that it is done, failed or cancelled."""
 
     artifact: Digest

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from operator import attrgetter
 from random import Random
 from typing import TypeAlias
 
@@ -75,7 +76,7 @@ REACHED_S = 0.001  # what was sent less than this ago has not reached its worker
 WORTH_S = 0.01  # a better worker is waited for if that saves more than this
 RESERVE = 2.0  # times what the stages that follow should take: so much time is left to them when an answer is to be verified
 RESERVE_SHARE = 0.1  # of a request's budget: the least that is
-LOOK_AGAIN_S = 0.01  # the least pause before looking whether a busy worker is still worth waiting for
+LOOK_AGAIN_S = 0.01  # the least pause before looking whether a busy worker is still worth waiting for, or a second one should try
 
 
 # What can fall due, as a key of the deadline heap: "deadline", "attempt", "hedge", "retry", "forget", "client", "member", "load", "look",
@@ -1055,7 +1056,7 @@ class Scheduler:
     def _watch(self, attempt: AttemptId, usual_s: float, now: float) -> None:
         """Look whether a second worker should try as well, when the first has taken longer than it usually does."""
         if self.settings.hedge_share:
-            self._due.set(("hedge", attempt), now + usual_s)
+            self._due.set(("hedge", attempt), now + max(usual_s, LOOK_AGAIN_S))
 
     def _hedge(self, attempt: AttemptId, now: float) -> None:
         """A worker that has nothing to do tries as well, and the first answer wins. After Dean and Barroso (2013): The tail at scale."""
@@ -1065,7 +1066,8 @@ class Scheduler:
         # One worker at a time is risked, or tried; of what is verified, two are asked anyway.
         if request.suspected or request.run is not None or request.check is not None:
             return
-        idle = [member for member in self._choice.eligible(request, now) if not member.slots and member.has_room]
+        has_idle = any(not member.slots for member in self.roster)  # most often nobody has nothing to do, which is soon told
+        idle = [member for member in self._choice.eligible(request, now) if not member.slots and member.has_room] if has_idle else []
         if idle and self._hedges >= 1.0:
             self._hedges -= 1.0
             self._dispatch(request, self._choice.best(request, idle, {}, now)[0], now, is_hedge=True)
@@ -1276,13 +1278,14 @@ def _poison(request: Request) -> PoisonError:
 def _subject(event: ev.Event) -> object:
     """What the story says of an event: an id, never a tensor."""
     kind = type(event)
-    if kind not in _SUBJECTS:
+    subject_of = _SUBJECTS.get(kind)
+    if subject_of is None:
         names = ("attempt", "request_id", "worker_id", "client_id", "deployment", "version")
-        _SUBJECTS[kind] = next((name for name in names if hasattr(event, name)), "__class__")
-    return getattr(event, _SUBJECTS[kind])
+        subject_of = _SUBJECTS[kind] = attrgetter(next((name for name in names if hasattr(event, name)), "__class__"))
+    return subject_of(event)
 
 
-_SUBJECTS: dict[type, str] = {}
+_SUBJECTS: dict[type, attrgetter[object]] = {}
 
 
 def _id_used_twice(request_id: RequestId) -> AdaptError:

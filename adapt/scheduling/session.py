@@ -156,6 +156,9 @@ class Step(StrEnum):
     LOST = "lost"  # the session is over; those above must know
 
 
+_OF_SESSIONS = frozenset((Welcome, Refused, SayHello, Goodbye))  # messages that change one; all others are for those above
+
+
 class PeerSession:
     """One side of a session. `now`: seconds, monotonic."""
 
@@ -192,6 +195,9 @@ class PeerSession:
 
     def received(self, envelope: Envelope, now: float) -> list[Step]:
         """Judge a message. Of a foreign session or an older term nothing is believed."""
+        is_known = self.is_open and envelope.session == self.session and envelope.term == self.term
+        if is_known and type(envelope.message) not in _OF_SESSIONS:
+            return [Step.DELIVER]
         if self.state in (PeerState.REFUSED, PeerState.DISCONNECTED):
             return []
         match envelope.message:
@@ -201,14 +207,11 @@ class PeerSession:
                 lost = self._leave()
                 self.state, self._greet_at = PeerState.REFUSED, None
                 return [*lost, Step.GIVE_UP]
-        if not (self.is_open and envelope.session == self.session and envelope.term == self.term):
+        if not is_known:
             return []  # about an earlier session; the hello that ends all doubts is on its way
-        match envelope.message:
-            case SayHello():
-                return self._renew(now, 0.0)
-            case Goodbye():  # it will be back, or another in its place: keep knocking
-                return [Step.DELIVER, *self._leave(now + GREETING_TIMEOUT_S)]
-        return [Step.DELIVER]
+        if isinstance(envelope.message, SayHello):
+            return self._renew(now, 0.0)
+        return [Step.DELIVER, *self._leave(now + GREETING_TIMEOUT_S)]  # a goodbye: it will be back, or another in its place; keep knocking
 
     def tick(self, now: float) -> list[Step]:
         """It is time to say hello, or no welcome came to the last one."""

@@ -124,8 +124,7 @@ def test_suggestions_are_like_what_was_asked_for():
 
 def test_a_future_tells_of_its_cancelling_at_once_and_others_by_delivery():
     told, delivered = [], []
-    future = InferFuture(RequestId(bytes(16), 1), delivered.append)
-    future.on_cancel(told.append)
+    future = InferFuture(RequestId(bytes(16), 1), delivered.append, told.append)
     future.add_done_callback(lambda future: told.append(future.cancelled()))
     assert future.cancel()
     assert told == [RequestId(bytes(16), 1)]
@@ -133,6 +132,8 @@ def test_a_future_tells_of_its_cancelling_at_once_and_others_by_delivery():
     (work,) = delivered
     work()
     assert told[1:] == [True]
+    assert future.cancel()  # once more: nobody has to be told again
+    assert len(told) == 2
 
 
 @pytest.fixture
@@ -144,9 +145,7 @@ def no_collector():
 
 
 def _future() -> InferFuture:
-    future = InferFuture(RequestId(bytes(16), 1), lambda work: work())
-    future.on_cancel(lambda request_id: None)
-    return future
+    return InferFuture(RequestId(bytes(16), 1), lambda work: work(), lambda request_id: None)
 
 
 @pytest.mark.parametrize("ends", [lambda future: future.set_result(1), lambda future: future.cancel()], ids=["answered", "cancelled"])

@@ -82,6 +82,7 @@ class Harness:
         self.events: list[object] = []
         self.batches: list[list[object]] = []
         self.arrived = asyncio.Event()
+        self.is_turning = False
         options |= {} if clock is None else {"clock": clock}
         self.executor = Executor(device="cpu", threads=1, limit_bytes=LIMIT_BYTES, notify=self._notify, **options)
 
@@ -99,7 +100,15 @@ class Harness:
 
     def submit(self, stage, *args, **options):
         message, blobs = order(*args, **options)
-        return self.executor.submit(message, blobs, stage)
+        work = self.executor.submit(message, blobs, stage)
+        if not self.is_turning:  # else it runs with what was submitted before it in this turn
+            self.is_turning = True
+            asyncio.get_running_loop().call_soon(self.end_turn)
+        return work
+
+    def end_turn(self):
+        self.is_turning = False
+        self.executor.run_soon()
 
     async def event(self, kind, work):
         """The first event of this kind about this work."""
