@@ -96,7 +96,7 @@ class FormCheck:
 
 
 def _signature(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple([(str(leaf.dtype), tuple(leaf.shape)) if hasattr(leaf, "shape") else leaf for leaf in leaves])
+    return tuple([(leaf.dtype, leaf.shape) if hasattr(leaf, "shape") else leaf for leaf in leaves])
 
 
 def batch_size_of(specs: Sequence[ValueSpec], leaves: Sequence[Any], *, what: str = "input") -> int | None:

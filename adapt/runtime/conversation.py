@@ -484,7 +484,7 @@ class Conversation:
 
 def is_at_hand(leaves: Sequence[msg.Leaf], blobs: Sequence[Blob]) -> bool:
     """Whether to decode this is next to nothing: it is small, or lies there as the user will have it."""
-    if sum(blob.size for blob in blobs) <= INLINE_BYTES:
+    if sum([blob.size for blob in blobs]) <= INLINE_BYTES:
         return True
     lies_whole = all(len(blob.parts) == 1 and not memoryview(blob.parts[0]).readonly for blob in blobs)
     return lies_whole and all(leaf.codec == "raw" and leaf.dtype != "bfloat16" for leaf in leaves if isinstance(leaf, TensorHeader))

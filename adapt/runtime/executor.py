@@ -595,7 +595,7 @@ def _encoded(outputs: Sequence[Value], codec: str, tolerance: float | None, limi
         else:
             digest.update(digests.plain_mark(value))
             leaves.append(value)
-    sent_bytes = sum(blob.size for blob in blobs)
+    sent_bytes = sum([blob.size for blob in blobs])
     if sent_bytes + HEADER_BYTES > limit_bytes:
         raise InputMismatchError(f"the stage's output takes {sent_bytes:,} bytes, a message {limit_bytes:,}: use a smaller batch")
     return leaves, tuple(blobs), digest.digest()

@@ -23,7 +23,8 @@ class Activation(Struct, frozen=True):
 
     @property
     def size_bytes(self) -> int:
-        return sum(blob.size for blob in self.blobs)
+        blobs = self.blobs
+        return blobs[0].size if len(blobs) == 1 else sum([blob.size for blob in blobs])  # asked for several times a task
 
 
 VersionKey: TypeAlias = tuple[str, int, int]  # deployment, number, cut
@@ -56,7 +57,7 @@ class Version:
 
     def classes(self, of_workers: Iterable[str]) -> tuple[str, ...]:
         """The numeric classes of a result that workers of these have computed."""
-        return tuple(sorted(f"{name}/{self.arithmetic}" if self.arithmetic else name for name in of_workers))
+        return tuple(sorted([f"{name}/{self.arithmetic}" if self.arithmetic else name for name in of_workers]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
