@@ -45,11 +45,10 @@ log = logging.getLogger(__name__)
 
 LIMIT_BYTES = 1 << 30  # of one answer
 INLINE_BYTES = 64 << 10  # answers up to this size are decoded on the loop itself, whatever that takes
+_CANCELLING = threading.Lock()  # of any future: that one is told of once
 GOODBYE_S = 0.2  # how long the last messages may take to leave
 
 Decode = Callable[[list[msg.Leaf], tuple[Blob, ...]], Any]
-_CANCELLING = threading.Lock()
-
 Encode = Callable[[], tuple[list[msg.Leaf], tuple[Blob, ...]]]
 
 
@@ -90,20 +89,30 @@ class InferFuture(Future[Any]):
 
     def cancel(self) -> bool:
         """Nobody wants the answer any more. False: it has come already."""
-        if not super().cancel():
-            return False
+        is_cancelled = super().cancel()
+        self._tell_if_cancelled()
+        return is_cancelled
+
+    def _tell_if_cancelled(self) -> None:
+        if not self.cancelled():
+            return
         with _CANCELLING:
             tell, self._tell_cancelled = self._tell_cancelled, None
         if tell is not None:
             self.set_running_or_notify_cancel()  # else `concurrent.futures.wait` would never see it
             tell(self.request_id)
-        return True
 
     # A future keeps its callbacks. What they hold must not lead back to it, or answers would stay until the collector comes.
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         deliver = self._deliver
-        super().add_done_callback(lambda future: deliver(partial(fn, future)))
+
+        def done(future: Future[Any]) -> None:
+            assert isinstance(future, InferFuture)
+            future._tell_if_cancelled()  # first: a user's function may take its time
+            deliver(partial(fn, future))
+
+        super().add_done_callback(done)
 
     def on_done(self, tell: Callable[[Future[Any]], object]) -> None:
         """For what waits on a user's behalf: `tell` is called at once, by the thread that settles or cancels. It must not block."""
@@ -448,12 +457,13 @@ class Conversation:
                 _fail(future, AdaptError(f"the answer could not be decoded: {type(error).__name__}: {error}"))
                 return
             future.outcome = Outcome(reply.attempts, tuple(reply.numeric_classes))
-            _settle(future, result)
+            if not _settle(future, result):
+                future.outcome = None
 
         if is_at_hand(reply.leaves, blobs):
             finish()
         else:
-            self._decoding.post(finish)
+            self._decoding.post(lambda: None if submission.future.done() else finish())
 
     def _give_up(self, error: AdaptError) -> None:
         """There will be no session any more: everything that is open, and that comes, ends in this error."""
@@ -490,11 +500,13 @@ def is_at_hand(leaves: Sequence[msg.Leaf], blobs: Sequence[Blob]) -> bool:
     return lies_whole and all(leaf.codec == "raw" and leaf.dtype != "bfloat16" for leaf in leaves if isinstance(leaf, TensorHeader))
 
 
-def _settle(future: Future[Any], result: Any) -> None:
+def _settle(future: Future[Any], result: Any) -> bool:
+    """False: it has ended before, by being cancelled for instance."""
     try:
         future.set_result(result)
     except InvalidStateError:
-        log.debug("an answer came for what was cancelled")
+        return False
+    return True
 
 
 def _fail(future: Future[Any], error: AdaptError) -> None:

@@ -64,7 +64,7 @@ Value: TypeAlias = torch.Tensor | int | float | bool | None
 
 
 class RunnableStage(Protocol):
-    """What the executor needs of `models.interpreter.Stage`."""
+    """What the executor needs of `models.interpreter.Stage`. It is run under `torch.inference_mode`."""
 
     def run(self, inputs: Sequence[Any]) -> list[Any]: ...
 
@@ -73,7 +73,7 @@ class Chore:
     """What is done a slice at a time while no work is there. `done` ends with the error that a slice raised, if one did.
 
     Args:
-        step: does a slice, on the compute thread; False: that was the last.
+        step: does a slice, on the compute thread and under `torch.inference_mode`; False: that was the last.
     """
 
     def __init__(self, step: Callable[[], bool]) -> None:

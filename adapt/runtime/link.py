@@ -225,8 +225,10 @@ class PeerLink:
 
     def _read(self, watched: WatchedSocket, assembler: Assembler | None) -> None:
         with self.turn():
-            self._read_batch(watched, assembler)
-            self._turned()
+            try:
+                self._read_batch(watched, assembler)
+            finally:
+                self._turned()
 
     def _read_batch(self, watched: WatchedSocket, assembler: Assembler | None) -> None:
         for frames in watched.batch():

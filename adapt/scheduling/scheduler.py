@@ -76,7 +76,7 @@ REACHED_S = 0.001  # what was sent less than this ago has not reached its worker
 WORTH_S = 0.01  # a better worker is waited for if that saves more than this
 RESERVE = 2.0  # times what the stages that follow should take: so much time is left to them when an answer is to be verified
 RESERVE_SHARE = 0.1  # of a request's budget: the least that is
-LOOK_AGAIN_S = 0.01  # the least pause before looking whether a busy worker is still worth waiting for, or a second one should try
+LOOK_AGAIN_S = 0.01  # the least pause before looking whether a busy worker is still worth waiting for
 
 
 # What can fall due, as a key of the deadline heap: "deadline", "attempt", "hedge", "retry", "forget", "client", "member", "load", "look",
@@ -1056,7 +1056,7 @@ class Scheduler:
     def _watch(self, attempt: AttemptId, usual_s: float, now: float) -> None:
         """Look whether a second worker should try as well, when the first has taken longer than it usually does."""
         if self.settings.hedge_share:
-            self._due.set(("hedge", attempt), now + max(usual_s, LOOK_AGAIN_S))
+            self._due.set(("hedge", attempt), now + usual_s)
 
     def _hedge(self, attempt: AttemptId, now: float) -> None:
         """A worker that has nothing to do tries as well, and the first answer wins. After Dean and Barroso (2013): The tail at scale."""

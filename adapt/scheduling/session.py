@@ -156,7 +156,7 @@ class Step(StrEnum):
     LOST = "lost"  # the session is over; those above must know
 
 
-_OF_SESSIONS = frozenset((Welcome, Refused, SayHello, Goodbye))  # messages that change one; all others are for those above
+_OF_SESSIONS = frozenset((Welcome, Refused, SayHello, Goodbye))  # messages that may change one; all others are for those above
 
 
 class PeerSession:

@@ -136,6 +136,19 @@ def test_a_future_tells_of_its_cancelling_at_once_and_others_by_delivery():
     assert len(told) == 2
 
 
+def test_the_cluster_hears_of_a_cancelling_before_users_functions_do():
+    told = []
+    future = InferFuture(RequestId(bytes(16), 1), lambda work: work(), lambda request_id: told.append("cluster"))
+
+    def look(future):
+        told.append("user")
+        assert concurrent.futures.wait([future], timeout=0).done == {future}
+
+    future.add_done_callback(look)
+    assert future.cancel()
+    assert told == ["cluster", "user"]
+
+
 @pytest.fixture
 def no_collector():
     gc.collect()
