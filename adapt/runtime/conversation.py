@@ -45,8 +45,9 @@ log = logging.getLogger(__name__)
 
 LIMIT_BYTES = 1 << 30  # of one answer
 INLINE_BYTES = 64 << 10  # answers up to this size are decoded on the loop itself, whatever that takes
-_CANCELLING = threading.Lock()  # of any future: that one is told of once
 GOODBYE_S = 0.2  # how long the last messages may take to leave
+
+_CANCELLING = threading.Lock()  # of any future: so that each is told of once
 
 Decode = Callable[[list[msg.Leaf], tuple[Blob, ...]], Any]
 Encode = Callable[[], tuple[list[msg.Leaf], tuple[Blob, ...]]]
