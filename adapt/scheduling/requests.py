@@ -66,7 +66,7 @@ class Request(Struct, eq=False):
     @property
     def is_choosy(self) -> bool:
         """Whether it may refuse a worker that the next request in its queue would take."""
-        return bool(self.attempts or self.failed_on or self.numeric_class or self.run or self.check)
+        return bool(self.attempts or self.failed_on or self.numeric_class or self.run or self.check or self.suspected)
 
     @property
     def is_answered(self) -> bool:
@@ -81,6 +81,11 @@ class Request(Struct, eq=False):
     def suits(self, numeric_class: str) -> bool:
         """Whether a worker of this class may run it: any, unless it is pinned to another."""
         return not self.exact or self.numeric_class in ("", numeric_class)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether a worker may have died of its current stage: then one worker at a time is risked."""
+        return bool(self.deaths or self.suspected)
 
     @property
     def is_poison(self) -> bool:

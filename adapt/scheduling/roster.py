@@ -15,6 +15,7 @@ from adapt.scheduling.qos import Qos, QosSettings
 STEADY = 2  # tasks that a worker is given whatever they take: one runs, one waits
 AHEAD_S = 0.01  # it is given more, up to its credit, while all that it holds takes less than this: the way there and back takes as long
 LEARNING_RATE = 0.25  # weight of the newest sample in every moving average
+SAID_S = 0.01  # of what should take longer, a worker says that it has begun
 OUTRUN = 4.0  # times what was expected: the most that is believed of a task that was called off
 ENOUGH_SAMPLES = 4  # before a limit is learnt from them
 DEVIATIONS = 4  # above the average, of what is still usual; as in TCP (Jacobson and Karels, 1988: Congestion avoidance and control)
@@ -30,8 +31,10 @@ class Service:
     transfer_deviation_s: float = 0.0
     size_bytes: float = 0.0  # of the input
     samples: int = 1
+    latest_s: float = 0.0  # the newest sample of `busy_s`
 
     def learn(self, busy_s: float, transfer_s: float, size_bytes: float) -> None:
+        self.latest_s = busy_s
         self.size_bytes += LEARNING_RATE * (size_bytes - self.size_bytes) if self.size_bytes else size_bytes
         self.busy_deviation_s += LEARNING_RATE * (abs(busy_s - self.busy_s) - self.busy_deviation_s)
         self.transfer_deviation_s += LEARNING_RATE * (abs(transfer_s - self.transfer_s) - self.transfer_deviation_s)
@@ -66,7 +69,8 @@ class Slot(Struct):
     busy_s: float  # expected
     predicted_s: float  # by the quick profile
     size_bytes: int = 0  # of its input
-    begun: bool = False
+    begun_at: float | None = None  # when its worker was heard to have begun it
+    is_short: bool = False  # so that its worker may not say that it has begun
     is_alone: bool = False  # nothing is sent behind it
 
 
@@ -91,6 +95,7 @@ class Member:
     verdict: Verdict = Verdict.SUSPECT
     is_draining: bool = False
     is_resting: bool = False  # of its last task, for the cooldown
+    is_kept: bool = False  # for a request that nothing may run beside
     slots: dict[AttemptId, Slot] = field(default_factory=dict)
     alone: int = 0  # of the slots, those behind which nothing is sent
     resident: set[Digest] = field(default_factory=set)
@@ -121,9 +126,9 @@ class Member:
 
     @property
     def has_room(self) -> bool:
-        """Whether it has credit, does not rest, and is better off with one more task there than here."""
+        """Whether it has credit, neither rests nor is kept, and is better off with one more task there than here."""
         held = len(self.slots)
-        return held < self.credit and not self.alone and not self.is_resting and (held < STEADY or self.held_s < AHEAD_S)
+        return held < self.credit and not (self.alone or self.is_resting or self.is_kept) and (held < STEADY or self.held_s < AHEAD_S)
 
     def backlog_s(self, now: float) -> float:
         """Seconds until it has finished what it holds. If it should have finished already, it is expected to be late by as much again."""
@@ -166,11 +171,18 @@ class Member:
     ) -> None:
         """Occupy a slot. `is_alone`: nothing else is sent there until it is free again."""
         busy_s, _ = self.expect(artifact, predicted_s, size_bytes)
-        self.slots[attempt] = Slot(artifact, now, busy_s, predicted_s, size_bytes, is_alone=is_alone)
+        self.slots[attempt] = Slot(
+            artifact, now, busy_s, predicted_s, size_bytes, is_short=self._may_be_short(artifact, busy_s), is_alone=is_alone
+        )
         self.alone += is_alone
         self.held_s += busy_s
         self.busy_until = max(self.busy_until, now) + busy_s
         self.last_used = now
+
+    def _may_be_short(self, artifact: Digest, busy_s: float) -> bool:
+        """Whether a task takes so little that the worker does not say when it begins. That goes by the latest; an average forgets a bad one slowly."""
+        service = self.services.get(artifact)
+        return busy_s < SAID_S or (service is not None and service.latest_s < SAID_S)
 
     def free(self, attempt: AttemptId, now: float) -> Slot | None:
         """Vacate the slot, if the attempt had one."""
@@ -187,7 +199,7 @@ class Member:
         transfer_s = max(now - slot.since - times.wait_s - busy_s, 0.0)
         service = self.services.get(slot.artifact)
         if service is None:
-            self.services[slot.artifact] = Service(busy_s, transfer_s, size_bytes=slot.size_bytes)
+            self.services[slot.artifact] = Service(busy_s, transfer_s, size_bytes=slot.size_bytes, latest_s=busy_s)
         else:
             service.learn(busy_s, transfer_s, slot.size_bytes)
         if slot.predicted_s > 0.0:

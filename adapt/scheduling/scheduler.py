@@ -59,6 +59,7 @@ from adapt.scheduling.requests import POISONED, Attempt, Ended, EndedRequests, R
 from adapt.scheduling.residency import REFUSED_S, SPARELESS_S, Residency
 from adapt.scheduling.roster import Member, Roster, Slot
 from adapt.scheduling.settings import SchedulerSettings
+from adapt.scheduling.suspicion import Isolation, suspects
 from adapt.scheduling.tokens import RetryTokens
 from adapt.scheduling.verification import Check, Told, is_drawn
 from adapt.scheduling.versions import LiveVersion
@@ -71,8 +72,6 @@ MEMBER_MEMORY_S = 600.0  # how long a lost worker is shown
 CENSORED = 2.0  # an attempt that was given up is learned from as if it had taken so many times as long
 PATIENCE = 2.0  # times what is usual, before another worker is asked
 MOST_HEDGES = 10.0  # at once, after a time without any
-SAID_S = 0.01  # of what should take longer, a worker says that it has begun
-REACHED_S = 0.001  # what was sent less than this ago has not reached its worker
 WORTH_S = 0.01  # a better worker is waited for if that saves more than this
 RESERVE = 2.0  # times what the stages that follow should take: so much time is left to them when an answer is to be verified
 RESERVE_SHARE = 0.1  # of a request's budget: the least that is
@@ -122,6 +121,7 @@ class Scheduler:
             load_timeout_s=self.settings.load_timeout_s,
             spares=self.settings.spares,
         )
+        self._isolation = Isolation()
         self._choice = Choice(self.roster, self._residency, POLICIES[self.settings.policy])
 
     # ── the doors ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -446,7 +446,7 @@ class Scheduler:
     def _release(self, request: Request, now: float) -> None:
         """Stop all work for a request and remember its id for a while."""
         del self._requests[request.request_id]
-        request.ticket = 0
+        self._unqueue(request)
         request.activation, request.input = _NOTHING, None  # its place in a queue may outlive it; the bytes are reserved no more
         self._due.clear(("deadline", request.request_id))
         self._due.clear(("retry", request.request_id))
@@ -583,9 +583,9 @@ class Scheduler:
         """It waits no longer: from now on it has as long as running takes."""
         member = self.roster.member(event.worker_id)
         slot = member.slots.get(event.attempt)
-        if slot is None or slot.begun:
+        if slot is None or slot.begun_at is not None:
             return
-        slot.begun = True
+        slot.begun_at = now
         request = self._wanted(event.attempt, event.worker_id)
         attempt = None if request is None else request.attempts.get(event.attempt.attempt)
         if attempt is not None and not attempt.is_expired and (limits := member.limits_s(slot.artifact, slot.size_bytes, now)) is not None:
@@ -638,6 +638,7 @@ class Scheduler:
             self._call_off(request)
             if request.check is not None:
                 self._due.clear(("verify", request.request_id))
+            self._set_free(request)
             request.advance(output)
             self._admission.grow(request.request_id, request.retained_bytes)
             self._enqueue(request)
@@ -827,7 +828,7 @@ class Scheduler:
         if request is not None and request.attempts.pop(event.attempt.attempt, None) is not None:
             request.attempts_made -= 1
         self._liveness.disconnected(event.worker_id, now)
-        self._session_ended(event.worker_id, "the socket refused a message", now, is_guessed=False)
+        self._session_ended(event.worker_id, "the socket refused a message", now)
         if request is not None and request.request_id in self._requests and request.is_current(event.attempt):
             self._resume(request, now)
 
@@ -839,7 +840,7 @@ class Scheduler:
             if request.run is not None or not is_drawn(request.task, self.settings.verify_share):
                 return
             request.check = Check()
-        if request.deaths or request.suspected:  # one worker at a time is risked
+        if request.is_doubtful:
             return
         able = [
             other
@@ -861,7 +862,7 @@ class Scheduler:
             check.take_at = max(request.deadline - self._reserve_s(request), now)
             self._due.set(("verify", request.request_id), check.take_at)
         self._admission.grow(request.request_id, request.retained_bytes)
-        request.ticket = 0  # whether somebody else is to compute it is asked anew
+        self._unqueue(request)  # whether somebody else is to compute it is asked anew
         self._weigh(request, now)
 
     def _weigh(self, request: Request, now: float, *, is_lost: bool = False) -> None:
@@ -929,12 +930,24 @@ class Scheduler:
     def _enqueue(self, request: Request) -> None:
         self._queues.push((*request.version.key, request.stage), request)
 
+    def _unqueue(self, request: Request) -> None:
+        """It waits for a worker no longer."""
+        request.ticket = 0
+        self._set_free(request)
+
+    def _set_free(self, request: Request) -> None:
+        """No worker is kept for the request any more."""
+        if self._isolation and (member := self._isolation.release(request.request_id)) is not None:
+            self._wake(member)
+
     def _wake(self, member: Member) -> None:
         """The worker may have credit again: look at every queue of a stage that it can run."""
         self._queues.wake(lambda key: member.worker_id in self._residency.places(key))
 
     def _pump(self, now: float) -> None:
-        """Dispatch what can be dispatched, later stages first."""
+        """Dispatch what can be dispatched, later stages first, but before all what a worker was kept for: nobody else has that worker."""
+        for request in map(self._requests.__getitem__, self._isolation.waiting()):
+            self._isolate(request, self._choice.eligible(request, now), now)
         while (key := self._queues.next_awake()) is not None:
             self._pump_stage(key, now)
 
@@ -954,6 +967,10 @@ class Scheduler:
                 eligible = self._choice.eligible(request, now)
             else:
                 eligible = usual = self._choice.eligible(request, now) if usual is None else usual
+            if eligible and request.is_doubtful:
+                if request.request_id in self._isolation or not self._isolate(request, eligible, now):
+                    put_back.append(entry)
+                continue
             if any(member.has_room for member in eligible):
                 if not self._place(request, eligible, waiting_s, now):
                     put_back.append(entry)
@@ -981,16 +998,32 @@ class Scheduler:
         self._dispatch(request, chosen, now)
         return True
 
+    def _isolate(self, request: Request, eligible: list[Member], now: float) -> bool:
+        """Dispatch the request to a worker that it has for itself. False: none is empty, and one is kept for it if one is left."""
+        mine = self._isolation.of(request.request_id)
+        if empty := [
+            member for member in eligible if not member.slots and not member.is_resting and (member is mine or not member.is_kept)
+        ]:
+            self._dispatch(request, self._choice.best(request, empty, {}, now)[0], now)
+            return True
+        free = [member for member in eligible if member is mine or not (member.is_kept or member.alone)]
+        chosen = self._choice.best(request, free, {}, now)[0] if free else None
+        if chosen is not mine:  # that may hang
+            self._set_free(request)
+        if chosen is not None and chosen is not mine:
+            self._isolation.keep(request.request_id, chosen)
+        return False
+
     def _wait_for_worker(self, request: Request, now: float) -> bool:
         """Nobody can run the request now: whether it stays in the queue. Asks a worker to load the stage if that would help."""
         if request.is_answered:  # nobody can tell any more whether that is right
-            request.ticket = 0
+            self._unqueue(request)
             self._weigh(request, now)
             return False
         if self._is_coming(request, now):
             return True
         if request.attempts:  # nobody else will: wait on for the attempts there are
-            request.ticket = 0
+            self._unqueue(request)
             for number, attempt in request.attempts.items():
                 attempt.is_expired = False
                 self._due.set(("attempt", request.attempt_id(number)), now + attempt.timeout_s)
@@ -1009,6 +1042,7 @@ class Scheduler:
         if request.stage > 0:
             self._count("restarts", request)
             self._arrivals += 1
+            self._set_free(request)
             request.start_again(self._generation + self._arrivals)
         request.numeric_class = ""
         self._enqueue(request)
@@ -1018,7 +1052,7 @@ class Scheduler:
         is_check = is_check or (request.check is not None and request.is_answered)
         number = len(request.issued) + 1
         attempt_id = request.attempt_id(number)
-        request.ticket = 0
+        self._unqueue(request)
         request.issued[number] = member.worker_id
         limits = member.limits_s(need.artifact, request.activation.size_bytes, now)
         timeout_s = self.settings.attempt_timeout_s if limits is None else self._patience_s(limits[0])
@@ -1028,7 +1062,7 @@ class Scheduler:
             request.run.trial.give(request.run, request.stage, member.worker_id)
         if request.exact and not request.numeric_class:
             request.numeric_class = member.numeric_class
-        member.take(attempt_id, need.artifact, need.cost_s, now, request.activation.size_bytes, is_alone=bool(request.suspected))
+        member.take(attempt_id, need.artifact, need.cost_s, now, request.activation.size_bytes, is_alone=request.is_doubtful)
         member.qos.given(now)
         if self.settings.cooldown_s:
             member.is_resting = True
@@ -1063,8 +1097,8 @@ class Scheduler:
         request = self._requests.get(attempt.request)
         if request is None or not request.is_current(attempt) or list(request.attempts) != [attempt.attempt] or request.ticket:
             return
-        # One worker at a time is risked, or tried; of what is verified, two are asked anyway.
-        if request.suspected or request.run is not None or request.check is not None:
+        # Of what is verified, two are asked anyway.
+        if request.is_doubtful or request.run is not None or request.check is not None:
             return
         has_idle = any(not member.slots for member in self.roster)  # most often nobody has nothing to do, which is soon told
         idle = [member for member in self._choice.eligible(request, now) if not member.slots and member.has_room] if has_idle else []
@@ -1093,7 +1127,7 @@ class Scheduler:
         member = self.roster.member(event.worker_id)
         if event.incarnation and event.incarnation == member.incarnation:  # only its connection was lost
             for request in self._requests.values():
-                request.absolve(member.worker_id)
+                self._absolve(request, member)
         member.incarnation = event.incarnation
         lost = set(member.slots) - event.held - event.finished
         self._residency.session_ended(member)
@@ -1123,13 +1157,19 @@ class Scheduler:
             else:
                 self._free(member, attempt, now)
             return
-        request.absolve(member.worker_id)
+        self._absolve(request, member)
         need = request.need
         if attempt not in member.slots:
             member.take(attempt, need.artifact, need.cost_s, now, request.activation.size_bytes)
         request.attempts.setdefault(attempt.attempt, Attempt(member.worker_id, self.settings.attempt_timeout_s)).is_expired = False
-        request.ticket = 0  # no second attempt while this one is there
+        self._unqueue(request)  # no second attempt while this one is there
         self._due.set(("attempt", attempt), now + self.settings.attempt_timeout_s)
+
+    def _absolve(self, request: Request, member: Member) -> None:
+        """The worker lives: its connection was lost."""
+        request.absolve(member.worker_id)
+        if not request.is_doubtful:
+            self._set_free(request)
 
     def _relieve(self, now: float) -> None:
         """A worker may have become slow, and be alone with its stage: neither heartbeats nor time limits tell."""
@@ -1183,18 +1223,14 @@ class Scheduler:
                 self._stop_waiting(request, attempt, now)
         self._queues.wake_all()
 
-    def _session_ended(self, worker_id: WorkerId, reason: str, now: float, *, is_guessed: bool = True) -> None:
-        """What the worker held is nowhere now: dispatch it again at once, at nobody's cost but of what was running.
-
-        Args:
-            is_guessed: of short tasks, each may have been running; else what was not said to have begun has not.
-        """
+    def _session_ended(self, worker_id: WorkerId, reason: str, now: float) -> None:
+        """What the worker held is nowhere now: dispatch it again at once, at nobody's cost but of what was running."""
         member = self.roster.get(worker_id)
         if member is None:
             return
-        suspects = _running(member, now, is_guessed=is_guessed)
+        suspected = suspects(member, now)
         for attempt in list(member.slots):
-            self._loss(member, attempt, reason, now, suspects=len(suspects) if attempt in suspects else 0)
+            self._loss(member, attempt, reason, now, suspects=len(suspected) if attempt in suspected else 0)
         self._residency.session_ended(member)
         self._verdict_changed(member, now)
 
@@ -1249,25 +1285,8 @@ class Scheduler:
         self._due.set(("member", member.worker_id), now + MEMBER_MEMORY_S)
 
 
-def _running(member: Member, now: float, *, is_guessed: bool = True) -> set[AttemptId]:
-    """What the worker may have been computing: what it said it had begun, or, as the answer to that may have died with it, what is short
-    behind that. Of what is short it does not say that it has begun.
-
-    But not what was sent a moment ago: it had not left, or a stalled dispatcher would blame it for all deaths that it reads of."""
-    found: set[AttemptId] = set()
-    may_be_next = is_guessed
-    for attempt, slot in member.slots.items():
-        if slot.begun:  # what came before has ended
-            found, may_be_next = {attempt}, is_guessed
-        elif may_be_next and slot.busy_s < SAID_S and now - slot.since >= REACHED_S:
-            found.add(attempt)
-        else:
-            may_be_next = False
-    return found
-
-
 def _is_first(member: Member, attempt: AttemptId) -> bool:
-    return member.slots[attempt].begun or next(iter(member.slots)) == attempt
+    return member.slots[attempt].begun_at is not None or next(iter(member.slots)) == attempt
 
 
 def _poison(request: Request) -> PoisonError:

@@ -102,6 +102,7 @@ class Inspector:
         self._scheduler: Scheduler | None = None
         self._terms: list[int] = []
         self._given_up: set[tuple[WorkerId, Digest]] = set()  # stages that are unloaded by what is decided and not done yet
+        self._replanned: set[ev.VersionKey] = set()  # versions whose places are changed by what is decided, before some of it or after
         self._turns = 0
 
     def reign_begins(self, scheduler: Scheduler, reign: Reign) -> None:
@@ -232,6 +233,7 @@ class Inspector:
     def decides(self, actions: Sequence[ev.Action]) -> None:
         """All of them have been decided, and none is done yet."""
         self._given_up = {(action.worker_id, action.artifact) for action in actions if isinstance(action, ev.Unload)}
+        self._replanned = {action.version.key for action in actions if isinstance(action, ev.PlanChanged)}
 
     def acts(self, action: ev.Action, now: float) -> None:
         match action:
@@ -316,7 +318,7 @@ class Inspector:
         busy = {attempt.worker_id for number, attempt in request.attempts.items() if number != action.attempt.attempt}
         if worker_id in busy:
             raise Violation(f"{worker_id} has it already", request.request_id)
-        if worker_id not in request.failed_on:
+        if worker_id not in request.failed_on or request.version.key in self._replanned:
             return
         for other in self._inside.places(request):
             member = self._scheduler.roster.get(other)

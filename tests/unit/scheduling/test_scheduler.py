@@ -34,13 +34,13 @@ from adapt.scheduling.scheduler import (
     ACCEPT_S,
     EARLY_CANCEL_S,
     MEMBER_MEMORY_S,
-    REACHED_S,
     REMEMBER_S,
     STORY_LENGTH,
     WORTH_S,
     Scheduler,
 )
 from adapt.scheduling.settings import SchedulerSettings
+from adapt.scheduling.suspicion import REACHED_S
 from adapt.scheduling.tokens import TokenSettings
 
 SILENCE_S, GRACE_S, TIMEOUT_S, LOAD_TIMEOUT_S, CLIENT_GRACE_S = 3.0, 2.0, 20.0, 60.0, 10.0
@@ -853,19 +853,25 @@ def test_of_several_that_may_have_killed_each_is_tried_with_nothing_behind_it():
     assert not several and cluster.scheduler.counters["poisonous_requests"] == 0, "innocents are answered"
 
 
-def a_cluster_of_short_tasks() -> Cluster:
-    """One worker, which has succeeded once, and takes eight at a time."""
-    cluster = Cluster()
-    cluster.join("w1", credit=8)
-    cluster.deploy("w1", cost_s=AHEAD_S / 20)
-    cluster.submit()
-    cluster.finish(cluster.the_one_sent(), busy_s=AHEAD_S / 20)
+def a_cluster_that_works(*workers: str, cost_s: float = AHEAD_S / 20, **settings) -> Cluster:
+    """Workers, each of which has succeeded once, and takes eight at a time; one if none is named."""
+    workers = workers or ("w1",)
+    cluster = Cluster(**settings)
+    for worker in workers:
+        cluster.join(worker, credit=8)
+    cluster.deploy(" ".join(workers), cost_s=cost_s)
+    for _ in workers:
+        cluster.submit()
+    sent = cluster.sent()
+    assert {one.worker for one in sent} == {*workers}
+    for one in sent:
+        cluster.finish(one, busy_s=cost_s)
     return cluster
 
 
 def test_what_is_always_suspected_with_others_has_an_end_too():
     """A worker may die so soon that the answer of the task before is lost as well: then nothing is ever certain."""
-    cluster = a_cluster_of_short_tasks()
+    cluster = a_cluster_that_works()
     killer = cluster.submit(budget_s=1000.0)
     deaths = 0
     while not (failed := [fail for fail in cluster.taken(ev.Fail) if fail.request_id == killer]):
@@ -882,7 +888,7 @@ def test_what_is_always_suspected_with_others_has_an_end_too():
 
 def test_what_is_behind_a_task_that_had_begun_may_have_killed_too():
     """Regression: the answer to what had begun died with its worker, which was killed by the next; that took a fourth worker."""
-    cluster = a_cluster_of_short_tasks()
+    cluster = a_cluster_that_works()
     ahead, killer = cluster.submit(), cluster.submit()
     first, _ = cluster.sent()
     cluster.begin(first)
@@ -916,17 +922,188 @@ def test_what_was_sent_a_moment_ago_has_killed_nobody():
     assert cluster.taken(ev.Fail) == [] and cluster.scheduler.live_requests == 1
 
 
+def the_deaths_of(cluster: Cluster, killer: RequestId, *, before: int = 0) -> int:
+    """How many workers die until the request that kills at once is condemned. Each that dies joins again; all other work succeeds first."""
+    deaths, answered = before, set()
+    for _ in range(20):
+        actions = cluster.taken()
+        answered |= {action.request_id for action in only(actions, ev.Answer)}
+        if failed := only(actions, ev.Fail):
+            assert [fail.request_id for fail in failed] == [killer] and isinstance(failed[0].error, PoisonError)
+            return deaths
+        for action in sorted(only(actions, ev.Dispatch), key=lambda action: action.attempt.request == killer):
+            one = Sent(str(action.worker_id), action.attempt, action)
+            if one.request != killer:
+                cluster.finish(one, busy_s=AHEAD_S / 20)
+                continue
+            cluster.wait(2 * REACHED_S)
+            cluster.lose(one.worker)
+            cluster.silent.clear()
+            cluster.join(one.worker, resident=["d.0"], credit=8)
+            deaths += 1
+    raise AssertionError("it has no end")
+
+
+def test_a_worker_is_emptied_for_what_may_have_killed():
+    """Regression: it ran behind others, whose answers died with it each time; five workers died before it was certain."""
+    cluster = a_cluster_that_works()
+    cluster.submit(budget_s=1.0)  # goes first
+    killer = cluster.submit(budget_s=1000.0)
+    for _ in range(4):
+        cluster.submit(budget_s=1000.0)
+    cluster.taken()
+    cluster.wait(2 * REACHED_S)
+    cluster.lose("w1")
+    cluster.silent.clear()
+    for _ in range(4):
+        cluster.submit(budget_s=1.0)
+    cluster.join("w1", resident=["d.0"], credit=8)
+    assert the_deaths_of(cluster, killer, before=1) == 3
+
+
+def test_new_requests_do_not_keep_a_worker_from_what_may_have_killed():
+    """It is kept for that, finishes what it holds, and then others have it again."""
+    cluster = a_cluster_that_works("w1", "w2")
+    doubtful = cluster.submit(budget_s=5.0)
+    (first,) = cluster.sent()
+    cluster.wait(2 * REACHED_S)
+    for _ in range(12):
+        cluster.submit(budget_s=10.0)
+    cluster.lose(first.worker)
+    held = [one for one in cluster.sent() if one.worker != first.worker]
+    assert doubtful not in {one.request for one in held}
+    for one in held[:-1]:
+        cluster.submit(budget_s=10.0)
+        cluster.finish(one, busy_s=AHEAD_S / 20)
+        assert cluster.sent() == [], "it is kept"
+    cluster.finish(held[-1], busy_s=AHEAD_S / 20)
+    alone = cluster.the_one_sent()
+    assert alone.request == doubtful
+    cluster.finish(alone, busy_s=AHEAD_S / 20)
+    assert len(cluster.sent()) > 1
+
+
+def test_what_a_worker_was_kept_for_is_not_behind_those_who_may_not_have_it():
+    """Regression: they came first, could not have the worker that was kept, and all waited for ever."""
+    cluster = a_cluster_that_works("w1", "w2")
+    doubtful = cluster.submit(budget_s=50.0)
+    (first,) = cluster.sent()
+    cluster.wait(2 * REACHED_S)
+    for _ in range(4):
+        cluster.submit(budget_s=60.0)
+    cluster.lose(first.worker)
+    held = [one for one in cluster.sent() if one.worker != first.worker]
+    for _ in range(12):
+        cluster.submit(budget_s=10.0)
+    for one in held:
+        cluster.finish(one, busy_s=AHEAD_S / 20)
+    assert doubtful in {one.request for one in cluster.sent()}
+
+
+def test_a_worker_that_hangs_is_not_waited_for():
+    """It is kept, and does not come to an end; when others would be done first, one of those is kept."""
+    cluster = a_cluster_that_works("w1", "w2", "w3", hedge_share=0.0)
+    doubtful = cluster.submit()
+    (first,) = cluster.sent()
+    cluster.wait(2 * REACHED_S)
+    for _ in range(20):
+        cluster.submit()
+    cluster.lose(first.worker)
+    (kept,) = (member.worker_id for member in cluster.scheduler.roster if member.is_kept)
+    for _ in range(10):
+        cluster.wait(10 * AHEAD_S)
+        sent = cluster.sent()
+        if doubtful in {one.request for one in sent}:
+            break
+        for one in sent:
+            if one.worker != kept:
+                cluster.finish(one, busy_s=AHEAD_S / 20)
+    assert [one.worker for one in sent if one.request == doubtful] not in ([], [kept])
+
+
+@pytest.mark.parametrize("how", ["cancelled", "expired", "absolved"])
+def test_a_worker_is_kept_no_longer_than_somebody_waits_for_it(how):
+    """Absolved: the worker that was thought dead has come back as the same process."""
+    cluster = a_cluster_that_works("w1", "w2")
+    doubtful = cluster.submit(budget_s=5.0)
+    (first,) = cluster.sent()
+    cluster.wait(2 * REACHED_S)
+    for _ in range(8):
+        cluster.submit()
+    cluster.lose(first.worker)
+    (kept,) = (member for member in cluster.scheduler.roster if member.is_kept)
+    assert kept.worker_id != first.worker
+    match how:
+        case "cancelled":
+            cluster.tell(ev.RequestCancelled(request_id=doubtful))
+        case "expired":
+            cluster.wait(5.0)
+        case "absolved":
+            cluster.tell(
+                ev.WorkerJoined(
+                    worker_id=WorkerId(first.worker), incarnation=0, numeric_class="x", stage_budget_bytes=100, credit=8,
+                    resident=frozenset(["d.0"]), held=frozenset([first.attempt]), finished=frozenset(),
+                )
+            )  # fmt: skip
+    assert not any(member.is_kept for member in cluster.scheduler.roster)
+
+
+def test_a_socket_that_refuses_a_task_tells_of_a_death_too():
+    """Regression: a task that the dead worker did not get any more excused the one that had killed it."""
+    cluster = a_cluster_that_works()
+    killer = cluster.submit(budget_s=1000.0)
+    first = cluster.the_one_sent()
+    cluster.wait(2 * REACHED_S)
+    cluster.submit()
+    refused = cluster.the_one_sent()
+    cluster.taken()
+    cluster.tell(ev.DispatchRefused(worker_id=WorkerId("w1"), attempt=refused.attempt))
+    cluster.silent.clear()
+    cluster.join("w1", resident=["d.0"], credit=8)
+    assert first.request == killer and the_deaths_of(cluster, killer, before=1) == 3
+
+
+def test_what_kills_at_once_among_long_tasks_is_found():
+    """Regression: of what is long a worker says that it has begun; but that died with it, and nothing was ever suspected."""
+    cluster = a_cluster_that_works("w1", "w2", cost_s=100 * AHEAD_S)
+    killer = cluster.submit(budget_s=1000.0)
+    assert the_deaths_of(cluster, killer) == 3
+
+
+def test_what_stands_behind_a_long_task_that_may_have_ended_is_suspected_too():
+    """The answer to the long one died, and the word that the next had begun: or the long one alone would be blamed."""
+    cluster = a_cluster_that_works(cost_s=100 * AHEAD_S)
+    ahead, killer = cluster.submit(), cluster.submit(budget_s=1000.0)
+    first, _ = cluster.sent()
+    cluster.begin(first)
+    cluster.wait(60 * AHEAD_S)
+    cluster.lose("w1")
+    requests = cluster.scheduler._requests
+    assert requests[ahead].suspected == requests[killer].suspected == ["w1"] and not requests[ahead].deaths
+
+
+def test_a_bad_moment_of_a_worker_does_not_excuse_what_is_short():
+    """Regression: an average above what a worker announces, of tasks that it did not announce, and nothing was suspected but what stood first."""
+    cluster = a_cluster_that_works()
+    for busy_s in (100 * AHEAD_S, AHEAD_S / 20):
+        cluster.submit()
+        cluster.finish(cluster.the_one_sent(), busy_s=busy_s)
+    ahead, killer = cluster.submit(budget_s=1.0), cluster.submit(budget_s=1000.0)
+    assert cluster.scheduler.roster.member(WorkerId("w1")).services[Digest("d.0")].busy_s > AHEAD_S
+    cluster.wait(2 * REACHED_S)
+    cluster.lose("w1")
+    requests = cluster.scheduler._requests
+    assert requests[ahead].suspected == requests[killer].suspected == ["w1"]
+
+
 def test_what_had_begun_counts_wherever_it_stands():
     """Of long tasks it does say so: then the later one cannot be excused by the earlier."""
     cluster = a_cluster("w1")
-    cluster.submit()
-    second = cluster.submit()
-    for _ in range(3):
-        cluster.begin(cluster.sent()[1])
-        cluster.lose("w1")
-        cluster.silent.clear()
-        cluster.join("w1", resident=["d.0"])
-    assert second in [fail.request_id for fail in cluster.taken(ev.Fail)]
+    first, second = cluster.submit(), cluster.submit()
+    cluster.begin(cluster.sent()[1])
+    cluster.lose("w1")
+    requests = cluster.scheduler._requests
+    assert requests[second].deaths == ["w1"] and not requests[first].is_doubtful
 
 
 def test_who_comes_back_as_the_same_process_has_not_died():

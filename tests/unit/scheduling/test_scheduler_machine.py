@@ -14,7 +14,7 @@ could not be verified.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from itertools import islice, takewhile
+from itertools import takewhile
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -28,9 +28,10 @@ from adapt.protocol.wire import Blob
 from adapt.scheduling import events as ev
 from adapt.scheduling.liveness import Verdict
 from adapt.scheduling.requests import POISONED, Request
-from adapt.scheduling.roster import AHEAD_S, STEADY
-from adapt.scheduling.scheduler import ACCEPT_S, REACHED_S, REMEMBER_S, SAID_S, Scheduler
+from adapt.scheduling.roster import AHEAD_S, STEADY, Slot
+from adapt.scheduling.scheduler import ACCEPT_S, REMEMBER_S, Scheduler
 from adapt.scheduling.settings import SchedulerSettings
+from adapt.scheduling.suspicion import REACHED_S, SPENT
 from adapt.scheduling.tokens import TokenSettings
 
 WORKERS = [WorkerId(name) for name in ("w1", "w2", "w3", "w4")]
@@ -213,6 +214,8 @@ class Cluster(RuleBasedStateMachine):
         before = takewhile(lambda item: item[0] != action.attempt, self.scheduler.roster.member(action.worker_id).slots.items())
         assert not any(slot.is_alone for _, slot in before), "nothing is sent behind what may be poison"
         request = self.scheduler._requests.get(action.attempt.request)
+        if request is not None and request.stage == action.attempt.stage and request.is_doubtful:
+            assert [*self.scheduler.roster.member(action.worker_id).slots] == [action.attempt], "nor that behind anything"
         if request is None or request.stage != action.attempt.stage or action.worker_id not in request.failed_on:
             return
         for worker_id in self.scheduler._residency.live(request.version).plan.places[request.stage]:
@@ -370,13 +373,16 @@ class Cluster(RuleBasedStateMachine):
                     assert isinstance(self.outcomes[request_id].error, kinds)
 
     def costs_after_a_loss(self, worker_id: WorkerId) -> dict[RequestId, tuple[int, int, int]]:
-        """Failures, deaths and suspicions. It costs only what was running: what the worker said it had begun last, and all that is short behind
-        that, with nothing long between."""
+        """Failures, deaths and suspicions. It costs only what was running: what the worker said it had begun last, or was given first, and what
+        stood behind that, if all before it may have ended."""
         member = self.scheduler.roster.member(worker_id)
-        begun = [attempt for attempt, slot in member.slots.items() if slot.begun]
-        may_run = lambda item: item[1].busy_s < SAID_S and self.now - item[1].since >= REACHED_S  # noqa: E731
-        behind = islice(member.slots.items(), list(member.slots).index(begun[-1]) + 1 if begun else 0, None)
-        suspects = begun[-1:] + [attempt for attempt, _ in takewhile(may_run, behind)]
+        slots = list(member.slots.items())
+        last = max((place for place, (_, slot) in enumerate(slots) if slot.begun_at is not None), default=0)
+        suspects = [
+            attempt
+            for place, (attempt, _) in enumerate(slots)
+            if place >= last and self.may_run([slot for _, slot in slots[last : place + 1]])
+        ]
         is_sound = member.tally.tasks_done > 0 or all(other.tally.tasks_done == 0 for other in self.scheduler.roster)
         costs: dict[RequestId, tuple[int, int, int]] = {}
         for attempt in member.slots:
@@ -393,6 +399,17 @@ class Cluster(RuleBasedStateMachine):
                 failures = request.failures + (is_cause and not is_sound) + (is_suspect and suspected >= POISONED)
                 costs[request.request_id] = (failures, len(request.deaths) + (is_cause and is_sound), suspected)
         return costs
+
+    def may_run(self, slots: list[Slot]) -> bool:
+        """Whether the last of these may be running, of which the first had begun or was the first of all."""
+        *before, it = slots
+        has_reached = it.begun_at is not None or self.now - it.since >= REACHED_S
+        return has_reached and all(map(self.may_have_ended, before))
+
+    def may_have_ended(self, slot: Slot) -> bool:
+        if slot.begun_at is None:
+            return slot.is_short and self.now - slot.since >= REACHED_S
+        return slot.is_short or self.now - slot.begun_at >= SPENT * slot.busy_s
 
     @rule()
     def heartbeats(self) -> None:
@@ -666,6 +683,18 @@ class Cluster(RuleBasedStateMachine):
                 attempt = request.attempts[number]
                 member = self.scheduler.roster.get(attempt.worker_id)
                 assert member is not None and request.attempt_id(number) in member.slots, "an attempt in flight has its slot"
+
+    @invariant()
+    def who_is_kept_is_kept_for_somebody(self) -> None:
+        """Who waits for a worker of its own, and has no other, and has it as soon as it is empty."""
+        kept = self.scheduler._isolation._kept
+        for request_id in kept:
+            request = self.scheduler._requests[request_id]
+            assert request.ticket and request.is_doubtful
+        assert len({id(member) for member in kept.values()}) == len(kept)
+        for member in self.scheduler.roster:
+            assert member.is_kept == any(member is other for other in kept.values())
+            assert member.slots or not member.is_kept or self.is_gathering
 
     @invariant()
     def what_is_held_is_wanted_soon(self) -> None:
