@@ -430,43 +430,48 @@ class Deployer:
     ) -> list[tuple[DeviceKind, Measured]]:
         """On each kind of device that is wanted; raises PlanError if no kind could be measured. What is kept is measured anew if that is wanted
         or something of it is missing, and counts on where that fails."""
-        path = self._store.path(program.digest)
-        form = await asyncio.to_thread(form_of, path)
+        form = await asyncio.to_thread(form_of, self._store.path(program.digest))
         kept = await asyncio.to_thread(self._profiles.read, form)
         free = {offer.worker_id: offer.free_bytes for offer in await self._around.offers(wait_s=0.0)}
-        found: list[tuple[DeviceKind, Measured]] = []
-        failed: PlanError | None = None
-        for kind in chosen(kinds_of(self._around.device_kinds()), order.device_class):
+
+        async def measured(kind: DeviceKind) -> tuple[DeviceKind, Measured] | PlanError:
             known = _fitting(kept.get(kind.name), operators=len(program.operator_costs_s), boundaries=boundaries)
             if known is not None and known.is_whole and not order.again:
-                found.append((kind, known))
-                continue
+                return kind, known
             roomy = sorted(kind.workers, key=lambda worker: (-free.get(worker, 0), worker))
             try:
-                worker_id, measured = await self.profilers.measure(
-                    program.digest,
-                    path.stat().st_size,
-                    replace(kind, workers=tuple(roomy)),
-                    repetitions=order.repetitions,
-                    told=partial(self._progress, client_id, order.call),
-                )
+                worker_id, told = await self._measured_on(replace(kind, workers=tuple(roomy)), client_id, order, program)
             except PlanError as error:
                 self._progress(client_id, order.call, str(error))
-                failed = error
-                if known is not None and not order.again:
-                    found.append((kind, known))
-                continue
-            if len(measured.costs_s) != len(program.operator_costs_s):
-                failed = PlanError(
-                    f"{worker_id} measured {len(measured.costs_s)} operators, the program has {len(program.operator_costs_s)}"
-                )
-                continue
-            measured = measured.fitting(boundaries).completed_by(known)
-            await self._keep(form, kind, worker_id, completed(measured.costs_s, program.operator_costs_s), measured)
-            found.append((replace(kind, workers=(worker_id, *(other for other in kind.workers if other != worker_id))), measured))
-        if not found:
-            raise failed or PlanError("no worker is left that could be measured")
-        return found
+                return error if known is None or order.again else (kind, known)
+            told = told.fitting(boundaries).completed_by(known)
+            await self._keep(form, kind, worker_id, completed(told.costs_s, program.operator_costs_s), told)
+            return replace(kind, workers=(worker_id, *(other for other in kind.workers if other != worker_id))), told
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(measured(kind)) for kind in chosen(kinds_of(self._around.device_kinds()), order.device_class)]
+        except ExceptionGroup as failed:  # of no kind's doing
+            raise failed.exceptions[0] from None
+        ended = [task.result() for task in tasks]
+        if found := [one for one in ended if not isinstance(one, PlanError)]:
+            return found
+        raise next((one for one in reversed(ended) if isinstance(one, PlanError)), PlanError("no worker is left that could be measured"))
+
+    async def _measured_on(
+        self, kind: DeviceKind, client_id: ClientId, order: msg.Profile, program: ProfiledProgram
+    ) -> tuple[WorkerId, Measured]:
+        """By which worker, and what it says. Raises PlanError: nobody of this kind says what could be of this program."""
+        worker_id, measured = await self.profilers.measure(
+            program.digest,
+            self._store.path(program.digest).stat().st_size,
+            kind,
+            repetitions=order.repetitions,
+            told=partial(self._progress, client_id, order.call),
+        )
+        if len(measured.costs_s) != len(program.operator_costs_s):
+            raise PlanError(f"{worker_id} measured {len(measured.costs_s)} operators, the program has {len(program.operator_costs_s)}")
+        return worker_id, measured
 
     async def _keep(self, form: str, kind: DeviceKind, worker_id: WorkerId, costs_s: tuple[float, ...], measured: Measured) -> None:
         """`costs_s`: of all operators."""

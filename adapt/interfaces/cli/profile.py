@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from adapt.config import VARIABLE_PREFIX, counted
 from adapt.errors import ConfigError, ConnectError, ExportUnavailableError
@@ -161,28 +161,30 @@ def _progress() -> Iterator[ToldShare]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task, words_before = bar.add_task("", total=None), ""
+        tasks: dict[str, TaskID] = {}  # by worker, of which several may measure at a time; "": whatever is done in one place
 
         def told(words: str, share: float | None) -> None:
-            nonlocal task, words_before
-            if words != words_before:
-                bar.remove_task(task)
-                task, words_before = bar.add_task(escape(words), total=None), words
-            bar.update(task, completed=share or 0.0, total=None if share is None else 1.0)
+            who = words.partition(": ")[0] if share is not None else ""
+            if not who or "" in tasks:
+                for task in tasks.values():
+                    bar.remove_task(task)
+                tasks.clear()
+            if who not in tasks:
+                tasks[who] = bar.add_task("", total=None)
+            bar.update(tasks[who], description=escape(words), completed=share or 0.0, total=None if share is None else 1.0)
 
         yield told
 
 
 def _plain(console: Console) -> ToldShare:
-    words_before, done = "", 0
+    done: dict[str, int] = {}
 
     def told(words: str, share: float | None) -> None:
-        nonlocal words_before, done
-        if words != words_before:
-            words_before, done = words, 0
+        if words not in done:
+            done[words] = 0
             console.print(f"{words} ...", style="dim", highlight=False, markup=False, soft_wrap=True)
-        elif share is not None and share < 1 and int(share * PLAIN_STEPS) > done:
-            done = int(share * PLAIN_STEPS)
+        elif share is not None and share < 1 and int(share * PLAIN_STEPS) > done[words]:
+            done[words] = int(share * PLAIN_STEPS)
             console.print(f"{words}, {share:.0%} ...", style="dim", highlight=False, markup=False, soft_wrap=True)
 
     return told

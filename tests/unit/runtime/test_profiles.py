@@ -292,8 +292,8 @@ class Cluster:
             asyncio.get_running_loop().call_soon(self.answers[worker_id], self)
         return True
 
-    async def measure(self, *workers):
-        kind = profiles.replace(DeviceKind.of(PI, 0.0), workers=workers)
+    async def measure(self, *workers, cores=0.0):
+        kind = profiles.replace(DeviceKind.of(PI, cores), workers=workers)
         return await self.profilers.measure(PROGRAM, 100, kind, repetitions=3, told=lambda words, share: self.told.append((words, share)))
 
 
@@ -405,6 +405,52 @@ def test_if_nobody_can_all_reasons_are_told():
     asyncio.run(test())
 
 
+def test_who_has_a_share_of_the_cpu_measures_together_with_others_and_who_reads_the_clock_alone():
+    async def test():
+        measuring, seen, two, release = set(), [], asyncio.Event(), asyncio.Event()
+
+        def begin(worker):
+            async def run(cluster):
+                measuring.add(worker)
+                seen.append(set(measuring))
+                if len(seen) == 2:
+                    two.set()
+                await release.wait()
+                measuring.discard(worker)
+                profiled(worker, 0.1)(cluster)
+
+            return lambda cluster: running.append(asyncio.create_task(run(cluster)))
+
+        running = []
+        cluster = Cluster(w1=begin(W1), w2=begin(W2), w3=begin(W3), w4=begin(W4))
+        shares = {W1: 0.5, W2: 0.0, W3: 0.2, W4: 0.0}
+        tasks = [asyncio.create_task(cluster.measure(worker, cores=cores)) for worker, cores in shares.items()]
+        await two.wait()
+        release.set()
+        await asyncio.gather(*tasks, *running)
+        assert seen == [{W1}, {W1, W3}, {W2}, {W4}]
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("cores", [0.0, 0.5])
+def test_who_is_not_waited_for_any_more_keeps_nobody_from_measuring(cores):
+    async def test():
+        begun = asyncio.Event()
+        cluster = Cluster(w1=lambda cluster: begun.set(), w2=profiled(W2, 0.1))
+        first = asyncio.create_task(cluster.measure(W1, cores=cores))
+        await begun.wait()
+        second = asyncio.create_task(cluster.measure(W2, cores=0.0))
+        await asyncio.sleep(0)
+        for task in (first, waiting := asyncio.create_task(cluster.measure(W1, cores=0.2))):
+            task.cancel()
+        await asyncio.gather(first, waiting, return_exceptions=True)
+        assert await second == (W2, Measured([0.1]))
+        assert await cluster.measure(W2, cores=0.2) == (W2, Measured([0.1]))
+
+    asyncio.run(test())
+
+
 def test_a_worker_that_is_busy_for_too_long_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(profiles, "SILENCE_S", 0.05)
 
@@ -446,7 +492,7 @@ def test_a_worker_cannot_keep_everybody_waiting_with_new_words():
 
         cluster = Cluster(w1=speak)
         await cluster.measure(W1)
-        assert len(cluster.told) == profiles.MOST_STEPS
+        assert len(cluster.told) == profiles.MOST_STEPS + 1, "and that it has measured"
 
     asyncio.run(test())
 
