@@ -450,10 +450,12 @@ class Deployer:
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(measured(kind)) for kind in chosen(kinds_of(self._around.device_kinds()), order.device_class)]
+                kinds = chosen(kinds_of(self._around.device_kinds()), order.device_class)
+                together_first = sorted(kinds, key=lambda kind: not kind.counts_cpu)
+                by_name = {kind.name: group.create_task(measured(kind)) for kind in together_first}
         except ExceptionGroup as failed:  # of no kind's doing
             raise failed.exceptions[0] from None
-        ended = [task.result() for task in tasks]
+        ended = [by_name[kind.name].result() for kind in kinds]
         if found := [one for one in ended if not isinstance(one, PlanError)]:
             return found
         raise next((one for one in reversed(ended) if isinstance(one, PlanError)), PlanError("no worker is left that could be measured"))

@@ -474,7 +474,7 @@ class Dispatcher:
                 self._handle(ev.DispatchRefused(worker_id=WorkerId(session.name), attempt=message.attempt))
         self._end_session(session, "its connection takes nothing")
 
-    def _end_session(self, session: Session, reason: str) -> None:
+    def _end_session(self, session: Session, reason: str, *, is_intended: bool = False) -> None:
         self._sessions.end(session.number)
         peer = self._peers.pop(session.number, None)
         if peer is None:
@@ -482,7 +482,7 @@ class Dispatcher:
         if isinstance(peer.hello, msg.WorkerHello):
             log.info("worker session ended", extra={"worker_id": session.name, "reason": reason})
             self._deployer.profilers.worker_gone(WorkerId(session.name))
-            self._note(ev.WorkerDisconnected(worker_id=WorkerId(session.name), reason=reason))
+            self._note(ev.WorkerDisconnected(worker_id=WorkerId(session.name), reason=reason, is_intended=is_intended))
             self._wake()
             return
         client_id = ClientId(peer.hello.client_id)
@@ -571,7 +571,7 @@ class Dispatcher:
 
     def _goodbye(self, session: Session) -> None:
         """The peer has ended by intent: no grace for its return."""
-        self._end_session(session, "it said goodbye")
+        self._end_session(session, "it said goodbye", is_intended=True)
         if session.role == "worker":
             self._registry.revoke(WorkerId(session.name))
             self._handle(ev.WorkerLeft(worker_id=WorkerId(session.name)))

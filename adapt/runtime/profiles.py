@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
+from weakref import WeakValueDictionary
 
 from msgspec import structs
 
@@ -64,6 +65,11 @@ class DeviceKind:
     threads: int
     cores: float
     workers: tuple[WorkerId, ...] = ()
+
+    @property
+    def counts_cpu(self) -> bool:
+        """Whether its workers read their processor's clock when they measure: with one thread, and less than a core for it."""
+        return self.threads == 1 and 0 < self.cores < 1
 
     @classmethod
     def of(cls, facts: msg.DeviceFacts, cores: float) -> DeviceKind:
@@ -306,8 +312,8 @@ class _Waiting:
 
 
 class _Turns:
-    """Who measures by the clock does so alone: on one machine two of them would measure each other. Whose control group leaves it a share of the
-    CPU counts what its processor does, of which nobody takes anything. Those measure together: that takes less time, and a slow device that
+    """Who measures by the clock does so alone: on one machine two of them would measure each other. Who has one thread and less than a core for it
+    counts what its processor does, of which nobody takes anything. Those measure together: that takes less time, and a slow device that
     measures while all others sleep has colder caches, and takes up to a tenth longer, than among others at work."""
 
     def __init__(self) -> None:
@@ -316,8 +322,9 @@ class _Turns:
 
     @contextlib.asynccontextmanager
     async def taken(self, kind: DeviceKind) -> AsyncIterator[None]:
-        if not kind.cores:
-            async with self._turn:
+        """First come, first served."""
+        if not kind.counts_cpu:
+            async with self._entering, self._turn:
                 yield
             return
         async with self._entering:
@@ -343,6 +350,7 @@ class Profilers:
         self._to_worker, self._make_room = to_worker, make_room
         self._waiting: dict[tuple[WorkerId, str], _Waiting] = {}
         self._turns = _Turns()
+        self._workers: WeakValueDictionary[WorkerId, asyncio.Lock] = WeakValueDictionary()  # each measures one program at a time
 
     async def measure(
         self, program: Digest, file_bytes: int, kind: DeviceKind, *, repetitions: int, told: Told
@@ -356,7 +364,7 @@ class Profilers:
         reasons: list[str] = []
         for worker_id in kind.workers:
             try:
-                async with self._turns.taken(kind):
+                async with self._workers.setdefault(worker_id, asyncio.Lock()), self._turns.taken(kind):
                     measured = await self._measured_by(worker_id, program, file_bytes, repetitions, told)
                     told(f"{worker_id}: measured", 1.0)
                     return worker_id, measured

@@ -103,10 +103,11 @@ class WorkerHeard(Struct, frozen=True, kw_only=True):
 
 
 class WorkerDisconnected(Struct, frozen=True, kw_only=True):
-    """The worker's session has ended; what it held is nowhere now."""
+    """The worker's session has ended; what it held is nowhere now. `is_intended`: the worker has said so."""
 
     worker_id: WorkerId
     reason: str
+    is_intended: bool = False
 
 
 class LeaseEnded(Struct, frozen=True, kw_only=True):

@@ -48,6 +48,7 @@ class Request(Struct, eq=False):
     deviants: set[WorkerId] = set()  # where a canary came to another output in the current stage
     deaths: list[WorkerId] = []  # workers that died while they ran the current stage
     suspected: list[WorkerId] = []  # workers that died while they may have run it, or something else
+    blamed_at: float = 0.0  # when the last of these deaths was known of
     failures: int = 0  # of the current stage, losses included
     model_error: str | None = None  # kind of the last error that the model raised in the current stage
     attempts_made: int = 0  # over all stages
@@ -84,7 +85,7 @@ class Request(Struct, eq=False):
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether a worker may have died of its current stage: then one worker at a time is risked."""
+        """Whether a worker may have died of its current stage: then no second one is asked beside the first, and nothing runs beside it."""
         return bool(self.deaths or self.suspected)
 
     @property
@@ -148,6 +149,7 @@ class Request(Struct, eq=False):
         self.deviants.clear()
         self.deaths.clear()
         self.suspected.clear()
+        self.blamed_at = 0.0
 
 
 class Ended(Struct):

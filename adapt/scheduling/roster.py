@@ -31,10 +31,9 @@ class Service:
     transfer_deviation_s: float = 0.0
     size_bytes: float = 0.0  # of the input
     samples: int = 1
-    latest_s: float = 0.0  # the newest sample of `busy_s`
+    latest_compute_s: float = 0.0  # of the newest sample; by this its worker decides whether it says that it begins
 
     def learn(self, busy_s: float, transfer_s: float, size_bytes: float) -> None:
-        self.latest_s = busy_s
         self.size_bytes += LEARNING_RATE * (size_bytes - self.size_bytes) if self.size_bytes else size_bytes
         self.busy_deviation_s += LEARNING_RATE * (abs(busy_s - self.busy_s) - self.busy_deviation_s)
         self.transfer_deviation_s += LEARNING_RATE * (abs(transfer_s - self.transfer_s) - self.transfer_deviation_s)
@@ -180,9 +179,9 @@ class Member:
         self.last_used = now
 
     def _may_be_short(self, artifact: Digest, busy_s: float) -> bool:
-        """Whether a task takes so little that the worker does not say when it begins. That goes by the latest; an average forgets a bad one slowly."""
+        """Whether a task computes for so little that its worker may not say when it begins."""
         service = self.services.get(artifact)
-        return busy_s < SAID_S or (service is not None and service.latest_s < SAID_S)
+        return busy_s < SAID_S or (service is not None and service.latest_compute_s < SAID_S)
 
     def free(self, attempt: AttemptId, now: float) -> Slot | None:
         """Vacate the slot, if the attempt had one."""
@@ -199,9 +198,10 @@ class Member:
         transfer_s = max(now - slot.since - times.wait_s - busy_s, 0.0)
         service = self.services.get(slot.artifact)
         if service is None:
-            self.services[slot.artifact] = Service(busy_s, transfer_s, size_bytes=slot.size_bytes, latest_s=busy_s)
+            service = self.services[slot.artifact] = Service(busy_s, transfer_s, size_bytes=slot.size_bytes)
         else:
             service.learn(busy_s, transfer_s, slot.size_bytes)
+        service.latest_compute_s = times.compute_s
         if slot.predicted_s > 0.0:
             self.slowness += LEARNING_RATE * (busy_s / slot.predicted_s - self.slowness)
         self.tally.tasks_done += 1

@@ -23,6 +23,7 @@ Rules that the rest follows from:
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -292,7 +293,7 @@ class Scheduler:
                 self._worker_joined(event, now)
             case ev.WorkerDisconnected():
                 self._liveness.disconnected(event.worker_id, now)
-                self._session_ended(event.worker_id, event.reason, now)
+                self._session_ended(event.worker_id, event.reason, now, is_intended=event.is_intended)
             case ev.LeaseEnded():
                 self._liveness.lease_ended(event.worker_id)
                 self._verdict_changed(self.roster.member(event.worker_id), now)
@@ -823,12 +824,12 @@ class Scheduler:
 
     def _dispatch_refused(self, event: ev.DispatchRefused, now: float) -> None:
         """The attempt never started; the worker's connection is doubtful and gets no more until it says hello."""
-        self._free(self.roster.member(event.worker_id), event.attempt, now)
+        slot = self._free(self.roster.member(event.worker_id), event.attempt, now)
         request = self._wanted(event.attempt, event.worker_id)
         if request is not None and request.attempts.pop(event.attempt.attempt, None) is not None:
             request.attempts_made -= 1
         self._liveness.disconnected(event.worker_id, now)
-        self._session_ended(event.worker_id, "the socket refused a message", now)
+        self._session_ended(event.worker_id, "the socket refused a message", now, refused_since=now if slot is None else slot.since)
         if request is not None and request.request_id in self._requests and request.is_current(event.attempt):
             self._resume(request, now)
 
@@ -947,7 +948,8 @@ class Scheduler:
     def _pump(self, now: float) -> None:
         """Dispatch what can be dispatched, later stages first, but before all what a worker was kept for: nobody else has that worker."""
         for request in map(self._requests.__getitem__, self._isolation.waiting()):
-            self._isolate(request, self._choice.eligible(request, now), now)
+            if not self._isolate(request, self._choice.eligible(request, now), now):
+                self._enqueue(request)
         while (key := self._queues.next_awake()) is not None:
             self._pump_stage(key, now)
 
@@ -968,7 +970,7 @@ class Scheduler:
             else:
                 eligible = usual = self._choice.eligible(request, now) if usual is None else usual
             if eligible and request.is_doubtful:
-                if request.request_id in self._isolation or not self._isolate(request, eligible, now):
+                if not self._isolate(request, eligible, now):
                     put_back.append(entry)
                 continue
             if any(member.has_room for member in eligible):
@@ -999,20 +1001,19 @@ class Scheduler:
         return True
 
     def _isolate(self, request: Request, eligible: list[Member], now: float) -> bool:
-        """Dispatch the request to a worker that it has for itself. False: none is empty, and one is kept for it if one is left."""
+        """Dispatch the request to a worker that it has for itself, or keep for it the one that should be empty first. False: there is none."""
         mine = self._isolation.of(request.request_id)
         if empty := [
             member for member in eligible if not member.slots and not member.is_resting and (member is mine or not member.is_kept)
         ]:
             self._dispatch(request, self._choice.best(request, empty, {}, now)[0], now)
             return True
-        free = [member for member in eligible if member is mine or not (member.is_kept or member.alone)]
-        chosen = self._choice.best(request, free, {}, now)[0] if free else None
-        if chosen is not mine:  # that may hang
+        chosen = self._isolation.choose(mine, eligible, now)
+        if chosen is not mine:
             self._set_free(request)
-        if chosen is not None and chosen is not mine:
-            self._isolation.keep(request.request_id, chosen)
-        return False
+            if chosen is not None:
+                self._isolation.keep(request.request_id, chosen)
+        return chosen is not None
 
     def _wait_for_worker(self, request: Request, now: float) -> bool:
         """Nobody can run the request now: whether it stays in the queue. Asks a worker to load the stage if that would help."""
@@ -1168,8 +1169,9 @@ class Scheduler:
     def _absolve(self, request: Request, member: Member) -> None:
         """The worker lives: its connection was lost."""
         request.absolve(member.worker_id)
-        if not request.is_doubtful:
+        if not request.is_doubtful and request.request_id in self._isolation:
             self._set_free(request)
+            self._enqueue(request)
 
     def _relieve(self, now: float) -> None:
         """A worker may have become slow, and be alone with its stage: neither heartbeats nor time limits tell."""
@@ -1223,12 +1225,19 @@ class Scheduler:
                 self._stop_waiting(request, attempt, now)
         self._queues.wake_all()
 
-    def _session_ended(self, worker_id: WorkerId, reason: str, now: float) -> None:
-        """What the worker held is nowhere now: dispatch it again at once, at nobody's cost but of what was running."""
+    def _session_ended(
+        self, worker_id: WorkerId, reason: str, now: float, *, is_intended: bool = False, refused_since: float = math.inf
+    ) -> None:
+        """What the worker held is nowhere now: dispatch it again at once, at nobody's cost but of what was running.
+
+        Args:
+            is_intended: by its worker: then nothing that it held has killed it.
+            refused_since: what was sent from this moment on did not reach it.
+        """
         member = self.roster.get(worker_id)
         if member is None:
             return
-        suspected = suspects(member, now)
+        suspected = set() if is_intended else suspects(member, now, refused_since)
         for attempt in list(member.slots):
             self._loss(member, attempt, reason, now, suspects=len(suspected) if attempt in suspected else 0)
         self._residency.session_ended(member)
@@ -1240,7 +1249,7 @@ class Scheduler:
         Args:
             suspects: how many may have been running, if this one may; 1: this one was.
         """
-        self._free(member, attempt, now)
+        slot = self._free(member, attempt, now)
         request = self._wanted(attempt, member.worker_id)
         if request is None or (tried := request.attempts.pop(attempt.attempt, None)) is None:
             return
@@ -1248,7 +1257,10 @@ class Scheduler:
         error = WorkerLostError(member.worker_id, reason)
         request.note(member.worker_id, attempt.attempt, str(error))
         is_sound = self._is_sound(member)
+        if tried.is_expired and slot is not None and slot.since < request.blamed_at:  # it had fallen silent, perhaps with others
+            suspects = 0
         if suspects and is_sound and not tried.is_check:
+            request.blamed_at = now
             (request.deaths if suspects == 1 else request.suspected).append(member.worker_id)
         if suspects == 1 and is_sound:
             request.failed_on.add(member.worker_id)
@@ -1276,7 +1288,7 @@ class Scheduler:
         member = self.roster.member(worker_id)
         self._liveness.forget(worker_id)
         member.verdict = Verdict.LOST
-        self._session_ended(worker_id, "it has left", now)
+        self._session_ended(worker_id, "it has left", now, is_intended=True)
         self._lost(member, now)
 
     def _lost(self, member: Member, now: float) -> None:

@@ -389,13 +389,13 @@ class Dispatcher(Process):
             self._handle(ev.DispatchRefused(worker_id=WorkerId(session.name), attempt=item.message.attempt))
         self._end_session(session, "its connection takes nothing")
 
-    def _end_session(self, session: Session, reason: str) -> None:
+    def _end_session(self, session: Session, reason: str, *, is_intended: bool = False) -> None:
         self.sessions.end(session.number)
         greeted = self._greeted.pop(session.number, None)
         if greeted is None:
             return
         if isinstance(greeted.hello, msg.WorkerHello):
-            self._note(ev.WorkerDisconnected(worker_id=WorkerId(session.name), reason=reason))
+            self._note(ev.WorkerDisconnected(worker_id=WorkerId(session.name), reason=reason, is_intended=is_intended))
             self._wake()
         else:
             self._handle(ev.ClientDisconnected(client_id=ClientId(greeted.hello.client_id)))
@@ -431,7 +431,7 @@ class Dispatcher(Process):
                 if done.begun is not None:
                     self._note(ev.StageBegun(worker_id=worker_id, attempt=done.begun))
             case msg.Goodbye():
-                self._end_session(session, "it said goodbye")
+                self._end_session(session, "it said goodbye", is_intended=True)
                 self.leases.revoke(worker_id)
                 self._handle(ev.WorkerLeft(worker_id=worker_id))
             case message:

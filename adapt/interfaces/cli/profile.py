@@ -161,17 +161,19 @@ def _progress() -> Iterator[ToldShare]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        tasks: dict[str, TaskID] = {}  # by worker, of which several may measure at a time; "": whatever is done in one place
+        steps: dict[str, tuple[str, TaskID]] = {}  # of each worker, as several may measure at a time; "": before any of them does
 
         def told(words: str, share: float | None) -> None:
-            who = words.partition(": ")[0] if share is not None else ""
-            if not who or "" in tasks:
-                for task in tasks.values():
-                    bar.remove_task(task)
-                tasks.clear()
-            if who not in tasks:
-                tasks[who] = bar.add_task("", total=None)
-            bar.update(tasks[who], description=escape(words), completed=share or 0.0, total=None if share is None else 1.0)
+            who = "" if share is None else words.partition(": ")[0]
+            if not who and steps.keys() - {""}:  # somebody could not
+                bar.console.print(words, style="dim", highlight=False, markup=False, soft_wrap=True)
+                return
+            for name in {"", who} & steps.keys():
+                if steps[name][0] != words:
+                    bar.remove_task(steps.pop(name)[1])
+            if who not in steps:
+                steps[who] = words, bar.add_task(escape(words), total=None)
+            bar.update(steps[who][1], completed=share or 0.0, total=None if share is None else 1.0)
 
         yield told
 
@@ -182,7 +184,7 @@ def _plain(console: Console) -> ToldShare:
     def told(words: str, share: float | None) -> None:
         if words not in done:
             done[words] = 0
-            console.print(f"{words} ...", style="dim", highlight=False, markup=False, soft_wrap=True)
+            console.print(words if share == 1 else f"{words} ...", style="dim", highlight=False, markup=False, soft_wrap=True)
         elif share is not None and share < 1 and int(share * PLAIN_STEPS) > done[words]:
             done[words] = int(share * PLAIN_STEPS)
             console.print(f"{words}, {share:.0%} ...", style="dim", highlight=False, markup=False, soft_wrap=True)

@@ -423,12 +423,32 @@ def test_who_has_a_share_of_the_cpu_measures_together_with_others_and_who_reads_
 
         running = []
         cluster = Cluster(w1=begin(W1), w2=begin(W2), w3=begin(W3), w4=begin(W4))
-        shares = {W1: 0.5, W2: 0.0, W3: 0.2, W4: 0.0}
+        shares = {W1: 0.5, W3: 0.2, W2: 0.0, W4: 0.0}
         tasks = [asyncio.create_task(cluster.measure(worker, cores=cores)) for worker, cores in shares.items()]
         await two.wait()
         release.set()
         await asyncio.gather(*tasks, *running)
         assert seen == [{W1}, {W1, W3}, {W2}, {W4}]
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "counts"), [(1, 0.5, True), (1, 0.0, False), (1, 2.0, False), (4, 0.5, False), (4, 2.0, False)]
+)
+def test_only_who_has_one_thread_and_less_than_a_core_counts_what_its_processor_does(threads, cores, counts):
+    facts = msg.DeviceFacts(device="cpu", device_name="Pi", threads=threads, numeric_class="Pi")
+    assert DeviceKind.of(facts, cores).counts_cpu is counts
+
+
+@pytest.mark.parametrize("cores", [0.0, 0.5])
+def test_two_clients_that_want_the_same_worker_both_get_what_it_measures(cores):
+    """Regression: the second was refused, as a worker measures one program at a time, or took the answer of the first."""
+
+    async def test():
+        cluster = Cluster(w1=profiled(W1, 0.1))
+        assert await asyncio.gather(cluster.measure(W1, cores=cores), cluster.measure(W1, cores=cores)) == [(W1, Measured([0.1]))] * 2
+        assert [name for _, name in cluster.said] == ["ProfileProgram"] * 2
 
     asyncio.run(test())
 

@@ -28,6 +28,7 @@ from adapt.protocol.wire import Blob
 from adapt.scheduling import events as ev
 from adapt.scheduling.choice import REGAINED_SHARE
 from adapt.scheduling.liveness import Verdict
+from adapt.scheduling.requests import POISONED
 from adapt.scheduling.residency import REFUSED_S, SPARELESS_S
 from adapt.scheduling.roster import AHEAD_S, STEADY, Service
 from adapt.scheduling.scheduler import (
@@ -1061,6 +1062,110 @@ def test_a_socket_that_refuses_a_task_tells_of_a_death_too():
     cluster.silent.clear()
     cluster.join("w1", resident=["d.0"], credit=8)
     assert first.request == killer and the_deaths_of(cluster, killer, before=1) == 3
+
+
+def test_what_left_with_a_task_that_was_refused_has_killed_nobody():
+    """They travelled together, and neither came."""
+    cluster = a_cluster_that_works(cost_s=100 * AHEAD_S)
+    refused, innocent = cluster.submit(), cluster.submit()
+    first, _ = cluster.sent()
+    cluster.wait(2 * REACHED_S)
+    cluster.tell(ev.DispatchRefused(worker_id=WorkerId("w1"), attempt=first.attempt))
+    requests = cluster.scheduler._requests
+    assert not requests[refused].is_doubtful and not requests[innocent].is_doubtful
+
+
+def test_what_a_worker_held_that_has_left_by_intent_has_not_killed_it():
+    cluster = a_cluster_that_works()
+    crossed = cluster.submit()
+    cluster.wait(2 * REACHED_S)
+    cluster.tell(ev.WorkerDisconnected(worker_id=WorkerId("w1"), reason="it said goodbye", is_intended=True))
+    cluster.tell(ev.WorkerLeft(worker_id=WorkerId("w1")))
+    assert not cluster.scheduler._requests[crossed].is_doubtful
+
+
+def test_workers_that_are_cut_off_together_have_not_died_of_what_went_from_one_to_the_next():
+    """One falls silent a moment after the other, and the request is sent on each time; then all are lost."""
+    workers = ("w1", "w2", "w3", "w4")
+    cluster = a_cluster_that_works(*workers, cost_s=1.0, hedge_share=0.0, attempt_timeout_s=100.0)
+    request = cluster.submit(budget_s=1000.0)
+    seen = []
+    for _ in workers:
+        sent = cluster.the_one_sent()
+        cluster.begin(sent)
+        seen.append(sent.worker)
+        cluster.silent.add(sent.worker)
+        cluster.wait(SILENCE_S)
+    assert sorted(seen) == [*workers]
+    for worker in seen:
+        cluster.tell(ev.LeaseEnded(worker_id=WorkerId(worker)))
+        cluster.tell(ev.WorkerDisconnected(worker_id=WorkerId(worker), reason="its connection was closed"))
+    assert cluster.taken(ev.Fail) == [] and len(cluster.scheduler._requests[request].deaths) < POISONED
+
+
+def test_a_worker_that_is_late_because_of_its_codec_announces_nothing_either():
+    """It says that it has begun if computing takes long; what takes long here is something else."""
+    cluster = a_cluster_that_works()
+    for _ in range(8):
+        cluster.submit()
+        sent = cluster.the_one_sent()
+        times = StageTimes(wait_s=0.0, decode_s=10 * AHEAD_S, compute_s=AHEAD_S / 20, encode_s=10 * AHEAD_S)
+        cluster.tell(ev.StageFinished(worker_id=WorkerId(sent.worker), attempt=sent.attempt, output=tensor(1), times=times))
+    ahead, killer = cluster.submit(budget_s=1.0), cluster.submit(budget_s=1000.0)
+    cluster.wait(2 * REACHED_S)
+    cluster.lose("w1")
+    requests = cluster.scheduler._requests
+    assert requests[ahead].suspected == requests[killer].suspected == ["w1"]
+
+
+def test_heartbeats_do_not_make_a_worker_kept_for_nothing():
+    """Regression: the policy preferred another worker at each heartbeat, whoever was let go was filled again, and none was ever empty."""
+    cluster = a_cluster_that_works("w1", "w2", "w3", cost_s=5.0, policy="lowest-memory", hedge_share=0.0, attempt_timeout_s=1000.0)
+    doubtful = cluster.submit(budget_s=500.0)
+    first = cluster.the_one_sent()
+    cluster.wait(2 * REACHED_S)
+    for _ in range(12):
+        cluster.submit(budget_s=600.0)
+    cluster.lose(first.worker)
+    held = [one for one in cluster.sent() if one.worker != first.worker]
+    for turn in range(12):
+        for place, worker in enumerate(("w2", "w3") if first.worker == "w1" else [w for w in ("w1", "w2", "w3") if w != first.worker]):
+            percent = 40.0 + (turn + place) % 2
+            cluster.actions += cluster.scheduler.handle(ev.WorkerHeard(worker_id=WorkerId(worker), memory_percent=percent), cluster.now)
+        cluster.wait(1.0)
+        if held and turn % 2:
+            cluster.finish(held.pop(0), busy_s=5.0)
+        held += (sent := cluster.sent())
+        if doubtful in {one.request for one in sent}:
+            return
+    raise AssertionError("it never had a worker")
+
+
+def test_a_request_that_a_worker_is_kept_for_does_not_let_later_ones_of_its_deployment_pass():
+    """Regression: the turns between deployments, by deadline, were off while it waited."""
+    workers = ("w1", "w2", "w3")
+    cluster = Cluster(hedge_share=0.0)
+    for worker in workers:
+        cluster.join(worker)
+    for name in "de":
+        cluster.deploy(" ".join(workers), name=name)
+        for _ in workers:
+            cluster.submit(name=name)
+        for sent in cluster.sent():
+            cluster.finish(sent)
+    cluster.submit(name="d", budget_s=5.0)
+    first = cluster.the_one_sent()
+    for _ in range(5):
+        cluster.submit(name="d", budget_s=50.0)
+    held = [one for one in cluster.sent() if one.worker != first.worker]
+    cluster.begin(first)
+    cluster.lose(first.worker)
+    held += [one for one in cluster.sent() if one.worker != first.worker]
+    (kept,) = (member.worker_id for member in cluster.scheduler.roster if member.is_kept)
+    for name, budget_s in (("d", 90.0), ("e", 9.0)):
+        cluster.submit(name=name, budget_s=budget_s)
+    cluster.finish(next(one for one in held if one.worker != kept))
+    assert cluster.the_one_sent().action.artifact == "e.0"
 
 
 def test_what_kills_at_once_among_long_tasks_is_found():
