@@ -2,7 +2,8 @@
 
 What is left of a system when its tasks cost nothing: ids, queues, wake-ups, copies of 100 bytes. One client, two workers with one thread
 each, asked in turn; each answer is compared with what was sent. `64 in flight` shows the rate, `1 in flight` the time of one round trip.
-The CPU time of each process says who is busy with it; see harness/cpu.py for the kinds of threads.
+The CPU time of each process says who is busy with it; see harness/cpu.py for the kinds of threads. `relay-messages` and `relay-duties` are
+relays that do a part of ADAPT's work: how fast it could be if nothing else of it took any time; see contestants/duties.py.
 
     python bench/dispatch.py --quick
 """
@@ -110,7 +111,7 @@ def columns() -> list[Column]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: see `run_bench`; 2 for a wrong command line."""
-    contestants = openers([SHAPE])
+    contestants = openers([SHAPE], with_duties=True)
     options, _ = read_options(build_parser("bench.dispatch", QUESTION, contestants), argv)
     return run_bench(
         "dispatch",

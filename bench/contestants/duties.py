@@ -33,7 +33,7 @@ BUDGET_S = 60.0
 BEAT_S = 0.5
 LIMIT_BYTES = 1 << 20
 SESSION = TERM = 1
-CREDIT = 1 << 10  # nobody waits for room, so that each task leaves when it has come
+CREDIT = 32
 Said = tuple[msg.Message, Sequence[Blob]]
 
 
@@ -99,7 +99,7 @@ class _Client:
 class _Rewriting(Clerk):
     """Each message is read, and another written."""
 
-    def task(self, payload: Any) -> Frames:
+    def task(self, client: Any, number: Any, payload: Any) -> list[Frames]:
         envelope, *_ = _read(payload)
         request: Any = envelope.message
         order = msg.RunStage(
@@ -110,13 +110,13 @@ class _Rewriting(Clerk):
             tolerance=None,
             leaves=request.leaves,
         )
-        return _packed([(order, envelope.blobs)])
+        return [[client, number, *_packed([(order, envelope.blobs)])]]
 
-    def answer(self, payload: Any) -> Frames:
+    def answer(self, client: Any, number: Any, payload: Any) -> tuple[list[Frames], list[Frames]]:
         (envelope,) = _read(payload)
         done: Any = envelope.message
         reply = msg.Reply(request_id=done.attempt.request, leaves=done.leaves, attempts=1, numeric_classes=["any"])
-        return _packed([(reply, envelope.blobs)])
+        return [[client, number, *_packed([(reply, envelope.blobs)])]], []
 
 
 class _Scheduling(Clerk):
@@ -126,6 +126,7 @@ class _Scheduling(Clerk):
         self._scheduler, self._clock = Scheduler(), time.monotonic
         self._workers = [WorkerId(f"w{number}") for number in range(1, workers + 1)]
         self._given: dict[AttemptId, WorkerId] = {}
+        self._from: dict[RequestId, tuple[Any, Any]] = {}
         self._beat_at = 0.0
         for worker_id in self._workers:
             joined = ev.WorkerJoined(
@@ -138,7 +139,7 @@ class _Scheduling(Clerk):
                 finished=frozenset(),
             )
             self._scheduler.handle(joined, self._clock())
-        stages = (StageNeed(artifact=ARTIFACT, memory_bytes=0, cost_s=1e-9),)
+        stages = (StageNeed(artifact=ARTIFACT, memory_bytes=0, cost_s=1e-5),)
         plan = Plan(program=PROGRAM, epoch=Epoch(1), stages=stages, places=(tuple(self._workers),))
         version = ev.Version(
             deployment=MODEL, number=1, program=PROGRAM, codec="raw", tolerance=None, exact=False, peak_ratio=1.0, plan=plan
@@ -147,7 +148,7 @@ class _Scheduling(Clerk):
         for worker_id in self._workers:
             self._scheduler.handle(ev.StageResident(worker_id=worker_id, artifact=ARTIFACT), self._clock())
 
-    def task(self, payload: Any) -> Frames:
+    def task(self, client: Any, number: Any, payload: Any) -> list[Frames]:
         now = self._clock()
         if now >= self._beat_at:
             self._beat(now)
@@ -155,17 +156,28 @@ class _Scheduling(Clerk):
         request: Any = envelope.message
         for other in others:
             self._acknowledge(other.message, now)
+        self._from[request.request_id] = client, number
         event = translation.arrived(request, envelope.blobs, fingerprint=envelope.blobs[0].checksum)
-        dispatch = next(action for action in self._scheduler.handle(event, now) if isinstance(action, ev.Dispatch))
-        self._given[dispatch.attempt] = dispatch.worker_id
-        return _packed([(translation.order(dispatch), dispatch.input.blobs)])
+        return self._said(self._scheduler.handle(event, now))[1]
 
-    def answer(self, payload: Any) -> Frames:
+    def answer(self, client: Any, number: Any, payload: Any) -> tuple[list[Frames], list[Frames]]:
         (envelope,) = _read(payload)
         done: Any = envelope.message
         event = translation.finished(self._given.pop(done.attempt), done, envelope.blobs)
-        actions = self._scheduler.handle(event, self._clock())
-        return _packed([translation.said_to_client(action) for action in actions if isinstance(action, ev.Answer)])
+        return self._said(self._scheduler.handle(event, self._clock()))
+
+    def _said(self, actions: Iterable[ev.Action]) -> tuple[list[Frames], list[Frames]]:
+        """Answers and tasks; all else that it decides is left out."""
+        answers: list[Frames] = []
+        tasks: list[Frames] = []
+        for action in actions:
+            if isinstance(action, ev.Dispatch):
+                self._given[action.attempt] = action.worker_id
+                order = (translation.order(action), action.input.blobs)
+                tasks.append([*self._from[action.attempt.request], *_packed([order])])
+            elif isinstance(action, ev.Answer):
+                answers.append([*self._from.pop(action.request_id), *_packed([translation.said_to_client(action)])])
+        return answers, tasks
 
     def _acknowledge(self, message: Any, now: float) -> None:
         for request_id in message.request_ids:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from bench.harness.contest import Contestant
 from bench.harness.rounds import Opener
@@ -12,12 +13,13 @@ Shape = tuple[int, ...]
 REFERENCE = "relay-aio"
 
 
-def openers(shapes: Sequence[Shape], *, with_limit: bool = False) -> dict[str, Opener]:
+def openers(shapes: Sequence[Shape], *, with_limit: bool = False, with_duties: bool = False) -> dict[str, Opener]:
     """Name -> what opens it, for arrays of float32 in these shapes.
 
     Args:
         shapes: the first dimension of each is the batch.
         with_limit: whether the raw TCP connection takes part.
+        with_duties: whether relays do that do part of ADAPT's work; for small arrays.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch RPC warns whenever a group ends; read when torch is imported
     found: dict[str, Opener] = {
@@ -25,6 +27,11 @@ def openers(shapes: Sequence[Shape], *, with_limit: bool = False) -> dict[str, O
         "adapt-async": lambda: _adapt_async(shapes),
         "relay-aio": lambda: _relay("aio"),
         "relay-drain": lambda: _relay("drain"),
+        **(
+            {"relay-messages": partial(_duties, with_scheduler=False), "relay-duties": partial(_duties, with_scheduler=True)}
+            if with_duties
+            else {}
+        ),
         "torch-rpc": _torch_rpc,
         "ray": _ray,
         "dask": _dask,
@@ -48,6 +55,12 @@ def _relay(idiom: str) -> Contestant:
     from bench.contestants.relay import Relay
 
     return Relay(idiom)
+
+
+def _duties(*, with_scheduler: bool) -> Contestant:
+    from bench.contestants.duties import duties
+
+    return duties(with_scheduler=with_scheduler)
 
 
 def _torch_rpc() -> Contestant:

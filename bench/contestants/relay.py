@@ -33,6 +33,7 @@ Frames = list[Any]
 Work = Callable[[Frames], Frames]
 MakeWork = Callable[[], Work]
 Read = Callable[[Array, Any], Array]  # what was sent, payload of the answer -> the answer
+Write = Callable[[Array], Frames]  # payload of a task
 
 
 def echo(frames: Frames) -> Frames:
@@ -48,6 +49,22 @@ def like(sent: Array, payload: Any) -> Array:
     return np.frombuffer(payload, sent.dtype).reshape(sent.shape)
 
 
+def as_bytes(array: Array) -> Frames:
+    return [array.data]
+
+
+class Clerk:
+    """What the relay does with tasks and answers on their way, each [client, number, payload]: nothing, here."""
+
+    def task(self, client: Any, number: Any, payload: Any) -> list[Frames]:
+        """The tasks that may go to a worker now."""
+        return [[client, number, payload]]
+
+    def answer(self, client: Any, number: Any, payload: Any) -> tuple[list[Frames], list[Frames]]:
+        """The answers that may go to their clients now, and tasks."""
+        return [[client, number, payload]], []
+
+
 class Relay:
     """A relay with its workers, and its client in this process.
 
@@ -56,7 +73,8 @@ class Relay:
         workers: how many, all of one stage.
         stages: more than one, or other work than echoes: for each stage what makes the work of each of its workers, in their processes. A
             task passes one worker of each stage.
-        read: an answer's payload -> its array.
+        write, read: an array -> the payload of its task; an answer's payload -> its array.
+        make_clerk: made in the relay's process; sees the payloads of tasks and of answers.
         warm_up: what is asked first, unmeasured.
     """
 
@@ -66,13 +84,16 @@ class Relay:
         *,
         workers: int = 2,
         stages: Sequence[Sequence[MakeWork]] | None = None,
+        name: str = "",
+        write: Write = as_bytes,
         read: Read = like,
+        make_clerk: Callable[[], Clerk] = Clerk,
         warm_up: Sequence[Array] = (np.zeros(8, np.uint8),) * 8,
     ) -> None:
-        self.name = f"relay-{idiom}"
+        self.name = name or f"relay-{idiom}"
         self._loop_of = {"aio": _AioPort, "drain": _DrainPort}[idiom]
         self._stages = [[make_echo] * workers] if stages is None else stages
-        self._read, self._warm_up = read, warm_up
+        self._write, self._read, self._make_clerk, self._warm_up = write, read, make_clerk, warm_up
         self._pids: dict[str, int] = {"client": os.getpid()}
         self._processes: list[Any] = []
 
@@ -80,7 +101,7 @@ class Relay:
         spawn = multiprocessing.get_context("spawn")
         ours, theirs = spawn.Pipe()
         works = [(stage, make) for stage, makes in enumerate(self._stages) for make in makes]
-        self._start(spawn, "relay", _serve, self._loop_of, len(works), theirs)
+        self._start(spawn, "relay", _serve, self._loop_of, len(works), theirs, self._make_clerk)
         self._address, back = _told(ours)
         for index, (stage, make) in enumerate(works, start=1):
             self._start(spawn, f"worker {index}", _work, self._loop_of, back, stage, make)
@@ -111,10 +132,10 @@ class Relay:
         with zmq.Context() as context, _socket(context, zmq.DEALER) as plain:
             plain.connect(self._address)
             port = self._loop_of(plain)
-            runs.append(await _ask(port, inputs, in_flight, self._read))
+            runs.append(await _ask(port, inputs, in_flight, self._write, self._read))
 
 
-async def _ask(port: _Port, inputs: Sequence[Array], in_flight: int, read: Read) -> Run:
+async def _ask(port: _Port, inputs: Sequence[Array], in_flight: int, write: Write, read: Read) -> Run:
     outputs: list[Array] = [np.empty(0)] * len(inputs)
     latencies, submitted = [0.0] * len(inputs), [0.0] * len(inputs)
     clock = time.perf_counter
@@ -122,12 +143,12 @@ async def _ask(port: _Port, inputs: Sequence[Array], in_flight: int, read: Read)
     for answered in range(len(inputs)):
         while asked < len(inputs) and asked - answered < in_flight:
             submitted[asked] = clock()
-            await port.send([asked.to_bytes(8, "big"), inputs[asked].data])
+            await port.send([asked.to_bytes(8, "big"), *write(inputs[asked])])
             asked += 1
         number, payload = await port.receive()
         index = int.from_bytes(bytes(number), "big")
-        latencies[index] = clock() - submitted[index]
         outputs[index] = read(inputs[index], payload)
+        latencies[index] = clock() - submitted[index]
     elapsed_s = clock() - began
     port.close()
     return Run(elapsed_s, latencies, outputs)
@@ -136,11 +157,11 @@ async def _ask(port: _Port, inputs: Sequence[Array], in_flight: int, read: Read)
 # ── the other processes ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _serve(port_of: type[_Port], workers: int, tell: Connection) -> None:
-    asyncio.run(_relay(port_of, workers, tell))
+def _serve(port_of: type[_Port], workers: int, tell: Connection, make_clerk: Callable[[], Clerk]) -> None:
+    asyncio.run(_relay(port_of, workers, tell, make_clerk()))
 
 
-async def _relay(port_of: type[_Port], workers: int, tell: Connection) -> None:
+async def _relay(port_of: type[_Port], workers: int, tell: Connection, clerk: Clerk) -> None:
     context = zmq.Context()
     front, back = _socket(context, zmq.ROUTER), _socket(context, zmq.ROUTER)
     front.bind("tcp://127.0.0.1:*")
@@ -153,8 +174,8 @@ async def _relay(port_of: type[_Port], workers: int, tell: Connection) -> None:
         places.add(bytes(route), int(bytes(stage)))
     tell.send(None)
     async with asyncio.TaskGroup() as group:
-        group.create_task(_forward_tasks(towards_clients, towards_workers, places), name="tasks")
-        group.create_task(_forward_answers(towards_workers, towards_clients, places), name="answers")
+        group.create_task(_forward_tasks(towards_clients, towards_workers, places, clerk), name="tasks")
+        group.create_task(_forward_answers(towards_workers, towards_clients, places, clerk), name="answers")
 
 
 class _Places:
@@ -177,19 +198,24 @@ class _Places:
         return None if turns is None else next(turns)
 
 
-async def _forward_tasks(clients: _Port, workers: _Port, places: _Places) -> None:
+async def _forward_tasks(clients: _Port, workers: _Port, places: _Places, clerk: Clerk) -> None:
     while True:
-        await workers.send([places.first(), *await clients.receive()])
+        for frames in clerk.task(*await clients.receive()):
+            await workers.send([places.first(), *frames])
 
 
-async def _forward_answers(workers: _Port, clients: _Port, places: _Places) -> None:
+async def _forward_answers(workers: _Port, clients: _Port, places: _Places, clerk: Clerk) -> None:
     while True:
         route, *frames = await workers.receive()
         following = places.after(bytes(route))
-        if following is None:
-            await clients.send(frames)
-        else:
+        if following is not None:
             await workers.send([following, *frames])
+            continue
+        answers, tasks = clerk.answer(*frames)
+        for answer in answers:
+            await clients.send(answer)
+        for task in tasks:
+            await workers.send([places.first(), *task])
 
 
 def _work(port_of: type[_Port], address: str, stage: int, make: MakeWork) -> None:
