@@ -82,7 +82,7 @@ def _panel(title: str, rows: Iterable[Row]) -> Lines:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: see `run_bench`; 2 for a wrong command line."""
-    contestants = openers(SHAPES, with_limit=True)
+    contestants = openers(SHAPES, with_limit=True, with_duties=True)
     options, given = read_options(build_parser("bench.transfer", QUESTION, contestants), argv)
     if given.quick and not given.rounds:
         options = replace(options, rounds=QUICK_ROUNDS)

@@ -19,7 +19,7 @@ def openers(shapes: Sequence[Shape], *, with_limit: bool = False, with_duties: b
     Args:
         shapes: the first dimension of each is the batch.
         with_limit: whether the raw TCP connection takes part.
-        with_duties: whether relays do that do part of ADAPT's work; for small arrays.
+        with_duties: whether relays do that do part of ADAPT's work.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch RPC warns whenever a group ends; read when torch is imported
     found: dict[str, Opener] = {

@@ -32,7 +32,7 @@ START_TIMEOUT_S = 30.0
 Frames = list[Any]
 Work = Callable[[Frames], Frames]
 MakeWork = Callable[[], Work]
-Read = Callable[[Array, Any], Array]  # what was sent, payload of the answer -> the answer
+Read = Callable[..., Array]  # what was sent, frames of the answer's payload -> the answer
 Write = Callable[[Array], Frames]  # payload of a task
 
 
@@ -54,15 +54,15 @@ def as_bytes(array: Array) -> Frames:
 
 
 class Clerk:
-    """What the relay does with tasks and answers on their way, each [client, number, payload]: nothing, here."""
+    """What the relay does with tasks and answers on their way, each [client, number, frames of the payload]: nothing, here."""
 
-    def task(self, client: Any, number: Any, payload: Any) -> list[Frames]:
+    def task(self, client: Any, number: Any, *payload: Any) -> list[Frames]:
         """The tasks that may go to a worker now."""
-        return [[client, number, payload]]
+        return [[client, number, *payload]]
 
-    def answer(self, client: Any, number: Any, payload: Any) -> tuple[list[Frames], list[Frames]]:
+    def answer(self, client: Any, number: Any, *payload: Any) -> tuple[list[Frames], list[Frames]]:
         """The answers that may go to their clients now, and tasks."""
-        return [[client, number, payload]], []
+        return [[client, number, *payload]], []
 
 
 class Relay:
@@ -73,7 +73,7 @@ class Relay:
         workers: how many, all of one stage.
         stages: more than one, or other work than echoes: for each stage what makes the work of each of its workers, in their processes. A
             task passes one worker of each stage.
-        write, read: an array -> the payload of its task; an answer's payload -> its array.
+        write, read: an array -> the frames of its task's payload; those of an answer -> its array.
         make_clerk: made in the relay's process; sees the payloads of tasks and of answers.
         warm_up: what is asked first, unmeasured.
     """
@@ -145,9 +145,9 @@ async def _ask(port: _Port, inputs: Sequence[Array], in_flight: int, write: Writ
             submitted[asked] = clock()
             await port.send([asked.to_bytes(8, "big"), *write(inputs[asked])])
             asked += 1
-        number, payload = await port.receive()
+        number, *payload = await port.receive()
         index = int.from_bytes(bytes(number), "big")
-        outputs[index] = read(inputs[index], payload)
+        outputs[index] = read(inputs[index], *payload)
         latencies[index] = clock() - submitted[index]
     elapsed_s = clock() - began
     port.close()
