@@ -18,8 +18,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
+import weakref
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -73,7 +75,8 @@ class Forked:
 
     def __init__(self, pid: int, args: list[str], stdout: IO[bytes], end: int) -> None:
         self.pid, self.args, self.stdout, self.returncode = pid, args, stdout, None
-        self._end = os.fdopen(end, "rb", buffering=0)
+        self._end, self._reading = os.fdopen(end, "rb", buffering=0), threading.Lock()  # several threads may wait
+        weakref.finalize(self, self._end.close)
 
     def poll(self) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -84,8 +87,9 @@ class Forked:
         if self.returncode is None:
             if not select.select([self._end], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-            self.returncode = int(self._end.read() or -signal.SIGKILL)  # nothing: the nursery itself was killed
-            self._end.close()
+            with self._reading:
+                if self.returncode is None:
+                    self.returncode = int(self._end.read() or -signal.SIGKILL)  # nothing: the nursery itself was killed
         return self.returncode
 
     def send_signal(self, number: int) -> None:
