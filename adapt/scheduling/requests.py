@@ -67,7 +67,7 @@ class Request(Struct, eq=False):
     @property
     def is_choosy(self) -> bool:
         """Whether it may refuse a worker that the next request in its queue would take."""
-        return bool(self.attempts or self.failed_on or self.numeric_class or self.run or self.check or self.suspected)
+        return bool(self.attempts or self.failed_on or self.numeric_class or self.run or self.check or self.is_doubtful)
 
     @property
     def is_answered(self) -> bool:

@@ -30,7 +30,7 @@ from adapt.scheduling.choice import REGAINED_SHARE
 from adapt.scheduling.liveness import Verdict
 from adapt.scheduling.requests import POISONED
 from adapt.scheduling.residency import REFUSED_S, SPARELESS_S
-from adapt.scheduling.roster import AHEAD_S, STEADY, Service
+from adapt.scheduling.roster import AHEAD_S, STEADY, Member, Service
 from adapt.scheduling.scheduler import (
     ACCEPT_S,
     EARLY_CANCEL_S,
@@ -945,6 +945,20 @@ def the_deaths_of(cluster: Cluster, killer: RequestId, *, before: int = 0) -> in
     raise AssertionError("it has no end")
 
 
+def a_doubt(cluster: Cluster, *, budget_s: float, others: int, their_budget_s: float) -> tuple[Sent, Member, list[Sent]]:
+    """A task whose worker dies of it, while others come: how it was sent, who is kept for it now, and what the workers that are left hold."""
+    cluster.submit(budget_s=budget_s)
+    first = cluster.the_one_sent()
+    cluster.wait(2 * REACHED_S)
+    for _ in range(others):
+        cluster.submit(budget_s=their_budget_s)
+    cluster.lose(first.worker)
+    held = [one for one in cluster.sent() if one.worker != first.worker]
+    assert first.request not in {one.request for one in held}
+    (kept,) = (member for member in cluster.scheduler.roster if member.is_kept)
+    return first, kept, held
+
+
 def test_a_worker_is_emptied_for_what_may_have_killed():
     """Regression: it ran behind others, whose answers died with it each time; five workers died before it was certain."""
     cluster = a_cluster_that_works()
@@ -965,21 +979,14 @@ def test_a_worker_is_emptied_for_what_may_have_killed():
 def test_new_requests_do_not_keep_a_worker_from_what_may_have_killed():
     """It is kept for that, finishes what it holds, and then others have it again."""
     cluster = a_cluster_that_works("w1", "w2")
-    doubtful = cluster.submit(budget_s=5.0)
-    (first,) = cluster.sent()
-    cluster.wait(2 * REACHED_S)
-    for _ in range(12):
-        cluster.submit(budget_s=10.0)
-    cluster.lose(first.worker)
-    held = [one for one in cluster.sent() if one.worker != first.worker]
-    assert doubtful not in {one.request for one in held}
+    doubtful, _, held = a_doubt(cluster, budget_s=5.0, others=12, their_budget_s=10.0)
     for one in held[:-1]:
         cluster.submit(budget_s=10.0)
         cluster.finish(one, busy_s=AHEAD_S / 20)
         assert cluster.sent() == [], "it is kept"
     cluster.finish(held[-1], busy_s=AHEAD_S / 20)
     alone = cluster.the_one_sent()
-    assert alone.request == doubtful
+    assert alone.request == doubtful.request
     cluster.finish(alone, busy_s=AHEAD_S / 20)
     assert len(cluster.sent()) > 1
 
@@ -987,56 +994,38 @@ def test_new_requests_do_not_keep_a_worker_from_what_may_have_killed():
 def test_what_a_worker_was_kept_for_is_not_behind_those_who_may_not_have_it():
     """Regression: they came first, could not have the worker that was kept, and all waited for ever."""
     cluster = a_cluster_that_works("w1", "w2")
-    doubtful = cluster.submit(budget_s=50.0)
-    (first,) = cluster.sent()
-    cluster.wait(2 * REACHED_S)
-    for _ in range(4):
-        cluster.submit(budget_s=60.0)
-    cluster.lose(first.worker)
-    held = [one for one in cluster.sent() if one.worker != first.worker]
+    doubtful, _, held = a_doubt(cluster, budget_s=50.0, others=4, their_budget_s=60.0)
     for _ in range(12):
         cluster.submit(budget_s=10.0)
     for one in held:
         cluster.finish(one, busy_s=AHEAD_S / 20)
-    assert doubtful in {one.request for one in cluster.sent()}
+    assert doubtful.request in {one.request for one in cluster.sent()}
 
 
 def test_a_worker_that_hangs_is_not_waited_for():
     """It is kept, and does not come to an end; when others would be done first, one of those is kept."""
     cluster = a_cluster_that_works("w1", "w2", "w3", hedge_share=0.0)
-    doubtful = cluster.submit()
-    (first,) = cluster.sent()
-    cluster.wait(2 * REACHED_S)
-    for _ in range(20):
-        cluster.submit()
-    cluster.lose(first.worker)
-    (kept,) = (member.worker_id for member in cluster.scheduler.roster if member.is_kept)
+    doubtful, hanging, sent = a_doubt(cluster, budget_s=100.0, others=20, their_budget_s=100.0)
+    hanging_id = hanging.worker_id
     for _ in range(10):
+        for one in sent:
+            if one.worker != hanging_id:
+                cluster.finish(one, busy_s=AHEAD_S / 20)
         cluster.wait(10 * AHEAD_S)
         sent = cluster.sent()
-        if doubtful in {one.request for one in sent}:
+        if doubtful.request in {one.request for one in sent}:
             break
-        for one in sent:
-            if one.worker != kept:
-                cluster.finish(one, busy_s=AHEAD_S / 20)
-    assert [one.worker for one in sent if one.request == doubtful] not in ([], [kept])
+    assert [one.worker for one in sent if one.request == doubtful.request] not in ([], [hanging_id])
 
 
 @pytest.mark.parametrize("how", ["cancelled", "expired", "absolved"])
 def test_a_worker_is_kept_no_longer_than_somebody_waits_for_it(how):
     """Absolved: the worker that was thought dead has come back as the same process."""
     cluster = a_cluster_that_works("w1", "w2")
-    doubtful = cluster.submit(budget_s=5.0)
-    (first,) = cluster.sent()
-    cluster.wait(2 * REACHED_S)
-    for _ in range(8):
-        cluster.submit()
-    cluster.lose(first.worker)
-    (kept,) = (member for member in cluster.scheduler.roster if member.is_kept)
-    assert kept.worker_id != first.worker
+    first, _, _ = a_doubt(cluster, budget_s=5.0, others=8, their_budget_s=100.0)
     match how:
         case "cancelled":
-            cluster.tell(ev.RequestCancelled(request_id=doubtful))
+            cluster.tell(ev.RequestCancelled(request_id=first.request))
         case "expired":
             cluster.wait(5.0)
         case "absolved":
@@ -1121,22 +1110,17 @@ def test_a_worker_that_is_late_because_of_its_codec_announces_nothing_either():
 def test_heartbeats_do_not_make_a_worker_kept_for_nothing():
     """Regression: the policy preferred another worker at each heartbeat, whoever was let go was filled again, and none was ever empty."""
     cluster = a_cluster_that_works("w1", "w2", "w3", cost_s=5.0, policy="lowest-memory", hedge_share=0.0, attempt_timeout_s=1000.0)
-    doubtful = cluster.submit(budget_s=500.0)
-    first = cluster.the_one_sent()
-    cluster.wait(2 * REACHED_S)
-    for _ in range(12):
-        cluster.submit(budget_s=600.0)
-    cluster.lose(first.worker)
-    held = [one for one in cluster.sent() if one.worker != first.worker]
+    doubtful, _, held = a_doubt(cluster, budget_s=500.0, others=12, their_budget_s=600.0)
+    workers = sorted({one.worker for one in held})
     for turn in range(12):
-        for place, worker in enumerate(("w2", "w3") if first.worker == "w1" else [w for w in ("w1", "w2", "w3") if w != first.worker]):
-            percent = 40.0 + (turn + place) % 2
-            cluster.actions += cluster.scheduler.handle(ev.WorkerHeard(worker_id=WorkerId(worker), memory_percent=percent), cluster.now)
-        cluster.wait(1.0)
-        if held and turn % 2:
+        for place, worker in enumerate(workers):
+            heard = ev.WorkerHeard(worker_id=WorkerId(worker), memory_percent=40.0 + (turn + place) % 2)
+            cluster.tell(heard)
+        cluster.now += 1.0
+        if turn % 2:
             cluster.finish(held.pop(0), busy_s=5.0)
         held += (sent := cluster.sent())
-        if doubtful in {one.request for one in sent}:
+        if doubtful.request in {one.request for one in sent}:
             return
     raise AssertionError("it never had a worker")
 

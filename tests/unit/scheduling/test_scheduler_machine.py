@@ -394,7 +394,9 @@ class Cluster(RuleBasedStateMachine):
                 if request.attempts[attempt.attempt].is_check:
                     costs[request.request_id] = (request.failures, len(request.deaths), len(request.suspected))
                     continue
-                is_cause, is_suspect = suspects == [attempt], attempt in suspects and len(suspects) > 1
+                was_beside = request.attempts[attempt.attempt].is_expired and member.slots[attempt].since < request.blamed_at
+                is_named = attempt in suspects and not was_beside
+                is_cause, is_suspect = is_named and len(suspects) == 1, is_named and len(suspects) > 1
                 suspected = len(request.suspected) + (is_suspect and is_sound)
                 failures = request.failures + (is_cause and not is_sound) + (is_suspect and suspected >= POISONED)
                 costs[request.request_id] = (failures, len(request.deaths) + (is_cause and is_sound), suspected)
