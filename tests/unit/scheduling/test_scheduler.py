@@ -1003,18 +1003,19 @@ def test_what_a_worker_was_kept_for_is_not_behind_those_who_may_not_have_it():
 
 
 def test_a_worker_that_hangs_is_not_waited_for():
-    """It is kept, and does not come to an end; when others would be done first, one of those is kept."""
+    """It is kept, and does not come to an end. The others always have something to do, until one of them is kept instead."""
     cluster = a_cluster_that_works("w1", "w2", "w3", hedge_share=0.0)
-    doubtful, hanging, sent = a_doubt(cluster, budget_s=100.0, others=20, their_budget_s=100.0)
+    doubtful, hanging, held = a_doubt(cluster, budget_s=100.0, others=40, their_budget_s=100.0)
     hanging_id = hanging.worker_id
-    for _ in range(10):
-        for one in sent:
-            if one.worker != hanging_id:
-                cluster.finish(one, busy_s=AHEAD_S / 20)
-        cluster.wait(10 * AHEAD_S)
+    busy = [one for one in held if one.worker != hanging_id]
+    for _ in range(40):
+        cluster.wait(AHEAD_S / 10)
+        cluster.finish(busy.pop(0), busy_s=AHEAD_S / 20)
+        cluster.submit()
         sent = cluster.sent()
         if doubtful.request in {one.request for one in sent}:
             break
+        busy += [one for one in sent if one.worker != hanging_id]
     assert [one.worker for one in sent if one.request == doubtful.request] not in ([], [hanging_id])
 
 
@@ -1036,6 +1037,24 @@ def test_a_worker_is_kept_no_longer_than_somebody_waits_for_it(how):
                 )
             )  # fmt: skip
     assert not any(member.is_kept for member in cluster.scheduler.roster)
+
+
+def test_what_is_absolved_needs_no_worker_of_its_own():
+    """Its task had not reached the worker that was thought dead, and is as any other now."""
+    cluster = a_cluster_that_works("w1", "w2")
+    hellos = {}
+    for worker in ("w1", "w2"):
+        hellos[worker] = ev.WorkerJoined(
+            worker_id=WorkerId(worker), incarnation=7, numeric_class="x", stage_budget_bytes=100, credit=8,
+            resident=frozenset(["d.0"]), held=frozenset(), finished=frozenset(),
+        )  # fmt: skip
+        cluster.tell(hellos[worker])
+    first, _, _ = a_doubt(cluster, budget_s=5.0, others=8, their_budget_s=100.0)
+    cluster.tell(ev.WorkerDisconnected(worker_id=WorkerId(first.worker), reason="once more"))
+    cluster.silent.clear()
+    cluster.tell(hellos[first.worker])
+    assert not any(member.is_kept for member in cluster.scheduler.roster)
+    assert first.request in {one.request for one in cluster.sent()}
 
 
 def test_a_socket_that_refuses_a_task_tells_of_a_death_too():
